@@ -1,0 +1,1 @@
+"""An LLM serving engine in JAX that overlaps operations inside one GPU."""

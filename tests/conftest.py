@@ -1,0 +1,29 @@
+"""Settings every test runs under: strict promotion, eight host devices, a shared compile cache."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAG = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+import hypothesis
+import jax
+
+# Compilation dominates these tests: workers and later runs share what was compiled once.
+_CACHE = pathlib.Path(
+    os.environ.get("NANOFLOW_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "nanoflow-test-cache")
+)
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=25, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("default")
