@@ -1,0 +1,308 @@
+"""The pieces of a transformer layer, each a named operation over a flat token batch.
+
+Weights are stored output-major, as Hugging Face files have them: XLA:CPU multiplies them at
+least as fast as input-major ones from 32 tokens on. Every weight is made by a `Maker`, so that
+loading, random weights and abstract shapes share one description of the model.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nanoflow_jax.models import architecture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """One weight: what it is called, its shape and how it is made and split.
+
+    Attributes:
+        name: Dotted path in the model, such as `layers.0.qkv`.
+        shape: Its sizes.
+        axes: One letter of ARCHITECTURE.md per dimension; `parallel` maps them to a mesh.
+        std: Standard deviation of random weights around `mean`.
+        mean: 0 for projections, the neutral value for norms.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: str
+    std: float = 0.02
+    mean: float = 0.0
+
+
+class Maker(Protocol):
+    """Makes the array (or abstract shape) of one weight."""
+
+    def __call__(self, spec: ParamSpec) -> Any: ...
+
+
+def product(spec: str, x: Array, w: Array) -> Array:
+    """Einsum in x's dtype with float32 accumulation; float32 inputs keep full precision."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    out = jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+class RmsNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, make: Maker, name: str, width: int, *, config: architecture.ModelConfig):
+        neutral = 1.0 - config.norm_offset
+        self.weight = nnx.Param(
+            make(ParamSpec(name=name, shape=(width,), axes="D", std=0.0, mean=neutral))
+        )
+        self._eps = config.norm_eps
+        self._offset = config.norm_offset
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self._eps)
+        normed = wide * scale
+        weight = self.weight[...]
+        if self._offset:
+            weight = weight.astype(jnp.float32) + self._offset
+            return (normed * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
+        return normed.astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
+
+
+def rope_angles(
+    positions: Int[Array, "T"], *, head_dim: int, rope: architecture.RopeConfig
+) -> tuple[Float[Array, "T h"], Float[Array, "T h"]]:
+    """Cosines and sines of every position, h = H / 2, in float32."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    freqs = 1.0 / jnp.power(jnp.float32(rope.theta), exponent)
+    if rope.factor is not None:
+        freqs = _llama3_frequencies(freqs, rope)
+    angles = positions.astype(jnp.float32)[:, None] * freqs[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _llama3_frequencies(
+    freqs: Float[Array, "h"], rope: architecture.RopeConfig
+) -> Float[Array, "h"]:
+    assert rope.factor is not None
+    wavelen = 2 * jnp.pi / freqs
+    longest = rope.original_max_len / rope.low_freq_factor
+    shortest = rope.original_max_len / rope.high_freq_factor
+    spread = rope.high_freq_factor - rope.low_freq_factor
+    kept = (rope.original_max_len / wavelen - rope.low_freq_factor) / spread
+    blended = (1 - kept) * freqs / rope.factor + kept * freqs
+    stretched = jnp.where(wavelen > longest, freqs / rope.factor, freqs)
+    between = (wavelen <= longest) & (wavelen >= shortest)
+    return jnp.where(between, blended, stretched)
+
+
+def rotate(
+    x: Float[Array, "T n H"], cos: Float[Array, "T h"], sin: Float[Array, "T h"]
+) -> Float[Array, "T n H"]:
+    """Rotates the pairs (i, i + H/2) of each head; computed in float32."""
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(
+        x.dtype
+    )
+
+
+class Attention(nnx.Module):
+    """Projections around attention: norm and KQV before it, O after it.
+
+    The three input projections are one array grouped by kv head, [K, G + 2, H, D]: G query
+    heads, then key, then value. Splitting over kv heads then needs no reordering.
+    """
+
+    def __init__(self, make: Maker, layer: int, config: architecture.ModelConfig):
+        c, prefix = config, f"layers.{layer}"
+        kv, group, width = c.num_kv_heads, c.group_size, c.hidden_size
+        self.norm = RmsNorm(make, f"{prefix}.attention_norm", width, config=c)
+        self.qkv = nnx.Param(
+            make(
+                ParamSpec(
+                    name=f"{prefix}.qkv", shape=(kv, group + 2, c.head_dim, width), axes="KJHD"
+                )
+            )
+        )
+        self.qkv_bias = (
+            nnx.Param(
+                make(
+                    ParamSpec(
+                        name=f"{prefix}.qkv_bias", shape=(kv, group + 2, c.head_dim), axes="KJH"
+                    )
+                )
+            )
+            if c.qkv_bias
+            else None
+        )
+        self.query_norm = self.key_norm = None
+        if c.qk_norm:
+            self.query_norm = RmsNorm(make, f"{prefix}.query_norm", c.head_dim, config=c)
+            self.key_norm = RmsNorm(make, f"{prefix}.key_norm", c.head_dim, config=c)
+        self.o = nnx.Param(
+            make(ParamSpec(name=f"{prefix}.o", shape=(width, kv, group, c.head_dim), axes="DKGH"))
+        )
+        self.o_bias = (
+            nnx.Param(make(ParamSpec(name=f"{prefix}.o_bias", shape=(width,), axes="D")))
+            if c.o_bias
+            else None
+        )
+        self.post_norm = (
+            RmsNorm(make, f"{prefix}.attention_post_norm", width, config=c)
+            if c.post_norms
+            else None
+        )
+        self._config = c
+
+    def norm_kqv(
+        self, x: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+        c = self._config
+        with jax.named_scope("norm_kqv"):
+            qkv = product("TD,KJHD->TKJH", self.norm(x), self.qkv[...])
+            if self.qkv_bias is not None:
+                qkv = qkv + self.qkv_bias[...][None]
+            q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+            q = q.reshape(x.shape[0], c.num_heads, c.head_dim)
+            if self.query_norm is not None and self.key_norm is not None:
+                q, k = self.query_norm(q), self.key_norm(k)
+            return q, k, v
+
+    def output(
+        self, x: Float[Array, "T D"], attended: Float[Array, "T N H"]
+    ) -> Float[Array, "T D"]:
+        """Adds the projected attention to the residual stream."""
+        c = self._config
+        with jax.named_scope("o"):
+            grouped = attended.reshape(x.shape[0], c.num_kv_heads, c.group_size, c.head_dim)
+            out = product("TKGH,DKGH->TD", grouped, self.o[...])
+            if self.o_bias is not None:
+                out = out + self.o_bias[...][None]
+            return x + (out if self.post_norm is None else self.post_norm(out))
+
+
+def _activate(x: Array, kind: architecture.Activation) -> Array:
+    if kind == architecture.Activation.SILU:
+        return x * jax.lax.logistic(x)
+    return nnx.gelu(x, approximate=True)
+
+
+class FeedForward(nnx.Module):
+    """Gated feed-forward: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, make: Maker, layer: int, config: architecture.ModelConfig):
+        c, prefix = config, f"layers.{layer}"
+        width, hidden = c.hidden_size, c.intermediate_size
+        self.norm = RmsNorm(make, f"{prefix}.feed_forward_norm", width, config=c)
+        self.gate_up = nnx.Param(
+            make(ParamSpec(name=f"{prefix}.gate_up", shape=(2, hidden, width), axes="2FD"))
+        )
+        self.down = nnx.Param(
+            make(ParamSpec(name=f"{prefix}.down", shape=(width, hidden), axes="DF"))
+        )
+        self.gate_up_bias = self.down_bias = None
+        if c.mlp_bias:
+            self.gate_up_bias = nnx.Param(
+                make(ParamSpec(name=f"{prefix}.gate_up_bias", shape=(2, hidden), axes="2F"))
+            )
+            self.down_bias = nnx.Param(
+                make(ParamSpec(name=f"{prefix}.down_bias", shape=(width,), axes="D"))
+            )
+        self.post_norm = (
+            RmsNorm(make, f"{prefix}.feed_forward_post_norm", width, config=c)
+            if c.post_norms
+            else None
+        )
+        self._activation = c.activation
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        with jax.named_scope("norm"):
+            normed = self.norm(x)
+        with jax.named_scope("up_gate"):
+            both = product("TD,JFD->TJF", normed, self.gate_up[...])
+            if self.gate_up_bias is not None:
+                both = both + self.gate_up_bias[...][None]
+            hidden = _activate(both[:, 0], self._activation) * both[:, 1]
+        with jax.named_scope("down"):
+            out = product("TF,DF->TD", hidden, self.down[...])
+            if self.down_bias is not None:
+                out = out + self.down_bias[...][None]
+            return x + (out if self.post_norm is None else self.post_norm(out))
+
+
+class SparseFeedForward(nnx.Module):
+    """Mixture of experts: each token runs through A of E gated feed-forwards.
+
+    Tokens are sorted by expert, so that each product is one grouped GEMM over T * A rows.
+    """
+
+    def __init__(self, make: Maker, layer: int, config: architecture.ModelConfig):
+        c, prefix = config, f"layers.{layer}"
+        assert c.moe is not None
+        width, hidden, experts = c.hidden_size, c.moe.intermediate_size, c.moe.num_experts
+        self.norm = RmsNorm(make, f"{prefix}.feed_forward_norm", width, config=c)
+        self.router = nnx.Param(
+            make(ParamSpec(name=f"{prefix}.router", shape=(experts, width), axes="ED"))
+        )
+        self.gate_up = nnx.Param(
+            make(
+                ParamSpec(
+                    name=f"{prefix}.experts_gate_up",
+                    shape=(experts, 2 * hidden, width),
+                    axes="EFD",
+                )
+            )
+        )
+        self.down = nnx.Param(
+            make(
+                ParamSpec(name=f"{prefix}.experts_down", shape=(experts, width, hidden), axes="EDF")
+            )
+        )
+        self._moe = c.moe
+        self._activation = c.activation
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        with jax.named_scope("norm"):
+            normed = self.norm(x)
+        with jax.named_scope("route"):
+            shares, experts = self._route(normed)
+            num_tokens, active = experts.shape
+            flat = experts.reshape(-1)  # [T A]
+            order = jnp.argsort(flat)
+            sizes = jnp.bincount(flat, length=self._moe.num_experts).astype(jnp.int32)
+            rows = normed[order // active]
+        with jax.named_scope("up_gate"):
+            both = _grouped_product(rows, self.gate_up[...], sizes)
+            gate, up = jnp.split(both, 2, axis=-1)
+            hidden = _activate(gate, self._activation) * up
+        with jax.named_scope("down"):
+            out = _grouped_product(hidden, self.down[...], sizes)
+            out = jnp.zeros_like(out).at[order].set(out)
+            out = out.reshape(num_tokens, active, -1)
+            weighted = out.astype(jnp.float32) * shares[:, :, None]
+            return x + weighted.sum(axis=1).astype(x.dtype)
+
+    def _route(self, normed: Float[Array, "T D"]) -> tuple[Float[Array, "T A"], Int[Array, "T A"]]:
+        """The share of each token's chosen experts, and which they are."""
+        scores = product("TD,ED->TE", normed, self.router[...]).astype(jnp.float32)
+        shares, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), self._moe.num_active)
+        if self._moe.normalise:
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+        return shares, experts
+
+
+def _grouped_product(
+    rows: Float[Array, "R D"], weights: Float[Array, "E F D"], sizes: Int[Array, "E"]
+) -> Float[Array, "R F"]:
+    """Row r times the weight of its group: the rows of group e follow those of group e - 1."""
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot_general(
+        rows, weights, sizes, dims, precision=precision, preferred_element_type=jnp.float32
+    ).astype(rows.dtype)
