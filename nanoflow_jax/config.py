@@ -1,0 +1,176 @@
+"""Every knob of the engine, written once; `flags` derives the command line from it."""
+
+import dataclasses
+import enum
+from typing import Any
+
+
+class Dtype(enum.StrEnum):
+    """Number format that the model runs in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def knob(
+    default: Any, help_text: str, *, low: float | None = None, high: float | None = None
+) -> Any:
+    """A dataclass field with a help text and inclusive bounds."""
+    metadata = {"help": help_text, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_bounds(section: Any, prefix: str) -> None:
+    """Raises for a knob outside its bounds, naming its flag."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        if (low is not None and value < low) or (high is not None and value > high):
+            bound = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"--{prefix}{field.name}={value} is not {bound}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """Which model, and how it is held."""
+
+    PREFIX = ""
+
+    model: str = knob(
+        "",
+        "Model folder (Hugging Face safetensors, or converted by nanoflow_jax.convert), or "
+        "preset:NAME with --random_weights. Empty: the small embedded model.",
+    )
+    dtype: Dtype = knob(
+        Dtype.AUTO,
+        "Number format to run in. auto: the checkpoint's own on GPU, float32 on CPU.",
+    )
+    random_weights: bool = knob(
+        False, "Seeded random weights of the model's shape; prompts must be token ids."
+    )
+    weight_seed: int = knob(0, "Seed of --random_weights.", low=0)
+    max_context_len: int = knob(
+        0, "Most tokens of one request, prompt included. 0: the model's own limit.", low=0
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSection:
+    """Paged KV cache."""
+
+    PREFIX = "cache_"
+
+    page_size: int = knob(0, "Tokens in one page. 0: what measured best on the device.", low=0)
+    num_pages: int = knob(0, "Pages in the pool. 0: from --cache_memory_fraction.", low=0)
+    memory_fraction: float = knob(
+        0.9,
+        "Share of the free device memory that the page pool takes; on CPU, of a quarter of the "
+        "host's memory. Never more than all requests at full context need.",
+        low=0.01,
+        high=1.0,
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSection:
+    """The dense batch of one step."""
+
+    PREFIX = ""
+
+    max_requests: int = knob(0, "Most requests in one step. 0: 64 on CPU, 256 on GPU.", low=0)
+    dense_batch: int = knob(
+        0, "Tokens in a full step, decode rows and chunks together. 0: by device.", low=0
+    )
+    buckets: str = knob(
+        "",
+        "Compiled step shapes as TOKENS:DECODE_ROWS:PREFILL_ROWS, comma separated. "
+        "Empty: a list made from --dense_batch and --max_requests.",
+    )
+    penalty_requests: int = knob(
+        16, "Most requests in one step that use penalties; others wait.", low=1
+    )
+    async_scheduling: bool = knob(
+        True, "Plan step i + 1 while the device runs step i. Off: one step at a time."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileSection:
+    """Compilation before the first request."""
+
+    PREFIX = "compile_"
+
+    cache_dir: str = knob(
+        "auto",
+        "Folder that keeps compiled programs between runs. auto: nanoflow_jax under the user's "
+        "cache folder; empty: keep none.",
+    )
+    threads: int = knob(0, "Programs compiled at once. 0: one per core, at most 8.", low=0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """All of an engine's knobs."""
+
+    model: ModelSection = dataclasses.field(default_factory=ModelSection)
+    cache: CacheSection = dataclasses.field(default_factory=CacheSection)
+    batch: BatchSection = dataclasses.field(default_factory=BatchSection)
+    compile: CompileSection = dataclasses.field(default_factory=CompileSection)
+
+    @classmethod
+    def from_knobs(cls, **knobs: Any) -> "EngineConfig":
+        """An engine configuration from flat names as on the command line.
+
+        Args:
+            knobs: Flag names without dashes, such as `cache_page_size=64`.
+
+        Raises:
+            ValueError: A name is no knob, or a value is out of bounds.
+        """
+        sections = {}
+        for field in dataclasses.fields(cls):
+            kind = section_type(field)
+            names = {f"{kind.PREFIX}{f.name}": f for f in dataclasses.fields(kind)}
+            taken = {names[k].name: knobs.pop(k) for k in list(knobs) if k in names}
+            if isinstance(taken.get("dtype"), str):
+                taken["dtype"] = parse_dtype(taken["dtype"])
+            sections[field.name] = kind(**taken)
+        if knobs:
+            raise ValueError(
+                f"{', '.join(sorted(knobs))}: no such knob; knobs are {', '.join(knob_names(cls))}"
+            )
+        return cls(**sections)
+
+
+def parse_dtype(name: str) -> Dtype:
+    """The dtype of that name, or a ValueError that lists the names."""
+    if name not in list(Dtype):
+        raise ValueError(f"dtype={name!r} is not one of {', '.join(Dtype)}")
+    return Dtype(name)
+
+
+def section_type(field: Any) -> Any:
+    """The dataclass of a section of EngineConfig."""
+    return field.default_factory
+
+
+def knob_names(config_type: type) -> list[str]:
+    """Flag names of all knobs, in order."""
+    return [
+        f"{section_type(section).PREFIX}{f.name}"
+        for section in dataclasses.fields(config_type)
+        for f in dataclasses.fields(section_type(section))
+    ]

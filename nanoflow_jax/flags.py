@@ -1,0 +1,49 @@
+"""Command-line flags made from the knobs of `config`: each knob is written once."""
+
+import dataclasses
+import enum
+from typing import Any
+
+from absl import flags
+
+from nanoflow_jax import config
+
+
+def define_sections(
+    config_type: type, values: flags.FlagValues, *, module: str = "__main__"
+) -> None:
+    """Defines one flag per knob of a composed configuration.
+
+    Args:
+        config_type: A dataclass whose fields are sections with a PREFIX.
+        values: Where the flags go; programs pass `absl.flags.FLAGS`.
+        module: Whose flags they are; those of the main module are what --help lists.
+    """
+    for section in dataclasses.fields(config_type):
+        kind = config.section_type(section)
+        for field in dataclasses.fields(kind):
+            _define(f"{kind.PREFIX}{field.name}", field, values, module)
+
+
+def _define(name: str, field: Any, values: flags.FlagValues, module: str) -> None:
+    text = field.metadata["help"]
+    common = {"flag_values": values, "module_name": module}
+    default = field.default
+    low, high = field.metadata["low"], field.metadata["high"]
+    if isinstance(default, enum.StrEnum):
+        names = [str(v) for v in type(default)]
+        flags.DEFINE_enum(name, str(default), names, text, **common)
+    elif isinstance(default, bool):
+        flags.DEFINE_boolean(name, default, text, **common)
+    elif isinstance(default, int):
+        flags.DEFINE_integer(name, default, text, lower_bound=low, upper_bound=high, **common)
+    elif isinstance(default, float):
+        flags.DEFINE_float(name, default, text, lower_bound=low, upper_bound=high, **common)
+    else:
+        flags.DEFINE_string(name, default, text, **common)
+
+
+def engine_config(values: flags.FlagValues) -> config.EngineConfig:
+    """The engine's configuration as the command line and flagfiles set it."""
+    names = config.knob_names(config.EngineConfig)
+    return config.EngineConfig.from_knobs(**{name: values[name].value for name in names})

@@ -1,0 +1,1 @@
+"""Mesh and shardings: the only place that builds a mesh."""

@@ -1,0 +1,1 @@
+"""Who runs next: plain Python over token counts; never imports jax, never sees a token."""
