@@ -69,23 +69,11 @@ def default_buckets(*, max_requests: int, dense_batch: int) -> tuple[Bucket, ...
     if len(rows) > 5:  # keep the ends and thin out the middle
         rows = [rows[0], rows[1], rows[-3], rows[-2], rows[-1]]
     decode = [Bucket(tokens=r, decode_rows=r, prefill_rows=0) for r in rows]
-    few = min(8, max_requests)
-    mixed = [
-        Bucket(
-            tokens=max(dense_batch // 4, min(16, dense_batch)),
-            decode_rows=min(few, max(dense_batch // 4, min(16, dense_batch))),
-            prefill_rows=few,
-        )
-    ]
+    few, quarter = min(8, max_requests), max(1, dense_batch // 4)
+    mixed = [Bucket(tokens=quarter, decode_rows=min(few, quarter), prefill_rows=few)]
     for tokens in (dense_batch // 2, dense_batch):
         if tokens >= max_requests:
-            mixed.append(
-                Bucket(
-                    tokens=tokens,
-                    decode_rows=max_requests,
-                    prefill_rows=min(max_requests, max(1, tokens // 8)),
-                )
-            )
+            mixed.append(Bucket(tokens=tokens, decode_rows=max_requests, prefill_rows=max_requests))
     return tuple(sorted({*decode, *mixed}))
 
 
@@ -95,13 +83,18 @@ def check_buckets(
     """The buckets, sorted, after making sure that every step the scheduler may plan fits one.
 
     Raises:
-        ValueError: The largest step has no bucket.
+        ValueError: The largest bucket does not hold the largest step.
     """
     largest = max(buckets)
+    most_rows = max(b.prefill_rows for b in buckets)
     if largest.tokens < dense_batch or largest.decode_rows < max_requests:
         raise ValueError(
             f"the largest bucket {largest} holds less than --dense_batch={dense_batch} tokens or "
             f"--max_requests={max_requests} decode rows; add {dense_batch}:{max_requests}:8"
+        )
+    if largest.prefill_rows < most_rows:
+        raise ValueError(
+            f"the largest bucket {largest} has fewer prefill rows than another ({most_rows})"
         )
     if largest.prefill_rows < 1:
         raise ValueError(f"the largest bucket {largest} has no prefill row; no prompt could run")
