@@ -134,9 +134,7 @@ def attention_reference(
     """
     group = q.shape[1] // k.shape[1]
 
-    def one_query(
-        query: Float[Array, "N H"], position: Int32[Array, ""]
-    ) -> Float[Array, "N H"]:
+    def one_query(query: Float[Array, "N H"], position: Int32[Array, ""]) -> Float[Array, "N H"]:
         scores = scale * jnp.einsum(
             "NH,CNH->NC", query, jnp.repeat(k, group, axis=1), precision="highest"
         )
@@ -147,12 +145,10 @@ def attention_reference(
         if window is not None:
             is_seen &= token > position - window
         weights = jax.nn.softmax(scores, axis=-1, where=is_seen[None])
-        mixed = jnp.einsum(
-            "NC,CNH->NH", weights, jnp.repeat(v, group, axis=1), precision="highest"
-        )
+        mixed = jnp.einsum("NC,CNH->NH", weights, jnp.repeat(v, group, axis=1), precision="highest")
         return jnp.where(position >= 0, mixed, 0.0)
 
-    return jnp.stack([one_query(*pair) for pair in zip(q, positions, strict=True)])
+    return jax.vmap(one_query)(q, positions)
 
 
 class _Running(NamedTuple):
@@ -190,7 +186,7 @@ def _attend(
     def one_page(step: Int32[Array, ""], running: _Running) -> _Running:
         column = first + step
         pages = jnp.take_along_axis(page_table, column[:, None], axis=1, mode="clip")[:, 0]
-        token = column[:, None] * S + jnp.arange(S, dtype=jnp.int32)  # [R, S]
+        token = column[:, None] * S + jnp.arange(S, dtype=jnp.int32)[None]  # [R, S]
         is_seen = _is_seen(positions, token, window)  # [R, B, S]
         is_seen_grouped = jnp.repeat(is_seen, N // K, axis=1)[:, None]  # [R, 1, Q, S]
         scores = layout.scores(cache, grouped, pages)
@@ -226,4 +222,3 @@ def _is_seen(
     key = token[:, None, :]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
-

@@ -24,7 +24,9 @@ class PageAllocator:
             ValueError: If there is no page at all.
         """
         if num_pages < 1:
-            raise ValueError(f"num_pages={num_pages}, wanted at least 1; give the cache more memory")
+            raise ValueError(
+                f"num_pages={num_pages}, wanted at least 1; give the cache more memory"
+            )
         self._heap = list(range(num_pages))
         self._is_free = bytearray(b"\x01") * num_pages
 
@@ -39,7 +41,7 @@ class PageAllocator:
         return len(self._heap)
 
     def try_take(self, count: int) -> list[int] | None:
-        """The `count` lowest free ids, in order, or None (and nothing taken) when too few are free."""
+        """The `count` lowest free ids, in order; None, and nothing taken, when too few are free."""
         assert count >= 0, f"asked for {count} pages"
         if count > len(self._heap):
             return None
@@ -63,4 +65,6 @@ class PageAllocator:
         marked = [page for page, is_free in enumerate(self._is_free) if is_free]
         assert free == marked, "the free heap and the map of free pages disagree"
         for child in range(1, len(self._heap)):
-            assert self._heap[(child - 1) // 2] <= self._heap[child], "the free heap is out of order"
+            assert self._heap[(child - 1) // 2] <= self._heap[child], (
+                "the free heap is out of order"
+            )

@@ -1,4 +1,4 @@
-"""Work list of prefill attention: chunks of prompt cut into query tiles, on the host, without jax."""
+"""Work list of prefill attention: prompt chunks cut into query tiles, on the host, without jax."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
     """Consecutive tokens of one request in the dense batch."""
 
     start: int  # flat index of the first token
-    count: int  # tokens
+    length: int  # tokens
     position: int  # position of the first token in its own context
     row: int  # row of the page table
 
@@ -51,9 +51,9 @@ def build_prefill_tiles(chunks: Sequence[Chunk], *, tile_len: int, capacity: int
         ValueError: If the chunks need more tiles than there are.
     """
     cut = [
-        (chunk.start + done, min(tile_len, chunk.count - done), chunk.position + done, chunk.row)
+        (chunk.start + done, min(tile_len, chunk.length - done), chunk.position + done, chunk.row)
         for chunk in chunks
-        for done in range(0, chunk.count, tile_len)
+        for done in range(0, chunk.length, tile_len)
     ]
     if len(cut) > capacity:
         raise ValueError(
