@@ -1,0 +1,1 @@
+"""The hot loop: one turn plans, launches and collects a dense batch."""

@@ -1,0 +1,198 @@
+"""The filters of one draw, min_p, top_k and top_p, as a floor under each row's scaled logits.
+
+Tokens that tie at the floor all stay. The floor is found among the largest few entries of the
+row where they hold all that is kept, else by bisection over the int32 image of float32, which
+orders as the floats do: exact, in at most 32 rounds, and no sort of the vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from nanoflow_jax.engine.logit_rows import WIDE, blocks, ones, pick, row_sum, top
+
+FADED = -104.0  # exp() of anything lower is 0 in float32
+_HEAD = 64  # largest entries of a row looked at before any search
+_CPU_CELLS = 1 << 18  # logits searched at a time on a CPU: they stay in its second-level cache
+
+_Bracket = tuple[Array, Array, Array, Array]  # low, high, entries kept at low, and at high
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Filters:
+    """A row's filters in terms of its scaled logits, (logit - peak) / scale: 0 at the largest.
+
+    Subtracting first keeps a tiny temperature from overflowing anything but losers, to -inf.
+    """
+
+    peak: Float[Array, "R"]
+    scale: Float[Array, "R"]
+    floor: Float[Array, "R"]  # scaled logits below it are out; at least FADED
+    top_k: Int[Array, "R"]
+    top_p: Float[Array, "R"]
+
+    def limited(self) -> Bool[Array, "R"]:
+        """Rows whose floor depends on the other logits."""
+        return (self.top_k > 0) | (self.top_p < 1)
+
+    def scaled(self, x: Float[Array, "R *X"]) -> Float[Array, "R *X"]:
+        """Logits to scaled logits."""
+        per_row = (-1,) + (1,) * (x.ndim - 1)
+        return (x - self.peak.reshape(per_row)) / self.scale.reshape(per_row)
+
+    def weights(self, x: Float[Array, "R *X"]) -> Float[Array, "R *X"]:
+        """Logits to unnormalised probabilities, exactly 0 below the floor."""
+        y = self.scaled(x)
+        floor = self.floor.reshape((-1,) + (1,) * (x.ndim - 1))
+        return jnp.where(y >= floor, jnp.exp(y), 0.0)
+
+
+def draw_from_head(
+    x: Float[Array, "R V"], filters: Filters, uniform: Float[Array, "R"]
+) -> tuple[Bool[Array, "R"], Int[Array, "R"]]:
+    """Draws among the `_HEAD` largest logits.
+
+    Returns:
+        Whether all that a row's filters keep is there, and the token (meaningless if not).
+    """
+    values, ids = top(x, min(_HEAD, x.shape[1]))
+    size = values.shape[1]
+    y = filters.scaled(values)
+
+    def complete(floor: Float[Array, "R"]) -> Bool[Array, "R"]:
+        return (y[:, -1] < floor) | jnp.full_like(floor, size == x.shape[1], dtype=jnp.bool_)
+
+    has_k = filters.top_k > 0
+    kth = jnp.take_along_axis(y, jnp.clip(filters.top_k, 1, size)[:, None] - 1, axis=1)[:, 0]
+    floor = jnp.maximum(filters.floor, jnp.where(has_k, kth, -jnp.inf))
+    left = complete(floor) & (filters.top_k <= size)  # what min_p and top_k leave is in the head
+    weights = jnp.where(y >= floor[:, None], jnp.exp(y), 0.0)
+    sums = jnp.cumsum(weights, axis=1)
+
+    has_p = filters.top_p < 1
+    total = lax.cond(
+        (has_p & ~left).any(),
+        lambda: jnp.where(left, sums[:, -1], row_sum(filters.weights(blocks(x, WIDE)))),
+        lambda: sums[:, -1],
+    )
+    reached = sums >= (filters.top_p * total)[:, None]
+    nucleus = jnp.take_along_axis(y, jnp.argmax(reached, axis=1)[:, None], axis=1)[:, 0]
+    floor = jnp.where(has_p & reached[:, -1], jnp.maximum(floor, nucleus), floor)
+    # With top_k beyond the head, or top_p's end beyond it, the row must be searched.
+    known = (left | (~has_k & reached[:, -1])) & complete(floor)
+    kept = jnp.where(y >= floor[:, None], weights, 0.0)
+    index, _ = pick(kept, uniform * kept.sum(axis=1))
+    return known, jnp.take_along_axis(ids, index[:, None], axis=1)[:, 0]
+
+
+def draw_from_row(
+    x: Float[Array, "R V"], filters: Filters, uniform: Float[Array, "R"]
+) -> Int[Array, "R"]:
+    """Draws among all logits at or above the floor: first the block, then the token in it."""
+    parts = blocks(x, WIDE)
+    sums = filters.weights(parts).sum(axis=2)
+    block, rest = pick(sums, uniform * row_sum(sums[:, None]))
+    chosen = jnp.take_along_axis(parts, block[:, None, None], axis=1)[:, 0]
+    index, _ = pick(filters.weights(chosen), rest)
+    return block * parts.shape[2] + index
+
+
+def search(x: Float[Array, "R V"], filters: Filters, wanted: Bool[Array, "R"]) -> Filters:
+    """Raises the floors of the wanted rows to what their top_k and top_p ask, exactly."""
+    num_rows, size = x.shape
+    group = min(max(_CPU_CELLS // size, 1), num_rows)
+    floor = lax.platform_dependent(
+        x,
+        filters,
+        wanted,
+        cpu=functools.partial(_search_in_groups, group=group),
+        default=functools.partial(_search_in_groups, group=num_rows),
+    )
+    return dataclasses.replace(filters, floor=floor)
+
+
+def _search_in_groups(
+    x: Float[Array, "R V"], filters: Filters, wanted: Bool[Array, "R"], *, group: int
+) -> Float[Array, "R"]:
+    num_rows = x.shape[0]
+    # Wanted rows first; the filling is out of range: read as the last row, written nowhere.
+    order = jnp.argsort(~wanted, stable=True).astype(jnp.int32)
+    order = jnp.pad(order, (0, -num_rows % group), constant_values=num_rows)
+
+    def search_group(i: Int[Array, ""], floor: Float[Array, "R"]) -> Float[Array, "R"]:
+        rows = lax.dynamic_slice_in_dim(order, i * group, group)
+        part, want = jax.tree.map(lambda a: a.at[rows].get(mode="clip"), (filters, wanted))
+        found = _floors(x.at[rows].get(mode="clip"), part)
+        return floor.at[rows].set(jnp.where(want, found, part.floor), mode="drop")
+
+    num_groups = (wanted.astype(jnp.int32).sum() + group - 1) // group
+    return lax.fori_loop(0, num_groups, search_group, filters.floor)
+
+
+def _floors(x: Float[Array, "G V"], filters: Filters) -> Float[Array, "G"]:
+    """Floors that leave what top_k and then top_p leave."""
+    y = blocks(filters.scaled(x), WIDE)
+    weights = jnp.exp(y)
+
+    def mass(keep: Bool[Array, "G N X"]) -> Float[Array, "G"]:
+        return row_sum(jnp.where(keep, weights, 0.0))
+
+    top_k = filters.top_k.astype(jnp.float32)
+    floor = _bisect(y, filters.floor, filters.top_k > 0, lambda keep: row_sum(ones(keep)) >= top_k)
+    goal = filters.top_p * mass(y >= floor[:, None, None])
+    return _bisect(y, floor, filters.top_p < 1, lambda keep: mass(keep) >= goal)
+
+
+def _bisect(
+    y: Float[Array, "G N X"],
+    floor: Float[Array, "G"],
+    wanted: Bool[Array, "G"],
+    reached: Callable[[Bool[Array, "G N X"]], Bool[Array, "G"]],
+) -> Float[Array, "G"]:
+    """Largest floor at which what is kept still reaches its goal; `floor` if that never does.
+
+    Bisects [low, high): low reaches the goal and high does not. A row is done when only one
+    entry lies between them, or, where several tie, when the two are neighbouring floats.
+    """
+
+    def test(low: Int[Array, "G"]) -> tuple[Bool[Array, "G"], Float[Array, "G"]]:
+        keep = y >= _float_of(low)[:, None, None]
+        return reached(keep), row_sum(ones(keep))
+
+    def active(state: _Bracket) -> Bool[Array, "G"]:
+        low, high, kept_low, kept_high = state
+        return wanted & (high - low > 1) & (kept_low - kept_high > 1)
+
+    def halve(state: _Bracket) -> _Bracket:
+        low, high, kept_low, kept_high = state
+        middle = low + (high - low) // 2
+        enough, kept = test(middle)
+        up, down = active(state) & enough, active(state) & ~enough
+        return (
+            jnp.where(up, middle, low),
+            jnp.where(down, middle, high),
+            jnp.where(up, kept, kept_low),
+            jnp.where(down, kept, kept_high),
+        )
+
+    low = _image_of(floor)
+    enough, kept = test(low)
+    high = jnp.where(enough, _image_of(jnp.zeros_like(floor)) + 1, low)
+    state = (low, high, kept, jnp.zeros_like(kept))
+    return _float_of(lax.while_loop(lambda state: active(state).any(), halve, state)[0])
+
+
+def _image_of(y: Float[Array, "G"]) -> Int[Array, "G"]:
+    """Integers that order as the floats do; 0 for 0, one less for -0."""
+    bits = lax.bitcast_convert_type(y, jnp.int32)
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
+
+
+def _float_of(image: Int[Array, "G"]) -> Float[Array, "G"]:
+    return lax.bitcast_convert_type(image ^ (image >> 31 & 0x7FFFFFFF), jnp.float32)
