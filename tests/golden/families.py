@@ -1,0 +1,219 @@
+"""The golden cases: which tiny model, tokenizer and conversations each family gets.
+
+Sizes are awkward on purpose: odd vocabularies, head widths that are not hidden size over heads,
+three query heads per key head, feed-forward widths that are no power of two.
+"""
+
+import dataclasses
+from typing import Any
+
+import conversations as chats
+from tiny_tokenizers import TokenizerSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One golden case.
+
+    Attributes:
+        architecture: Prefix of the transformers classes, e.g. "Llama".
+        config: Arguments of the config class, token ids apart.
+        seed: Seed of weights and prompts.
+        tokenizer: The tokenizer; its vocabulary may be smaller than the model's.
+        bos, eos, pad: Tokens named in tokenizer_config.json and, as ids, in config.json.
+        template: Name of the chat template.
+        template_in_config: Stored in tokenizer_config.json, not in chat_template.jinja.
+        chat: Conversations to render.
+        generation_eos: Tokens listed as eos in generation_config.json; empty: same as eos.
+        tokenizer_config: Further entries of tokenizer_config.json.
+        legacy_config: config.json as transformers 4 wrote it (rope_theta, rope_scaling).
+        shard_size: Largest shard of the weights, or None for one file.
+        gains: Factors on the usual spread of weights whose name contains the key.
+        bites: Config changes that must change the logits, so that no feature sleeps.
+    """
+
+    architecture: str
+    config: dict[str, Any]
+    seed: int
+    tokenizer: TokenizerSpec
+    bos: str | None
+    eos: str
+    pad: str | None = None
+    template: str
+    template_in_config: bool = False
+    chat: tuple[chats.Conversation, ...]
+    generation_eos: tuple[str, ...] = ()
+    tokenizer_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    legacy_config: bool = False
+    shard_size: str | None = None
+    gains: dict[str, float] = dataclasses.field(default_factory=dict)
+    bites: tuple[dict[str, Any], ...] = ()
+
+
+_SENTENCEPIECE = ("<unk>", "<s>", "</s>")
+_LLAMA3_SPECIAL = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+)
+_MISTRAL_SPECIAL = (
+    *_SENTENCEPIECE,
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)
+_QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_QWEN3_PLAIN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+_QWEN3_PLAIN += ("<think>", "</think>")
+_GEMMA_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+
+_ADD_BOS = {"add_bos_token": True, "add_eos_token": False}
+_NO_BOS = {"add_bos_token": False, "add_prefix_space": False}
+
+_QWEN2_CHAT = (
+    chats.SYSTEM,
+    chats.MULTI_TURN,
+    chats.UNICODE,
+    chats.TOOLS_OFFERED,
+    chats.TWO_TOOLS_CALLED,
+    chats.FINISHED,
+    chats.UNKNOWN_ROLE,
+)
+_QWEN3_CHAT = (
+    chats.SYSTEM_MULTI_TURN,
+    chats.with_kwargs(chats.UNICODE, enable_thinking=False),
+    chats.with_kwargs(chats.SINGLE, enable_thinking=True),
+    chats.THOUGHT,
+    chats.TOOLS_OFFERED,
+    chats.TWO_TOOLS_CALLED,
+    chats.TOOL_ANSWERED,
+    chats.ONLY_TOOL_RESULT,
+)
+_QWEN3_TOKENIZER = TokenizerSpec(
+    kind="byte_level", special=_QWEN_SPECIAL, plain=_QWEN3_PLAIN, vocab_size=321
+)
+_QWEN3 = {
+    "tokenizer": _QWEN3_TOKENIZER,
+    "bos": None,
+    "eos": "<|im_end|>",
+    "pad": "<|endoftext|>",
+    "generation_eos": ("<|im_end|>", "<|endoftext|>"),
+    "tokenizer_config": _NO_BOS,
+    "template": "qwen3",
+    "chat": _QWEN3_CHAT,
+}
+
+
+# With tied embeddings the last token votes for itself: the layers must outweigh it.
+_TIED = {
+    "embed_tokens": 0.55,
+    "o_proj": 2.5,
+    "down_proj": 5.0,
+    "q_proj": 1.2,
+    "k_proj": 1.2,
+    "q_norm": 1.3,
+}
+
+
+def _sizes(**sizes: Any) -> dict[str, Any]:
+    return {"max_position_embeddings": 256, "rms_norm_eps": 1e-5, **sizes}
+
+
+CASES: dict[str, Case] = {
+    "llama": Case(
+        architecture="Llama",
+        config=_sizes(
+            vocab_size=353,
+            hidden_size=32,
+            intermediate_size=44,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+        ),
+        seed=7,
+        tokenizer=TokenizerSpec(
+            kind="sentencepiece", special=_SENTENCEPIECE, vocab_size=353, bos="<s>"
+        ),
+        bos="<s>",
+        eos="</s>",
+        tokenizer_config=_ADD_BOS,
+        template="llama2",
+        template_in_config=True,
+        chat=(
+            chats.SYSTEM_MULTI_TURN,
+            chats.SINGLE,
+            chats.FINISHED,
+            chats.UNICODE,
+            chats.TWO_USERS,
+        ),
+        legacy_config=True,
+    ),
+    "llama3": Case(
+        architecture="Llama",
+        config=_sizes(
+            vocab_size=307,
+            hidden_size=36,
+            intermediate_size=44,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 48,
+            },
+        ),
+        seed=5,
+        gains=_TIED,
+        tokenizer=TokenizerSpec(
+            kind="byte_level", special=_LLAMA3_SPECIAL, vocab_size=301, bos="<|begin_of_text|>"
+        ),
+        bos="<|begin_of_text|>",
+        eos="<|eot_id|>",
+        generation_eos=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        template="llama3",
+        template_in_config=True,
+        chat=(
+            chats.with_kwargs(chats.SYSTEM, date_string="26 Jul 2024"),
+            chats.at(chats.MULTI_TURN, "2025-03-09T14:05:06"),
+            chats.with_kwargs(chats.UNICODE, date_string="1 Jan 2026"),
+            chats.with_kwargs(chats.TOOLS_OFFERED, date_string="26 Jul 2024"),
+            chats.with_kwargs(
+                chats.TOOL_CALLED, date_string="26 Jul 2024", tools_in_user_message=False
+            ),
+            chats.with_kwargs(chats.TWO_TOOLS_CALLED, date_string="26 Jul 2024"),
+        ),
+        legacy_config=True,
+        bites=({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},),
+    ),
+    "qwen3": Case(
+        architecture="Qwen3",
+        config=_sizes(
+            vocab_size=321,
+            hidden_size=36,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=16,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        ),
+        seed=5,
+        gains=_TIED,
+        **_QWEN3,
+    ),
+}
