@@ -6,6 +6,7 @@ loading, random weights and abstract shapes share one description of the model.
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -137,10 +138,9 @@ class Attention(nnx.Module):
             if c.qkv_bias
             else None
         )
-        self.query_norm = self.key_norm = None
-        if c.qk_norm:
-            self.query_norm = RmsNorm(make, f"{prefix}.query_norm", c.head_dim, config=c)
-            self.key_norm = RmsNorm(make, f"{prefix}.key_norm", c.head_dim, config=c)
+        head_norm = functools.partial(RmsNorm, make, width=c.head_dim, config=c)
+        self.query_norm = head_norm(name=f"{prefix}.query_norm") if c.qk_norm else None
+        self.key_norm = head_norm(name=f"{prefix}.key_norm") if c.qk_norm else None
         self.o = nnx.Param(
             make(ParamSpec(name=f"{prefix}.o", shape=(width, kv, group, c.head_dim), axes="DKGH"))
         )
@@ -202,14 +202,13 @@ class FeedForward(nnx.Module):
         self.down = nnx.Param(
             make(ParamSpec(name=f"{prefix}.down", shape=(width, hidden), axes="DF"))
         )
-        self.gate_up_bias = self.down_bias = None
-        if c.mlp_bias:
-            self.gate_up_bias = nnx.Param(
-                make(ParamSpec(name=f"{prefix}.gate_up_bias", shape=(2, hidden), axes="2F"))
-            )
-            self.down_bias = nnx.Param(
-                make(ParamSpec(name=f"{prefix}.down_bias", shape=(width,), axes="D"))
-            )
+        biases = ("gate_up_bias", (2, hidden), "2F"), ("down_bias", (width,), "D")
+        self.gate_up_bias, self.down_bias = (
+            nnx.Param(make(ParamSpec(name=f"{prefix}.{name}", shape=shape, axes=axes)))
+            if c.mlp_bias
+            else None
+            for name, shape, axes in biases
+        )
         self.post_norm = (
             RmsNorm(make, f"{prefix}.feed_forward_post_norm", width, config=c)
             if c.post_norms

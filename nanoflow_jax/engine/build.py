@@ -1,0 +1,318 @@
+"""From knobs to a running engine: model folder, dtype, cache, buckets, compiled programs."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints import folder as checkpoint_folder
+from nanoflow_jax import config as config_lib
+from nanoflow_jax.engine import compiler, engine, inputs, programs, runner
+from nanoflow_jax.kv_cache import layout as layout_lib
+from nanoflow_jax.kv_cache import pages
+from nanoflow_jax.models import architecture, huggingface, loading, presets, transformer
+from nanoflow_jax.parallel import mesh as mesh_lib
+from nanoflow_jax.scheduler import buckets as bucket_lib
+from nanoflow_jax.scheduler import scheduler
+
+_LOG = logging.getLogger(__name__)
+_PRESET = "preset:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What measured best on a kind of device; docs/decisions.md has the measurements."""
+
+    page_size: int
+    tile_len: int
+    max_requests: int
+    dense_batch: int
+
+
+_CPU = Defaults(page_size=128, tile_len=64, max_requests=64, dense_batch=512)
+_GPU = Defaults(page_size=64, tile_len=128, max_requests=256, dense_batch=2048)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """An opened model, weights not read yet.
+
+    Attributes:
+        config: Its shape.
+        folder: Where it came from; None for a preset.
+        eos_ids: End-of-text tokens of both config files.
+        stored_dtype: Number format of the checkpoint.
+    """
+
+    config: architecture.ModelConfig
+    folder: checkpoint_folder.ModelFolder | None
+    eos_ids: frozenset[int]
+    stored_dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a build chose, for people to read."""
+
+    device: str
+    dtype: str
+    model_bytes: int
+    cache_bytes: int
+    num_pages: int
+    page_size: int
+    max_requests: int
+    dense_batch: int
+    max_context_len: int
+    buckets: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reports:
+    """Called while a build goes on."""
+
+    weights: Callable[[loading.Progress], None] = lambda progress: None
+    settings: Callable[[Settings], None] = lambda settings: None
+    program: Callable[[compiler.Compiled, int], None] = lambda compiled, total: None
+
+
+def embedded_folder() -> pathlib.Path:
+    """The small model that comes with the package."""
+    return pathlib.Path(str(resources.files("checkpoints"))) / "embedded"
+
+
+def open_model(section: config_lib.ModelSection) -> ModelSource:
+    """Finds and checks the model that the knobs name, without reading weights.
+
+    Raises:
+        ValueError: It is no folder, not supported, damaged, or a preset without random weights.
+    """
+    name = section.model
+    if name.startswith(_PRESET):
+        if not section.random_weights:
+            raise ValueError(
+                f"--model={name} is a shape without weights; add --random_weights, or name a folder"
+            )
+        raw = presets.load(name.removeprefix(_PRESET))
+        return ModelSource(
+            config=huggingface.read_config(raw),
+            folder=None,
+            eos_ids=frozenset(),
+            stored_dtype=_stored_dtype(raw),
+        )
+    path = pathlib.Path(name) if name else embedded_folder()
+    if not path.is_dir():
+        raise ValueError(
+            f"--model={name} is no folder. To download a model from Hugging Face:\n"
+            f"  pip install huggingface_hub && hf download {name} --local-dir "
+            f"{path.name}\nthen use --model={path.name}"
+        )
+    folder = checkpoint_folder.ModelFolder.open(path)
+    config = huggingface.read_config(folder.config)
+    eos = loading.eos_ids(folder.config, folder.generation_config)
+    return ModelSource(
+        config=config,
+        folder=folder,
+        eos_ids=frozenset(token for token in eos if token < config.vocab_size),
+        stored_dtype=_stored_dtype(folder.config),
+    )
+
+
+def _stored_dtype(raw: Mapping[str, Any]) -> str:
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
+def _run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
+    """The number format to run in.
+
+    CPUs without bfloat16 products emulate them at a tenth of the speed, so auto means float32
+    there; float16 checkpoints run as bfloat16, which has the range that float16 lacks.
+    """
+    if choice == config_lib.Dtype.AUTO:
+        wide = platform == "cpu" or stored == "float32"
+        choice = config_lib.Dtype.FLOAT32 if wide else config_lib.Dtype.BFLOAT16
+    return np.dtype(jnp.float32 if choice == config_lib.Dtype.FLOAT32 else jnp.bfloat16)
+
+
+def build_engine(
+    config: config_lib.EngineConfig, source: ModelSource, reports: Reports | None = None
+) -> engine.Engine:
+    """Loads the model, makes the cache and compiles every program.
+
+    Args:
+        config: The knobs.
+        source: The opened model.
+        reports: Called while it goes on.
+
+    Raises:
+        ValueError: The knobs do not fit each other, the model or the memory.
+    """
+    reports = reports or Reports()
+    device = jax.devices()[0]
+    defaults = _CPU if device.platform == "cpu" else _GPU
+    dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
+    _use_compile_cache(config.compile.cache_dir)
+    context = _context_len(config.model.max_context_len, source.config)
+    max_requests = config.batch.max_requests or defaults.max_requests
+    dense_batch = config.batch.dense_batch or max(defaults.dense_batch, max_requests)
+    if dense_batch < max_requests:
+        raise ValueError(
+            f"--dense_batch={dense_batch} is less than --max_requests={max_requests}: each "
+            "running request needs a token of room"
+        )
+    bucket_list = _buckets(config.batch.buckets, max_requests, dense_batch)
+    mesh = mesh_lib.build_mesh([device])
+    model = _load(config.model, source, dtype, mesh, reports)
+    page_size = min(config.cache.page_size or defaults.page_size, context)
+    max_pages = -(-context // page_size)
+    kv_layout = _layout(
+        device, config.cache, source.config, dtype, page_size, max_requests * max_pages
+    )
+    sizes = programs.Sizes(
+        max_requests=max_requests,
+        max_pages=max_pages,
+        num_pages=kv_layout.shape.num_pages,
+        dense_batch=dense_batch,
+        vocab_size=source.config.vocab_size,
+        penalty_requests=min(config.batch.penalty_requests, max_requests),
+        tile_len=min(defaults.tile_len, dense_batch),
+    )
+    reports.settings(
+        Settings(
+            device=device.device_kind,
+            dtype=dtype.name,
+            model_bytes=loading.model_bytes(source.config, dtype),
+            cache_bytes=kv_layout.shape.cache_bytes * source.config.num_layers,
+            num_pages=sizes.num_pages,
+            page_size=page_size,
+            max_requests=max_requests,
+            dense_batch=dense_batch,
+            max_context_len=context,
+            buckets=tuple(str(b) for b in bucket_list),
+        )
+    )
+    step_runner = runner.Runner(
+        model,
+        kv_layout=kv_layout,
+        sizes=sizes,
+        bucket_list=bucket_list,
+        max_context_len=context,
+        mesh=mesh,
+        threads=config.compile.threads,
+        options={},
+        progress=reports.program,
+    )
+    limits = scheduler.Limits(
+        max_requests=max_requests,
+        dense_batch=dense_batch,
+        page_size=page_size,
+        penalty_requests=sizes.penalty_requests,
+    )
+    return engine.Engine(
+        step_runner,
+        scheduler.Scheduler(limits, bucket_list, pages.PageAllocator(sizes.num_pages)),
+        inputs.InputBuilder(sizes, page_size=page_size, max_context_len=context),
+        engine.Limits(
+            vocab_size=source.config.vocab_size,
+            max_context_len=context,
+            eos_ids=source.eos_ids,
+        ),
+        run_ahead=config.batch.async_scheduling,
+    )
+
+
+def _context_len(asked: int, config: architecture.ModelConfig) -> int:
+    if asked > config.max_context_len:
+        raise ValueError(
+            f"--max_context_len={asked} is more than the model's {config.max_context_len}"
+        )
+    return asked or config.max_context_len
+
+
+def _buckets(text: str, max_requests: int, dense_batch: int) -> tuple[bucket_lib.Bucket, ...]:
+    found = (
+        bucket_lib.parse_buckets(text)
+        if text
+        else bucket_lib.default_buckets(max_requests=max_requests, dense_batch=dense_batch)
+    )
+    return bucket_lib.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
+
+
+def _load(
+    section: config_lib.ModelSection,
+    source: ModelSource,
+    dtype: np.dtype[Any],
+    mesh: jax.sharding.Mesh,
+    reports: Reports,
+) -> transformer.Transformer:
+    if section.random_weights or source.folder is None:
+        return loading.random_model(
+            source.config,
+            seed=section.weight_seed,
+            dtype=dtype,
+            mesh=mesh,
+            progress=reports.weights,
+        )
+    return loading.load_model(
+        source.folder, source.config, dtype=dtype, mesh=mesh, progress=reports.weights
+    )
+
+
+def _layout(
+    device: jax.Device,
+    section: config_lib.CacheSection,
+    config: architecture.ModelConfig,
+    dtype: np.dtype[Any],
+    page_size: int,
+    most_pages: int,
+) -> layout_lib.KvLayout:
+    """The cache of one layer: as many pages as memory allows and all requests could use."""
+    kind = layout_lib.TokenMinorLayout if device.platform == "cpu" else layout_lib.PageMajorLayout
+    shape = layout_lib.CacheShape(
+        num_pages=1,
+        page_size=page_size,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+    )
+    num_pages = section.num_pages
+    if not num_pages:
+        room = int(_free_bytes(device) * section.memory_fraction)
+        num_pages = min(most_pages, room // (shape.page_bytes * config.num_layers))
+    if num_pages < 1:
+        raise ValueError(
+            "no memory for a single page of the KV cache; use a smaller model, "
+            "--dtype=bfloat16, or raise --cache_memory_fraction"
+        )
+    return kind(shape=dataclasses.replace(shape, num_pages=num_pages))
+
+
+def _free_bytes(device: jax.Device) -> int:
+    """Memory that the cache may take: what is free on a GPU, a quarter of the host's on CPU."""
+    stats = device.memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def _use_compile_cache(folder: str) -> None:
+    """Keeps compiled programs between runs, unless somebody has already set where."""
+    if jax.config.jax_compilation_cache_dir is not None or not folder:
+        return
+    if folder == "auto":
+        base = os.environ.get("XDG_CACHE_HOME") or str(pathlib.Path.home() / ".cache")
+        folder = os.path.join(base, "nanoflow_jax", "programs")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        _LOG.warning("no compilation cache in %s (%s); every start will compile", folder, error)
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

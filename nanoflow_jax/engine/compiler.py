@@ -1,0 +1,114 @@
+"""Compiles a list of programs at once, in parallel, and watches that nothing compiles later."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One program to compile.
+
+    Attributes:
+        name: Shown in the list of programs.
+        function: What to compile.
+        arguments: Abstract arrays, with shardings where they matter.
+        donated: Positions of arguments that the program may overwrite.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: Sequence[Any]
+    donated: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A program and how long it took to make."""
+
+    name: str
+    call: Callable[..., Any]
+    seconds: float
+
+
+def compile_all(
+    jobs: Sequence[Job],
+    *,
+    threads: int,
+    options: dict[str, Any],
+    progress: Callable[[Compiled, int], None],
+) -> dict[str, Compiled]:
+    """Compiles every job; most of the work happens outside Python's lock.
+
+    Args:
+        jobs: What to compile; names are unique.
+        threads: Jobs at once; 0 is one per core, at most 8.
+        options: XLA compiler options.
+        progress: Called as each one is ready, with the number of jobs.
+    """
+    count = threads or min(8, os.cpu_count() or 1)
+
+    def compile_one(job: Job) -> Compiled:
+        start = time.monotonic()
+        jitted = jax.jit(job.function, donate_argnums=job.donated, keep_unused=True)
+        call = jitted.lower(*job.arguments).compile(compiler_options=options or None)
+        return Compiled(name=job.name, call=call, seconds=time.monotonic() - start)
+
+    done = {}
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(compile_one, job) for job in jobs]
+        for future in concurrent.futures.as_completed(futures):
+            compiled = future.result()
+            done[compiled.name] = compiled
+            progress(compiled, len(jobs))
+    return done
+
+
+class CompileWatch:
+    """Counts compilations inside steps and logs an error for each one.
+
+    Only compilations by the thread that is inside `forbid` count: another engine in the process
+    may be warming up.
+
+    Invariant: `num_late` counts the compilations seen so far.
+    """
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self.num_late = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @contextlib.contextmanager
+    def forbid(self) -> Iterator[None]:
+        """Inside, a compilation is an error."""
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._thread = None
+
+    def close(self) -> None:
+        """Stops listening."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _on_event(self, event: str, seconds: float, **_: Any) -> None:
+        if event != self._EVENT or threading.get_ident() != self._thread:
+            return
+        self.num_late += 1
+        _LOG.error(
+            "a program was compiled after warm-up (%.2f s): a shape is missing from the list "
+            "of buckets; please report this",
+            seconds,
+        )

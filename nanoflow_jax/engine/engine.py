@@ -1,0 +1,267 @@
+"""The hot loop: while the device runs step i, the host plans step i + 1."""
+
+import collections
+import dataclasses
+from collections.abc import Collection
+
+import numpy as np
+from jaxtyping import Int32
+
+from nanoflow_jax import request as request_lib
+from nanoflow_jax.engine import inputs, runner, sequence
+from nanoflow_jax.scheduler import scheduler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request is checked against.
+
+    Attributes:
+        vocab_size: V.
+        max_context_len: Most tokens of one request.
+        eos_ids: End-of-text tokens.
+    """
+
+    vocab_size: int
+    max_context_len: int
+    eos_ids: Collection[int]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Counters:
+    """Totals since the engine started.
+
+    Attributes:
+        steps: Steps launched.
+        prompt_tokens: Prompt tokens computed, recomputed ones included.
+        generated_tokens: Tokens given to requests.
+        surplus_tokens: Tokens sampled for requests that had already ended.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    surplus_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _InFlight:
+    """A launched step and what is needed to read its results."""
+
+    plan: scheduler.StepPlan
+    launched: runner.Launched
+
+
+class Engine:
+    """Runs requests in dense batches and reports their tokens.
+
+    Invariant: at most one step is in flight; every sequence is known to the scheduler.
+    """
+
+    def __init__(
+        self,
+        step_runner: runner.Runner,
+        step_scheduler: scheduler.Scheduler,
+        builder: inputs.InputBuilder,
+        limits: Limits,
+        *,
+        run_ahead: bool,
+    ) -> None:
+        self._runner = step_runner
+        self._scheduler = step_scheduler
+        self._inputs = builder
+        self._limits = limits
+        self._run_ahead = run_ahead
+        self._sequences: dict[str, sequence.Sequence] = {}
+        self._keys: dict[str, str] = {}
+        self._num_added = 0
+        self._in_flight: _InFlight | None = None
+        self._failed: collections.deque[request_lib.RequestUpdate] = collections.deque()
+        self.counters = Counters()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._sequences) or self._in_flight is not None
+
+    @property
+    def limits(self) -> Limits:
+        """What requests are checked against."""
+        return self._limits
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the dense batch."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for room."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a request lost its pages."""
+        return self._scheduler.num_preemptions
+
+    @property
+    def num_late_compiles(self) -> int:
+        """Programs compiled inside a step; anything but 0 is a defect."""
+        return self._runner.watch.num_late
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """Time to make each program."""
+        return self._runner.compile_seconds
+
+    def add(self, request: request_lib.Request) -> None:
+        """Takes a request in; its tokens come from later steps.
+
+        Raises:
+            ValueError: This request cannot be served; others are not affected.
+        """
+        if request.request_id in self._keys:
+            raise ValueError(f"request id {request.request_id!r} is already in use")
+        made = sequence.make_sequence(
+            request,
+            vocab_size=self._limits.vocab_size,
+            max_context_len=self._limits.max_context_len,
+            eos_ids=self._limits.eos_ids,
+        )
+        # A name of our own: a step in flight may still carry an ended request of the same id.
+        key = str(self._num_added)
+        self._scheduler.add(
+            key,
+            prompt_len=made.prompt_len,
+            limit=made.limit,
+            priority=request.priority,
+            uses_penalties=made.params.uses_penalties,
+            ends_at_limit=not made.ends and not made.params.stop,
+        )
+        self._num_added += 1
+        self._keys[request.request_id] = key
+        self._sequences[key] = made
+
+    def abort(self, request_id: str, *, output_len: int | None = None) -> None:
+        """Ends a request; nothing more is reported of it.
+
+        Args:
+            request_id: Which; one that has already ended is ignored.
+            output_len: Its length, if it ended at a stop string rather than being dropped.
+        """
+        key = self._keys.get(request_id)
+        if key is not None:
+            self._end(key, output_len=output_len)
+
+    def _end(self, key: str, *, output_len: int | None) -> None:
+        self._scheduler.finish(key, output_len=output_len)
+        ended = self._sequences.pop(key)
+        del self._keys[ended.request.request_id]
+
+    def step(self) -> list[request_lib.RequestUpdate]:
+        """One turn. While the device runs step i, the host plans step i + 1."""
+        with self._runner.watch.forbid():
+            plan = self._scheduler.plan()
+            launched = self._launch(plan) if plan else None
+            updates = self._commit()
+            self._in_flight = launched
+            if not self._run_ahead:
+                updates += self._commit()
+            return updates
+
+    def _launch(self, plan: scheduler.StepPlan) -> _InFlight:
+        launched = self._runner.launch(self._inputs.build(plan, self._sequences))
+        self.counters.steps += 1
+        self.counters.prompt_tokens += sum(row.length for row in plan.chunks)
+        return _InFlight(plan=plan, launched=launched)
+
+    def _commit(self) -> list[request_lib.RequestUpdate]:
+        """Waits for the step in flight and hands its tokens to their requests."""
+        flight, self._in_flight = self._in_flight, None
+        if flight is None:
+            return []
+        collected = self._runner.collect(flight.launched)
+        updates = self._prompt_updates(collected)
+        sampling_rows = [row for row in flight.plan.rows if row.samples]
+        self._scheduler.commit(flight.plan)
+        for i, row in enumerate(sampling_rows):
+            made = self._sequences.get(row.request_id)
+            if made is None:
+                self.counters.surplus_tokens += 1
+                continue
+            assert collected.rows is not None
+            updates.append(self._take_token(row.request_id, made, collected.rows[i]))
+        return updates
+
+    def _take_token(
+        self, key: str, made: sequence.Sequence, row: Int32[np.ndarray, "X"]
+    ) -> request_lib.RequestUpdate:
+        request_id = made.request.request_id
+        token, is_ok = int(row[0]), bool(row[1])
+        if not is_ok:
+            self._end(key, output_len=None)
+            return request_lib.RequestUpdate(
+                request_id=request_id,
+                finish_reason=request_lib.FinishReason.ERROR,
+                error="no token could be drawn: the logits were not finite, or every token was "
+                "banned by logit_bias, allowed_token_ids or min_tokens",
+            )
+        made.token_ids.append(token)
+        self.counters.generated_tokens += 1
+        reason = None
+        if token in made.ends:
+            reason = request_lib.FinishReason.STOP
+            self._end(key, output_len=made.num_generated)
+        elif len(made.token_ids) >= made.limit:
+            reason = request_lib.FinishReason.LENGTH
+            self._end(key, output_len=None)
+        wanted = made.params.logprobs
+        return request_lib.RequestUpdate(
+            request_id=request_id,
+            token_ids=(token,),
+            logprobs=() if wanted is None else (_logprobs(token, row[2:], wanted),),
+            finish_reason=reason,
+            stop_token_id=token if reason is request_lib.FinishReason.STOP else None,
+        )
+
+    def _prompt_updates(self, collected: runner.Collected) -> list[request_lib.RequestUpdate]:
+        updates = []
+        for part, rows in collected.prompt_rows:
+            made = self._sequences.get(part.request_id)
+            if made is None:
+                continue
+            wanted = made.params.prompt_logprobs
+            assert wanted is not None
+            targets = part.vector[len(part.vector) // 2 :]
+            updates.append(
+                request_lib.RequestUpdate(
+                    request_id=made.request.request_id,
+                    prompt_logprobs=tuple(
+                        _logprobs(int(targets[i]), rows[i], wanted) for i in range(part.count)
+                    ),
+                )
+            )
+        return updates
+
+    def check(self) -> None:
+        """Raises AssertionError if an invariant is broken."""
+        self._scheduler.check()
+        assert len(self._keys) == len(self._sequences), "a request has two names"
+
+    def close(self) -> None:
+        """Lets go of the device; the engine cannot be used afterwards."""
+        self._commit()
+        self._runner.close()
+
+
+def _logprobs(token: int, row: Int32[np.ndarray, "X"], wanted: int) -> request_lib.TokenLogprobs:
+    """Reads the columns that `programs` wrote: logprob, rank, top ids, top values."""
+    count = (len(row) - 2) // 2
+    values = row.view(np.float32)
+    top = zip(row[2 : 2 + wanted], values[2 + count : 2 + count + wanted], strict=True)
+    return request_lib.TokenLogprobs(
+        token_id=token,
+        logprob=float(values[0]),
+        rank=int(row[1]),
+        top=tuple((int(t), float(v)) for t, v in top),
+    )

@@ -1,0 +1,193 @@
+"""Writes one step's plan into the vectors that its programs read."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from nanoflow_jax.engine import programs, runner, sampling
+from nanoflow_jax.engine.sequence import Sequence as TokenSequence
+from nanoflow_jax.kv_cache import tiles
+from nanoflow_jax.scheduler import scheduler
+
+_VARIANT_ORDER = (
+    sampling.SamplerVariant.GREEDY,
+    sampling.SamplerVariant.FILTERED,
+    sampling.SamplerVariant.FULL,
+)
+
+
+class InputBuilder:
+    """Builds the host's part of each step; keeps the packings of all programs."""
+
+    def __init__(self, sizes: programs.Sizes, *, page_size: int, max_context_len: int) -> None:
+        self._sizes = sizes
+        self._page_size = page_size
+        self._max_context_len = max_context_len
+        self._packings: dict[object, object] = {}
+
+    def build(
+        self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
+    ) -> runner.StepInputs:
+        """The vectors of one step.
+
+        Args:
+            plan: What to run.
+            sequences: The requests in it, by the scheduler's id.
+        """
+        sampling_rows = [row for row in plan.rows if row.samples]
+        variant = self._variant(sampling_rows, sequences)
+        return runner.StepInputs(
+            bucket=plan.bucket,
+            forward=self._forward(plan, sequences),
+            variant=variant,
+            sample=None
+            if variant is None
+            else self._sample(plan, sampling_rows, sequences, variant),
+            resets=[
+                self._reset(row, sequences[row.request_id])
+                for row in plan.rows
+                if row.is_first and row.penalty_slot is not None
+            ],
+            prompt_slices=self._prompt_slices(plan, sequences),
+        )
+
+    def _variant(
+        self, rows: Sequence[scheduler.Row], sequences: Mapping[str, TokenSequence]
+    ) -> sampling.SamplerVariant | None:
+        wanted = {sequences[row.request_id].variant_at(row.start + row.length) for row in rows}
+        return max(wanted, key=_VARIANT_ORDER.index, default=None)
+
+    def _forward(
+        self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
+    ) -> runner.Vector:
+        pack = programs.forward_packing(self._sizes, plan.bucket)
+        vector, views = pack.new()
+        count = len(plan.decode)
+        starts = np.fromiter((row.start for row in plan.decode), np.int32, count)
+        views["positions"][:count] = starts
+        views["offsets"][:count] = starts % self._page_size
+        views["decode_lens"][:count] = starts + 1
+        for i, row in enumerate(plan.decode):
+            tokens = sequences[row.request_id].token_ids
+            if row.start < len(tokens):
+                views["token_ids"][i] = tokens[row.start]
+            else:  # sampled by the step in flight: its value is on the device only
+                views["token_slots"][i] = row.slot
+            views["pages"][i] = row.pages[row.start // self._page_size]
+            views["decode_pages"][i, : len(row.pages)] = row.pages
+        views["logit_tokens"][:count] = np.arange(count)
+        self._write_chunks(plan, sequences, views)
+        return vector
+
+    def _write_chunks(
+        self,
+        plan: scheduler.StepPlan,
+        sequences: Mapping[str, TokenSequence],
+        views: Mapping[str, np.ndarray],
+    ) -> None:
+        if not plan.bucket.prefill_rows:
+            return
+        first, logit_row, chunks = len(plan.decode), len(plan.decode), []
+        for i, row in enumerate(plan.chunks):
+            span = slice(first, first + row.length)
+            positions = np.arange(row.start, row.start + row.length, dtype=np.int32)
+            tokens = sequences[row.request_id].token_ids
+            views["token_ids"][span] = tokens[row.start : row.start + row.length]
+            views["positions"][span] = positions
+            pages = np.asarray(row.pages, np.int32)
+            views["pages"][span] = pages[positions // self._page_size]
+            views["offsets"][span] = positions % self._page_size
+            views["prefill_pages"][i, : len(pages)] = pages
+            chunks.append(tiles.Chunk(start=first, length=row.length, position=row.start, row=i))
+            if row.samples:
+                views["logit_tokens"][logit_row] = span.stop - 1
+                logit_row += 1
+            first = span.stop
+        built = tiles.build_prefill_tiles(
+            chunks, tile_len=self._sizes.tile_len, capacity=views["tiles"].shape[1]
+        )
+        views["tiles"][:] = np.stack(built)
+
+    def _sample(
+        self,
+        plan: scheduler.StepPlan,
+        rows: Sequence[scheduler.Row],
+        sequences: Mapping[str, TokenSequence],
+        variant: sampling.SamplerVariant,
+    ) -> runner.Vector:
+        size = self._sizes.padded_rows(plan.bucket)
+        pack = programs.sample_packing(self._sizes, rows=size, variant=variant)
+        vector, views = pack.new()
+        for i, row in enumerate(rows):
+            views["slots"][i] = row.slot
+            if variant is sampling.SamplerVariant.GREEDY:
+                continue
+            sequence = sequences[row.request_id]
+            p = sequence.params
+            views["temperature"][i] = p.temperature
+            views["top_k"][i] = p.top_k
+            views["top_p"][i] = p.top_p
+            views["min_p"][i] = p.min_p
+            views["seed"][i] = sequence.seed
+            views["position"][i] = row.start + row.length
+            if variant is sampling.SamplerVariant.FULL:
+                self._write_full(views, i, row, sequence)
+        return vector
+
+    def _write_full(
+        self,
+        views: Mapping[str, np.ndarray],
+        i: int,
+        row: scheduler.Row,
+        sequence: TokenSequence,
+    ) -> None:
+        p = sequence.params
+        if row.penalty_slot is not None:
+            views["presence"][i] = p.presence_penalty
+            views["frequency"][i] = p.frequency_penalty
+            views["repetition"][i] = p.repetition_penalty
+            views["count_slot"][i] = row.penalty_slot
+        ids, values = sequence.bias
+        bans = sequence.bans_at(row.start + row.length)
+        views["bias_ids"][i, : len(ids)] = ids
+        views["bias_values"][i, : len(ids)] = values
+        views["bias_ids"][i, len(ids) : len(ids) + len(bans)] = bans
+        views["bias_values"][i, len(ids) : len(ids) + len(bans)] = -np.inf
+        if sequence.allowed is not None:
+            views["allowed"][i] = sequence.allowed
+            views["has_allowed"][i] = 1
+        if p.logprobs is not None:
+            views["wants_logprobs"][...] = 1
+
+    def _reset(self, row: scheduler.Row, sequence: TokenSequence) -> runner.Vector:
+        most = self._max_context_len
+        vector = np.full(1 + 2 * most, self._sizes.vocab_size, np.int32)
+        prompt_len = sequence.prompt_len
+        output = sequence.token_ids[prompt_len:]
+        vector[0] = row.penalty_slot
+        vector[1 : 1 + prompt_len] = sequence.token_ids[:prompt_len]
+        vector[1 + most : 1 + most + len(output)] = output
+        return vector
+
+    def _prompt_slices(
+        self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
+    ) -> list[runner.PromptSlice]:
+        """Slices of the prompt positions whose next token is a prompt token, not yet reported."""
+        found, first, most = [], len(plan.decode), programs.PROMPT_LOGPROB_ROWS
+        for row in plan.chunks:
+            sequence = sequences[row.request_id]
+            flat, first = first, first + row.length
+            if sequence.params.prompt_logprobs is None:
+                continue
+            begin = max(row.start, sequence.prompt_logprobs_done)
+            end = min(row.start + row.length, sequence.prompt_len - 1)
+            for start in range(begin, end, most):
+                count = min(most, end - start)
+                vector = np.zeros(2 * most, np.int32)
+                vector[:count] = np.arange(start, start + count) - row.start + flat
+                vector[most : most + count] = sequence.token_ids[start + 1 : start + count + 1]
+                found.append(
+                    runner.PromptSlice(request_id=row.request_id, count=count, vector=vector)
+                )
+            sequence.prompt_logprobs_done = max(end, sequence.prompt_logprobs_done)
+        return found

@@ -1,0 +1,223 @@
+"""Holds weights, caches and compiled programs; launches steps and collects what they sampled."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int32
+
+from nanoflow_jax.engine import compiler, programs, sampling
+from nanoflow_jax.kv_cache import layout
+from nanoflow_jax.models import transformer
+from nanoflow_jax.scheduler import buckets
+
+Vector = Int32[np.ndarray, "X"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptSlice:
+    """Prompt positions whose log-probabilities a step computes, at most PROMPT_LOGPROB_ROWS.
+
+    Attributes:
+        request_id: Whose prompt.
+        count: Positions in use.
+        vector: What the program reads.
+    """
+
+    request_id: str
+    count: int
+    vector: Vector
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """Everything the host sends for one step. No array here is written after launch.
+
+    Attributes:
+        bucket: Which forward program.
+        forward: Its vector.
+        variant: Which sample program; None when no row samples.
+        sample: Its vector.
+        resets: Penalty table rows to hand to their new owners first.
+        prompt_slices: Prompt positions to report on.
+    """
+
+    bucket: buckets.Bucket
+    forward: Vector
+    variant: sampling.SamplerVariant | None
+    sample: Vector | None
+    resets: Sequence[Vector]
+    prompt_slices: Sequence[PromptSlice]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launched:
+    """A step on the device: arrays that will hold what the host wants to know."""
+
+    sampled: jax.Array | None
+    prompt_rows: Sequence[tuple[PromptSlice, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a step sampled.
+
+    Attributes:
+        rows: One int32 row per logit row, as `programs.SampleResult.out`; None if none sampled.
+        prompt_rows: Per slice, logprob columns of its positions.
+    """
+
+    rows: Int32[np.ndarray, "R X"] | None
+    prompt_rows: Sequence[tuple[PromptSlice, Int32[np.ndarray, "C X"]]]
+
+
+class Runner:
+    """The device side of the engine.
+
+    Invariant: caches, last tokens and the penalty table are those that the newest launched step
+    leaves; older ones were donated to it.
+    """
+
+    def __init__(
+        self,
+        model: transformer.Transformer,
+        *,
+        kv_layout: layout.KvLayout,
+        sizes: programs.Sizes,
+        bucket_list: Sequence[buckets.Bucket],
+        max_context_len: int,
+        mesh: jax.sharding.Mesh,
+        threads: int,
+        options: Mapping[str, Any],
+        progress: Callable[[compiler.Compiled, int], None],
+    ) -> None:
+        self._sizes = sizes
+        graph, state = nnx.split(model)
+        self._weights, treedef = jax.tree.flatten(state)
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._caches = [jax.device_put(kv_layout.allocate(), everywhere) for _ in model.layers]
+        self._last_tokens = jax.device_put(np.zeros((sizes.max_requests,), np.int32), everywhere)
+        self._table = jax.device_put(
+            sampling.empty_table(sizes.penalty_requests, sizes.vocab_size), everywhere
+        )
+        jobs = self._jobs(graph, treedef, kv_layout, bucket_list, max_context_len, model)
+        self._programs = compiler.compile_all(
+            jobs, threads=threads, options=dict(options), progress=progress
+        )
+        self.watch = compiler.CompileWatch()
+
+    def _jobs(
+        self,
+        graph: Any,
+        treedef: Any,
+        kv_layout: layout.KvLayout,
+        bucket_list: Sequence[buckets.Bucket],
+        max_context_len: int,
+        model: transformer.Transformer,
+    ) -> list[compiler.Job]:
+        sizes = self._sizes
+        place = self._last_tokens.sharding
+        weights, caches = _abstract(self._weights), _abstract(self._caches)
+        last_tokens, table = _abstract(self._last_tokens), _abstract(self._table)
+        config = model.config
+
+        def vector(size: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size,), jnp.int32)
+
+        def real(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+        jobs = [
+            compiler.Job(
+                name=f"forward {bucket}",
+                function=programs.build_forward(
+                    graph, treedef, layout=kv_layout, sizes=sizes, bucket=bucket
+                ),
+                arguments=(
+                    caches,
+                    last_tokens,
+                    weights,
+                    vector(programs.forward_packing(sizes, bucket).size),
+                ),
+                donated=(0,),
+            )
+            for bucket in bucket_list
+        ]
+        for rows in sizes.sample_rows:
+            for variant in sampling.SamplerVariant:
+                pack = programs.sample_packing(sizes, rows=rows, variant=variant)
+                logits = real((rows, sizes.vocab_size), jnp.float32)
+                jobs.append(
+                    compiler.Job(
+                        name=f"sample {rows} {variant.value}",
+                        function=programs.build_sample(sizes=sizes, rows=rows, variant=variant),
+                        arguments=(last_tokens, table, logits, vector(pack.size)),
+                        donated=(0, 1),
+                    )
+                )
+        hidden = real((sizes.dense_batch, config.hidden_size), model.embedding[...].dtype)
+        jobs.append(
+            compiler.Job(
+                name="prompt_logprobs",
+                function=programs.build_prompt_logprobs(graph, treedef),
+                arguments=(weights, hidden, vector(2 * programs.PROMPT_LOGPROB_ROWS)),
+            )
+        )
+        jobs.append(
+            compiler.Job(
+                name="reset_penalties",
+                function=programs.build_reset(sizes=sizes, max_context_len=max_context_len),
+                arguments=(table, vector(1 + 2 * max_context_len)),
+                donated=(0,),
+            )
+        )
+        return jobs
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """Time each program took to compile, or to fetch from the compilation cache."""
+        return {name: program.seconds for name, program in self._programs.items()}
+
+    def launch(self, inputs: StepInputs) -> Launched:
+        """Hands a step to the device and returns at once."""
+        for vector in inputs.resets:
+            self._table = self._programs["reset_penalties"].call(self._table, vector)
+        result = self._programs[f"forward {inputs.bucket}"].call(
+            self._caches, self._last_tokens, self._weights, inputs.forward
+        )
+        self._caches = result.caches
+        sampled = None
+        if inputs.variant is not None:
+            sampled = self._launch_sample(inputs, result.logits)
+        prompt_rows = []
+        for part in inputs.prompt_slices:
+            rows = self._programs["prompt_logprobs"].call(self._weights, result.hidden, part.vector)
+            rows.copy_to_host_async()
+            prompt_rows.append((part, rows))
+        return Launched(sampled=sampled, prompt_rows=prompt_rows)
+
+    def _launch_sample(self, inputs: StepInputs, logits: jax.Array) -> jax.Array:
+        assert inputs.variant is not None
+        name = f"sample {logits.shape[0]} {inputs.variant.value}"
+        result = self._programs[name].call(self._last_tokens, self._table, logits, inputs.sample)
+        self._last_tokens, self._table = result.last_tokens, result.table
+        result.out.copy_to_host_async()
+        return result.out
+
+    def collect(self, launched: Launched) -> Collected:
+        """Waits for a step and brings its one array to the host."""
+        rows = None if launched.sampled is None else np.asarray(launched.sampled)
+        prompt_rows = [(part, np.asarray(array)) for part, array in launched.prompt_rows]
+        return Collected(rows=rows, prompt_rows=prompt_rows)
+
+    def close(self) -> None:
+        """Stops watching for compilations."""
+        self.watch.close()
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,148 @@
+"""One request inside the engine: its tokens on the host, and what its rows ask of the sampler."""
+
+import dataclasses
+import hashlib
+from collections.abc import Collection
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from nanoflow_jax import request as request_lib
+from nanoflow_jax.engine import sampling
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Sequence:
+    """A request's tokens and sampler settings.
+
+    Attributes:
+        request: What was asked.
+        token_ids: Prompt, then generated tokens whose values have arrived.
+        limit: Tokens at which it ends, prompt included.
+        ends: Tokens that end it.
+        bans: Tokens that may not come before `min_tokens` were generated.
+        seed: 32 bits, from the request's seed.
+        bias: Token ids and what is added to their logits.
+        allowed: Bitmask over the vocabulary, if only some tokens are allowed.
+        prompt_logprobs_done: Prompt positions already reported.
+    """
+
+    request: request_lib.Request
+    token_ids: list[int]
+    limit: int
+    ends: frozenset[int]
+    bans: tuple[int, ...]
+    seed: int
+    bias: tuple[Int32[np.ndarray, "B"], Float32[np.ndarray, "B"]]
+    allowed: Int32[np.ndarray, "W"] | None
+    prompt_logprobs_done: int = 0
+
+    @property
+    def params(self) -> request_lib.SamplingParams:
+        """How to sample."""
+        return self.request.params
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens that have arrived."""
+        return len(self.token_ids) - self.prompt_len
+
+    def bans_at(self, position: int) -> tuple[int, ...]:
+        """Tokens banned when the token at `position` is drawn."""
+        return self.bans if position - self.prompt_len < self.params.min_tokens else ()
+
+    def variant_at(self, position: int) -> sampling.SamplerVariant:
+        """The least sampler that serves the token at `position`."""
+        p = self.params
+        if (
+            p.uses_penalties
+            or p.logprobs is not None
+            or len(self.bias[0])
+            or self.allowed is not None
+            or self.bans_at(position)
+        ):
+            return sampling.SamplerVariant.FULL
+        if p.is_greedy:
+            return sampling.SamplerVariant.GREEDY
+        return sampling.SamplerVariant.FILTERED
+
+
+def make_sequence(
+    request: request_lib.Request,
+    *,
+    vocab_size: int,
+    max_context_len: int,
+    eos_ids: Collection[int],
+) -> Sequence:
+    """Checks a request against the model and prepares it.
+
+    Args:
+        request: What was asked.
+        vocab_size: V.
+        max_context_len: Most tokens of one request.
+        eos_ids: The model's end-of-text tokens.
+
+    Raises:
+        ValueError: The prompt is empty, too long or holds an id outside the vocabulary, or a
+            parameter names such an id.
+    """
+    p = request.params
+    prompt = list(request.prompt_ids)
+    _check_prompt(prompt, vocab_size=vocab_size, max_context_len=max_context_len)
+    _check_ids("logit_bias", p.logit_bias, vocab_size)
+    _check_ids("allowed_token_ids", p.allowed_token_ids or (), vocab_size)
+    _check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
+    ends = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else frozenset(eos_ids))
+    most = max_context_len if p.max_tokens is None else len(prompt) + p.max_tokens
+    return Sequence(
+        request=request,
+        token_ids=prompt,
+        limit=min(most, max_context_len),
+        ends=ends,
+        bans=tuple(sorted(ends)) if p.min_tokens else (),
+        seed=_seed_bits(p.seed or 0),
+        bias=(
+            np.fromiter(p.logit_bias.keys(), np.int32),
+            np.fromiter(p.logit_bias.values(), np.float32),
+        ),
+        allowed=_bitmask(p.allowed_token_ids, vocab_size),
+    )
+
+
+def _check_prompt(prompt: list[int], *, vocab_size: int, max_context_len: int) -> None:
+    if not prompt:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(prompt) >= max_context_len:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and the context holds {max_context_len}, with "
+            "room for at least one generated token; shorten the prompt or raise "
+            "--max_context_len where the model allows it"
+        )
+    _check_ids("prompt", prompt, vocab_size)
+
+
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{name}: {token!r} is not a token id of this model, 0 to {vocab_size - 1}"
+            )
+
+
+def _seed_bits(seed: int) -> int:
+    """32 bits that differ whenever 64-bit seeds differ in practice."""
+    digest = hashlib.sha256((seed % 2**64).to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def _bitmask(ids: Collection[int] | None, vocab_size: int) -> Int32[np.ndarray, "W"] | None:
+    if ids is None:
+        return None
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)

@@ -1,0 +1,159 @@
+"""Makes a model's weights: from a folder, or seeded random ones, straight into their shardings."""
+
+import dataclasses
+import math
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints import folder as checkpoint_folder
+from checkpoints import loader
+from nanoflow_jax.models import architecture, huggingface, layers, transformer, weight_map
+from nanoflow_jax.parallel import mesh as mesh_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far loading is."""
+
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+
+
+ProgressCall = Callable[[Progress], None]
+
+
+def load_model(
+    source: checkpoint_folder.ModelFolder,
+    config: architecture.ModelConfig,
+    *,
+    dtype: np.dtype[Any],
+    mesh: jax.sharding.Mesh,
+    progress: ProgressCall | None = None,
+) -> transformer.Transformer:
+    """A model with the weights of a folder, read one at a time.
+
+    Args:
+        source: The opened folder.
+        config: What its config.json describes.
+        dtype: What the model runs in; stored weights are cast while they are read.
+        mesh: Where it lies.
+        progress: Called after each weight.
+
+    Raises:
+        ValueError: The folder does not hold exactly this model's weights.
+    """
+    weights = huggingface.weights_of(config)
+    shapes = {name: tuple(info.shape) for name, info in source.tensors.items()}
+    weight_map.check_complete(shapes, weights, tied_embeddings=config.tied_embeddings)
+    meter = _Meter(config, dtype, progress)
+
+    def make(spec: layers.ParamSpec) -> jax.Array:
+        entry = weights[spec.name]
+        tensors = [source.read(name) for name in entry.shapes]
+        whole = entry.assemble(tensors)
+        assert whole.shape == spec.shape, f"{spec.name}: {whole.shape} is not {spec.shape}"
+        sharding = mesh_lib.sharding_of(mesh, spec.axes)
+        array = loader.place(spec.shape, dtype, sharding, lambda index: whole[index])
+        meter.add(spec)
+        return array
+
+    return transformer.Transformer(make, config)
+
+
+def random_model(
+    config: architecture.ModelConfig,
+    *,
+    seed: int,
+    dtype: np.dtype[Any],
+    mesh: jax.sharding.Mesh,
+    progress: ProgressCall | None = None,
+) -> transformer.Transformer:
+    """A model with seeded random weights, made on the devices that hold them.
+
+    Each weight's key is folded from its name, so it does not depend on the other weights.
+    """
+    meter = _Meter(config, dtype, progress)
+    programs: dict[Any, Any] = {}
+
+    def make(spec: layers.ParamSpec) -> jax.Array:
+        sharding = mesh_lib.sharding_of(mesh, spec.axes)
+        shape_key = (spec.shape, spec.axes, spec.std, spec.mean)
+        if shape_key not in programs:
+            programs[shape_key] = _random_program(spec, dtype, sharding)
+        name_key = np.uint32(zlib.crc32(f"{seed}/{spec.name}".encode()))
+        array = programs[shape_key](name_key)
+        meter.add(spec)
+        return array
+
+    return transformer.Transformer(make, config)
+
+
+def _random_program(spec: layers.ParamSpec, dtype: np.dtype[Any], sharding: Any) -> Any:
+    def draw(seed: jax.Array) -> jax.Array:
+        noise = jax.random.normal(jax.random.key(seed), spec.shape, jnp.float32)
+        return (spec.mean + spec.std * noise).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
+
+
+class _Meter:
+    """Counts the bytes made and reports them."""
+
+    def __init__(
+        self,
+        config: architecture.ModelConfig,
+        dtype: np.dtype[Any],
+        progress: ProgressCall | None,
+    ) -> None:
+        self._itemsize = np.dtype(dtype).itemsize
+        self._total = sum(self._size(spec) for spec in transformer.parameter_specs(config))
+        self._done = 0
+        self._start = time.monotonic()
+        self._progress = progress
+
+    def _size(self, spec: layers.ParamSpec) -> int:
+        return math.prod(spec.shape) * self._itemsize
+
+    def add(self, spec: layers.ParamSpec) -> None:
+        self._done += self._size(spec)
+        if self._progress is not None:
+            self._progress(
+                Progress(
+                    done_bytes=self._done,
+                    total_bytes=self._total,
+                    seconds=time.monotonic() - self._start,
+                )
+            )
+
+
+def model_bytes(config: architecture.ModelConfig, dtype: np.dtype[Any]) -> int:
+    """Bytes of all weights in this dtype."""
+    specs = transformer.parameter_specs(config)
+    return sum(math.prod(spec.shape) for spec in specs) * np.dtype(dtype).itemsize
+
+
+def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> set[int]:
+    """End-of-text ids from both files; either may have one id, a list, or none.
+
+    Raises:
+        ValueError: An entry is no token id.
+    """
+    found: set[int] = set()
+    for name, values in (("config.json", config), ("generation_config.json", generation_config)):
+        ids = (values or {}).get("eos_token_id")
+        if ids is None:
+            continue
+        for token in ids if isinstance(ids, list) else [ids]:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(
+                    f"{name}: eos_token_id={ids!r} is not a token id or a list of them"
+                )
+            found.add(token)
+    return found
