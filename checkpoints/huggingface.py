@@ -47,9 +47,18 @@ class HuggingFaceWeights:
                     f"{folder / INDEX}: says tensor {name!r} is in {file}, which does not have it; "
                     f"index and files are not of one model: {_AGAIN}"
                 )
+        self._last: str | None = None
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """A whole tensor as a read-only view of its file."""
+        """A whole tensor as a read-only view of its file.
+
+        Moving on to another tensor gives back the memory of those before it, so that a pass over
+        the model holds about one tensor of it at a time.
+        """
+        if name != self._last:
+            for file in self._files.values():
+                file.give_back_memory()
+            self._last = name
         return self._files[self.tensors[name].file.name].view(name)
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:

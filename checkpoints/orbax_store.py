@@ -152,11 +152,18 @@ def _resume_point(source: ModelFolder, output: Path) -> Manifest:
     parts = output / PARTS
     parts.mkdir(exist_ok=True)
     files.sync_folder(output)
-    finished = {tensor.part for tensor in manifest.tensors.values()}
+    kept = {
+        name: tensor
+        for name, tensor in manifest.tensors.items()
+        if tensor.part is None or (parts / tensor.part).is_dir()
+    }
+    finished = {tensor.part for tensor in kept.values()}
     for path in parts.iterdir():
         if path.name not in finished:
             shutil.rmtree(path)
-    return dataclasses.replace(manifest, text_sha256=_copy_text(source, output))
+    return dataclasses.replace(
+        manifest, tensors=MappingProxyType(kept), text_sha256=_copy_text(source, output)
+    )
 
 
 def _copy_text(source: ModelFolder, output: Path) -> MappingProxyType[str, str]:

@@ -76,13 +76,9 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{path}: cannot be read ({error}); check the file's permissions and the disk"
             ) from error
-        self._last: TensorInfo | None = None
 
     def view(self, name: str) -> Shaped[np.ndarray, "..."]:
         """A tensor as a read-only view of the mapped file; nothing is read until it is used.
-
-        Pages of the tensor viewed before this one are given back, so going through a file
-        keeps about one tensor of it in memory; earlier views stay valid.
 
         Args:
             name: A key of `tensors`.
@@ -96,9 +92,6 @@ class SafetensorsFile:
                 f"it changed while it was in use: start again when nothing writes to it"
             )
         info = self.tensors[name]
-        if self._last is not None and self._last != info:
-            self._give_back(self._last)
-        self._last = info
         if info.nbytes == 0:
             return np.empty(info.shape, info.dtype)
         flat = np.frombuffer(
@@ -106,11 +99,9 @@ class SafetensorsFile:
         )
         return flat.reshape(info.shape)
 
-    def _give_back(self, info: TensorInfo) -> None:
-        """Let the kernel drop a tensor's mapped pages; a later use maps them again."""
-        start = info.start - info.start % mmap.PAGESIZE
-        if info.nbytes:
-            self._mapped.madvise(mmap.MADV_DONTNEED, start, info.start + info.nbytes - start)
+    def give_back_memory(self) -> None:
+        """Let the kernel drop what was read through views; they stay valid and read it again."""
+        self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def read_header(path: Path | str) -> dict[str, TensorInfo]:

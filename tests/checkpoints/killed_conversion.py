@@ -1,0 +1,72 @@
+"""Converts a model in child processes that are killed, the last one excepted.
+
+    python killed_conversion.py SOURCE OUTPUT PART_BYTES POINT...
+
+A POINT is a whole number n, for kill -9 just before the n-th change (from 0) that the child makes
+under OUTPUT, or a number with a decimal point, for kill -9 after that many seconds. Prints a line
+"begun BYTES" for each child that came to copying, with the bytes already copied before it, and
+"killed" or "finished" for each child.
+"""
+
+import itertools
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from checkpoints import orbax_store
+from checkpoints.folder import ModelFolder
+
+_CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+
+
+def _kill_at_change(output: Path, point: int) -> None:
+    """Kill this process before the Python code in it makes a change for the n-th time."""
+    seen = itertools.count()
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        if event not in _CHANGES or (event == "open" and args[1] in (None, "r", "rb")):
+            return
+        if isinstance(args[0], str | os.PathLike) and str(args[0]).startswith(str(output)):
+            if next(seen) == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _convert(source: Path, output: Path, part_bytes: int, point: int | None) -> None:
+    begun: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if not begun:
+            begun.append(done)
+            os.write(1, f"begun {done}\n".encode())
+
+    if point is not None:
+        _kill_at_change(output, point)
+    orbax_store.convert(ModelFolder.open(source), output, progress=progress, part_bytes=part_bytes)
+
+
+def main() -> None:
+    """Fork a child for each point, since importing takes longer than converting."""
+    source, output, part_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    warnings.simplefilter("ignore")  # JAX warns of forks; nothing has used it here yet.
+    for point in [*sys.argv[4:], ""]:
+        is_time = "." in point
+        child = os.fork()
+        if child == 0:
+            _convert(source, output, part_bytes, int(point) if point and not is_time else None)
+            os._exit(0)
+        if is_time:
+            time.sleep(float(point))
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code not in (0, -signal.SIGKILL):
+            sys.exit(f"the child that was to be killed at {point!r} failed: {code}")
+        os.write(1, b"killed\n" if code else b"finished\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from checkpoints import orbax_store
+from checkpoints.errors import CheckpointError
+from checkpoints.folder import ModelFolder
+from checkpoints.orbax_folder import Manifest, OrbaxWeights
+
+Make = Callable[..., Path]
+Tensors = dict[str, np.ndarray]
+_REPO = Path(orbax_store.__file__).parents[1]
+
+
+def _check_conversion(
+    path: Path, tensors: Tensors, assert_same: Callable[..., None], *, num_parts: int
+) -> None:
+    orbax_store.verify(path)
+    folder = ModelFolder.open(path)
+    assert folder.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert_same(folder.read(name), tensor)
+        index = tuple(slice(size // 3, size // 2 + 1) for size in tensor.shape)
+        assert_same(folder.read_slice(name, index), tensor[index])
+    assert sorted(os.listdir(path)) == [
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "parts",
+        "tokenizer.json",
+    ]
+    assert sorted(os.listdir(path / "parts")) == [f"{part:05d}" for part in range(num_parts)]
+
+
+@pytest.mark.parametrize(("shards", "part_bytes", "num_parts"), [(1, 1 << 20, 1), (3, 300, 3)])
+def test_a_conversion_holds_every_tensor_bit_by_bit(
+    make_model: Make,
+    tmp_path: Path,
+    tensors: Tensors,
+    assert_same: Callable[..., None],
+    shards: int,
+    part_bytes: int,
+    num_parts: int,
+) -> None:
+    source = make_model(tensors, shards=shards)
+    (source / "modeling.py").write_text("raise SystemExit")
+    orbax_store.convert(ModelFolder.open(source), tmp_path / "out", part_bytes=part_bytes)
+    _check_conversion(tmp_path / "out", tensors, assert_same, num_parts=num_parts)
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_parts_are_checkpoints_that_orbax_itself_restores_and_shards(
+    make_model: Make, tmp_path: Path, tensors: Tensors, assert_same: Callable[..., None]
+) -> None:
+    orbax_store.convert(ModelFolder.open(make_model(tensors)), tmp_path / "out")
+    restored = ocp.load(tmp_path / "out" / "parts" / "00000")
+    assert restored.keys() == tensors.keys() - {"layers.0.none"}
+    for name, tensor in restored.items():
+        assert_same(tensor, tensors[name])
+    name = "layers.0.q.weight"
+    mesh = Mesh(np.array(jax.devices()).reshape(8), ("x",))
+    wanted = jax.ShapeDtypeStruct(
+        tensors[name].shape,
+        tensors[name].dtype,
+        sharding=NamedSharding(mesh, PartitionSpec(None, "x")),
+    )
+    abstract = {other: wanted if other == name else ... for other in restored}
+    sharded = ocp.load(tmp_path / "out" / "parts" / "00000", abstract)[name]
+    assert sharded.sharding == wanted.sharding
+    assert_same(np.asarray(sharded), tensors[name])
+
+
+def test_progress_counts_every_byte_once(
+    make_model: Make, tmp_path: Path, tensors: Tensors
+) -> None:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    copied: list[tuple[int, int]] = []
+    orbax_store.convert(
+        ModelFolder.open(make_model(tensors)),
+        tmp_path / "out",
+        progress=lambda *args: copied.append(args),
+        part_bytes=300,
+    )
+    assert copied[0] == (0, total)
+    assert copied[-1] == (total, total)
+    assert [done for done, _ in copied] == sorted({done for done, _ in copied})
+    checked: list[tuple[int, int]] = []
+    orbax_store.verify(tmp_path / "out", progress=lambda *args: checked.append(args))
+    assert checked[-1] == (total, total)
+
+
+def test_a_conversion_of_a_conversion_is_the_same_model(
+    make_model: Make, tmp_path: Path, tensors: Tensors, assert_same: Callable[..., None]
+) -> None:
+    orbax_store.convert(ModelFolder.open(make_model(tensors)), tmp_path / "one")
+    orbax_store.convert(ModelFolder.open(tmp_path / "one"), tmp_path / "two", part_bytes=300)
+    _check_conversion(tmp_path / "two", tensors, assert_same, num_parts=3)
+
+
+def test_converting_again_changes_nothing(make_model: Make, tmp_path: Path) -> None:
+    source = ModelFolder.open(make_model({"a": np.arange(6)}))
+    orbax_store.convert(source, tmp_path / "out")
+    before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    orbax_store.convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
+
+
+def _convert_with_kills(source: Path, output: Path, points: list[str]) -> list[str]:
+    """Run `killed_conversion.py`; what each child printed."""
+    script = Path(__file__).with_name("killed_conversion.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(source), str(output), "300", *points],
+        env={**os.environ, "PYTHONPATH": str(_REPO), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_kill_9_at_any_change_costs_at_most_one_part(
+    make_model: Make, tmp_path: Path, tensors: Tensors, assert_same: Callable[..., None]
+) -> None:
+    source = make_model(tensors, shards=2)
+    points = ["0", "2", "15", "19", "27", "34", "10"]
+    lines = _convert_with_kills(source, tmp_path / "out", points)
+    _check_conversion(tmp_path / "out", tensors, assert_same, num_parts=3)
+    ends = [line for line in lines if not line.startswith("begun")]
+    assert ends == ["killed"] * len(points) + ["finished"]
+    begun = [int(line.split()[1]) for line in lines if line.startswith("begun")]
+    assert begun == sorted(begun)  # No finished part was ever done again,
+    assert 0 < begun[-1]  # and the last child found some.
+
+
+@pytest.mark.slow
+def test_kill_9_at_every_change_and_at_random_times_loses_nothing(
+    make_model: Make, tmp_path: Path, tensors: Tensors, assert_same: Callable[..., None]
+) -> None:
+    source = make_model(tensors, shards=2)
+    for point in range(70):
+        _convert_with_kills(source, tmp_path / "out", [str(point), str(point // 2)])
+        _check_conversion(tmp_path / "out", tensors, assert_same, num_parts=3)
+        shutil.rmtree(tmp_path / "out")
+    moments = random.Random(0)
+    for _ in range(20):
+        points = [f"{moments.uniform(0.05, 0.4):.3f}" for _ in range(5)]
+        _convert_with_kills(source, tmp_path / "out", points)
+        _check_conversion(tmp_path / "out", tensors, assert_same, num_parts=3)
+        shutil.rmtree(tmp_path / "out")
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def _stop_after_parts(source: Path, output: Path, *, num_parts: int) -> None:
+    """A conversion broken off when some parts are done."""
+    calls = iter(range(num_parts + 1))
+
+    def progress(done: int, total: int) -> None:
+        if next(calls) == num_parts:
+            raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        orbax_store.convert(
+            ModelFolder.open(source), output, progress=progress, part_bytes=300
+        )
+
+
+def test_an_unfinished_conversion_says_to_run_convert_again(
+    make_model: Make, tmp_path: Path, tensors: Tensors
+) -> None:
+    _stop_after_parts(make_model(tensors), tmp_path / "out", num_parts=1)
+    with pytest.raises(CheckpointError, match="conversion unfinished .*: run convert again"):
+        ModelFolder.open(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="conversion unfinished"):
+        orbax_store.verify(tmp_path / "out")
+
+
+def test_finished_parts_are_kept_and_a_lost_part_is_made_again(
+    make_model: Make, tmp_path: Path, tensors: Tensors, assert_same: Callable[..., None]
+) -> None:
+    source, output = make_model(tensors), tmp_path / "out"
+    _stop_after_parts(source, output, num_parts=2)
+    kept = (output / "parts" / "00000").stat().st_ino
+    shutil.rmtree(output / "parts" / "00001")
+    (output / "parts" / "00002.orbax-checkpoint-tmp-5").mkdir()
+    orbax_store.convert(ModelFolder.open(source), output, part_bytes=300)
+    _check_conversion(output, tensors, assert_same, num_parts=3)
+    assert (output / "parts" / "00000").stat().st_ino == kept
+
+
+def test_a_changed_source_is_not_mixed_with_what_is_done(
+    make_model: Make, tmp_path: Path, tensors: Tensors
+) -> None:
+    source, output = make_model(tensors), tmp_path / "out"
+    _stop_after_parts(source, output, num_parts=1)
+    (source / "config.json").write_text('{"hidden_size": 5}')
+    with pytest.raises(CheckpointError, match="has changed since that conversion began; give"):
+        orbax_store.convert(ModelFolder.open(source), output)
+
+
+def test_another_model_does_not_replace_a_finished_conversion(
+    make_model: Make, tmp_path: Path
+) -> None:
+    orbax_store.convert(ModelFolder.open(make_model({"a": np.arange(6)})), tmp_path / "out")
+    other = make_model({"b": np.arange(6)}, name="other")
+    with pytest.raises(CheckpointError, match="holds a conversion of another model"):
+        orbax_store.convert(ModelFolder.open(other), tmp_path / "out")
+
+
+def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(
+    make_model: Make, tmp_path: Path
+) -> None:
+    source = make_model({"a": np.arange(6)})
+    for output in (tmp_path / "out", source):
+        output.mkdir(exist_ok=True)
+        (output / "a note").touch()
+        before = sorted(os.listdir(output))
+        with pytest.raises(CheckpointError, match="holds 'a note', which no conversion left"):
+            orbax_store.convert(ModelFolder.open(source), output)
+        assert sorted(os.listdir(output)) == before
+
+
+def test_an_output_that_is_a_file_is_refused(make_model: Make, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(CheckpointError, match="writing failed .*File exists"):
+        orbax_store.convert(ModelFolder.open(make_model({"a": np.arange(6)})), tmp_path / "out")
+
+
+def test_two_conversions_do_not_write_to_one_folder(make_model: Make, tmp_path: Path) -> None:
+    source = ModelFolder.open(make_model({"a": np.arange(6)}))
+
+    def progress(done: int, total: int) -> None:
+        with pytest.raises(CheckpointError, match="another conversion is writing there; wait"):
+            orbax_store.convert(source, tmp_path / "out")
+
+    orbax_store.convert(source, tmp_path / "out", progress=progress)
+
+
+def test_a_name_that_orbax_would_split_is_refused(make_model: Make, tmp_path: Path) -> None:
+    source = ModelFolder.open(make_model({"a/b": np.arange(6)}))
+    with pytest.raises(CheckpointError, match="'a/b' has '/' in its name"):
+        orbax_store.convert(source, tmp_path / "out")
+
+
+def test_too_little_room_is_said_before_anything_is_copied(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ModelFolder.open(make_model({"a": np.arange(6)}))
+    usage = shutil.disk_usage(tmp_path)._replace(free=47)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="48 bytes are still to be written .* has 47 free"):
+        orbax_store.convert(source, tmp_path / "out")
+    assert not os.listdir(tmp_path / "out" / "parts")
+
+
+_FULL_DISK = """
+import resource, sys
+from checkpoints import errors, orbax_store
+from checkpoints.folder import ModelFolder
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    orbax_store.convert(ModelFolder.open(sys.argv[1]), sys.argv[2])
+except errors.CheckpointError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def test_a_disk_that_fills_up_says_to_make_room_and_the_rest_follows(
+    make_model: Make, tmp_path: Path, assert_same: Callable[..., None]
+) -> None:
+    tensors = {"a": np.random.default_rng(0).standard_normal(50_000)}
+    source, output = make_model(tensors), tmp_path / "out"
+    failed = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(source), str(output)],
+        env={**os.environ, "PYTHONPATH": str(_REPO), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert failed.returncode == 1
+    assert re.search(r"refused: .*writing failed \(.*; make room or check", failed.stderr), (
+        failed.stderr
+    )
+    orbax_store.convert(ModelFolder.open(source), output)
+    _check_conversion(output, tensors, assert_same, num_parts=1)
+
+
+def test_verify_finds_a_changed_byte_of_a_tensor_and_of_a_text_file(
+    make_model: Make, tmp_path: Path
+) -> None:
+    tensor = np.random.default_rng(0).standard_normal(5000)
+    orbax_store.convert(ModelFolder.open(make_model({"a": tensor})), tmp_path / "out")
+    orbax_store.verify(tmp_path / "out")
+    _flip_stored(tmp_path / "out", tensor.tobytes()[2000:2010])
+    with pytest.raises(CheckpointError, match="tensor 'a': sha256 was .* when it was copied"):
+        orbax_store.verify(tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: sha256 was .* convert again"):
+        orbax_store.verify(tmp_path / "out")
+
+
+def _flip_stored(folder: Path, needle: bytes) -> None:
+    """Change one byte of a tensor in the file of the part that holds it."""
+    for path in (folder / "parts").rglob("*"):
+        data = path.read_bytes() if path.is_file() else b""
+        if needle in data:
+            at = data.index(needle)
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            return
+    pytest.fail("the tensor is not stored as plain bytes")
+
+
+def test_hashes_are_of_the_bytes_copied(make_model: Make, tmp_path: Path) -> None:
+    # printf '\1\2\3\4' | sha256sum
+    wanted = "9f64a747e1b97f131fabb6b447296c9b6f0201e79fb3c5356e6c77e89b6a806a"
+    tensor = np.array([[1, 2], [3, 4]], np.uint8)
+    orbax_store.convert(ModelFolder.open(make_model({"a": tensor})), tmp_path / "out")
+    manifest = Manifest.read(tmp_path / "out" / "manifest.json")
+    assert manifest.tensors["a"].sha256 == wanted
+    assert OrbaxWeights(tmp_path / "out").manifest == manifest
+    assert json.loads(manifest.to_json())["tensors"]["a"]["part"] == "00000"
