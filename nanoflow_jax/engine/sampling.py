@@ -3,10 +3,11 @@
 Order of processing, that of vLLM's V1 sampler: allowed tokens, bias (which also bans
 end-of-text ids for min_tokens, with -inf) -> penalties -> temperature -> min_p -> top_k ->
 top_p -> draw. A filter is a floor under the scaled logits, so tokens that tie at the floor
-all stay (see `filters.py`); top_p keeps the smallest set of most likely tokens, and their ties, that holds the
+all stay; top_p keeps the smallest set of most likely tokens, and their ties, that holds the
 fraction `top_p` of what min_p and top_k left. Logprobs are those of the raw logits.
 
-A row's result is a function of that row alone: which of the two ways it takes included.
+A row's token is a function of that row alone: whether `filters.py` finds it among the largest
+few logits or has to search the row depends on no other row.
 """
 
 import dataclasses
@@ -126,7 +127,7 @@ def sample(
                     f"SamplerVariant.FULL needs full and table, got full={full}, table={table}; "
                     "pass both or use SamplerVariant.FILTERED"
                 )
-            x = _processed(raw, full, table)
+            x = process_logits(raw, full, table)
         peak, tokens = _draw(x, row, ok)
     ok = ok & jnp.isfinite(peak)
     tokens = jnp.where(ok, tokens, 0)
@@ -139,6 +140,41 @@ def prompt_logprobs(
 ) -> Logprobs:
     """Logprobs of the tokens that follow T prompt positions, one row a position."""
     return _logprobs(logits.astype(jnp.float32), targets, num_logprobs)
+
+
+def process_logits(
+    x: Float[Array, "R V"], full: FullParams, table: PenaltyTable
+) -> Float[Array, "R V"]:
+    """Applies masks, biases and penalties; what no row uses is skipped when the program runs.
+
+    repetition_penalty divides positive and multiplies other logits of tokens in the prompt or
+    the output, as transformers does; presence and frequency look at the output alone, as
+    OpenAI defines them.
+    """
+    capacity, vocab_size = table.output_counts.shape
+
+    def mask(x: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        bits = (
+            full.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None] & 1
+        )  # [R, W, 32]
+        bits = bits.reshape(x.shape[0], -1)[:, :vocab_size]
+        return jnp.where((bits == 1) | ~full.has_allowed[:, None], x, -jnp.inf)
+
+    def bias(x: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        rows = lax.broadcasted_iota(jnp.int32, full.bias_ids.shape, 0)
+        return x.at[rows, full.bias_ids].add(full.bias_values, mode="drop")
+
+    def penalise(x: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        counts = table.output_counts.at[full.count_slot].get(mode="fill", fill_value=0)
+        prompt = table.prompt_seen.at[full.count_slot].get(mode="fill", fill_value=False)
+        repetition = jnp.where(prompt | (counts > 0), full.repetition[:, None], 1.0)
+        x = jnp.where(x > 0, x / repetition, x * repetition)
+        x = x - full.frequency[:, None] * counts.astype(jnp.float32)
+        return x - full.presence[:, None] * (counts > 0).astype(jnp.float32)
+
+    x = lax.cond(full.has_allowed.any(), mask, lambda x: x, x)
+    x = lax.cond((full.bias_ids < vocab_size).any(), bias, lambda x: x, x)
+    return lax.cond((full.count_slot < capacity).any(), penalise, lambda x: x, x)
 
 
 def empty_table(capacity: int, vocab_size: int) -> PenaltyTable:
@@ -171,34 +207,6 @@ def count(
     """Adds one drawn token a row; a row whose slot is the capacity adds nothing."""
     counts = table.output_counts.at[count_slot, tokens].add(1, mode="drop")
     return dataclasses.replace(table, output_counts=counts)
-
-
-def _processed(
-    x: Float[Array, "R V"], full: FullParams, table: PenaltyTable
-) -> Float[Array, "R V"]:
-    """Masks, biases and penalties; each costs nothing in a batch where no row uses it."""
-    capacity, vocab_size = table.output_counts.shape
-
-    def mask(x: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        bits = full.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.int32) & 1  # [R, W, 32]
-        bits = bits.reshape(x.shape[0], -1)[:, :vocab_size]
-        return jnp.where((bits == 1) | ~full.has_allowed[:, None], x, -jnp.inf)
-
-    def bias(x: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        rows = lax.broadcasted_iota(jnp.int32, full.bias_ids.shape, 0)
-        return x.at[rows, full.bias_ids].add(full.bias_values, mode="drop")
-
-    def penalise(x: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        counts = table.output_counts.at[full.count_slot].get(mode="fill", fill_value=0)
-        prompt = table.prompt_seen.at[full.count_slot].get(mode="fill", fill_value=False)
-        repetition = jnp.where(prompt | (counts > 0), full.repetition[:, None], 1.0)
-        x = jnp.where(x > 0, x / repetition, x * repetition)
-        x = x - full.frequency[:, None] * counts.astype(jnp.float32)
-        return x - full.presence[:, None] * (counts > 0).astype(jnp.float32)
-
-    x = lax.cond(full.has_allowed.any(), mask, lambda x: x, x)
-    x = lax.cond((full.bias_ids < vocab_size).any(), bias, lambda x: x, x)
-    return lax.cond((full.count_slot < capacity).any(), penalise, lambda x: x, x)
 
 
 def _draw(
@@ -238,15 +246,15 @@ def _draw(
 def _logprobs(x: Float[Array, "R V"], tokens: Int[Array, "R"], num_logprobs: int) -> Logprobs:
     parts = blocks(x, WIDE)
     peak = parts.max(axis=2).max(axis=1)
-    log_total = peak + jnp.log(row_sum(jnp.exp(parts - peak[:, None, None])))
+    log_total = jnp.log(row_sum(jnp.exp(parts - peak[:, None, None])))
     own = jnp.take_along_axis(x, tokens[:, None], axis=1)
     larger = row_sum(ones(parts > own[:, :, None]))  # floats: exact below 2 ** 24
     values, ids = top(x, min(num_logprobs, x.shape[1]))
     return Logprobs(
-        token=own[:, 0] - log_total,
+        token=own[:, 0] - peak - log_total,  # the peak first: large logits lose nothing
         rank=larger.astype(jnp.int32) + 1,
         top_ids=ids,
-        top_values=values - log_total[:, None],
+        top_values=values - peak[:, None] - log_total[:, None],
     )
 
 
