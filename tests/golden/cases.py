@@ -12,7 +12,12 @@ from jaxtyping import Float32, Int32
 CASES: tuple[str, ...] = (
     "llama",
     "llama3",
+    "llama_bias",
+    "mistral",
+    "qwen2",
+    "qwen2_window",
     "qwen3",
+    "mixtral",
 )
 
 _HERE = pathlib.Path(__file__).resolve().parent

@@ -161,8 +161,8 @@ def _fill(model: torch.nn.Module, case: Case) -> None:
         generator = np.random.default_rng([case.seed, zlib.crc32(name.encode())])
         gain = next((g for key, g in case.gains.items() if key in name), None)
         if "norm" in name:
-            values = neutral + generator.uniform(-0.3, 0.3, parameter.shape)
-            values *= 1.0 if gain is None else gain
+            scale = (gain or 1.0) * generator.uniform(0.7, 1.3, parameter.shape)
+            values = scale - 1.0 + neutral
         elif name.endswith("bias"):
             values = (gain or 0.3) * generator.standard_normal(parameter.shape)
         elif "embed_tokens" in name:
