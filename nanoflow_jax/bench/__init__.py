@@ -1,0 +1,1 @@
+"""Measurements: `python -m nanoflow_jax.bench NAME`."""

@@ -1,0 +1,1 @@
+"""Mixes of requests to measure with."""
