@@ -147,7 +147,7 @@ class Runner:
             )
             for bucket in bucket_list
         ]
-        for rows in sizes.sample_rows:
+        for rows in sorted({sizes.padded_rows(bucket) for bucket in bucket_list}):
             for variant in sampling.SamplerVariant:
                 pack = programs.sample_packing(sizes, rows=rows, variant=variant)
                 logits = real((rows, sizes.vocab_size), jnp.float32)
