@@ -116,7 +116,7 @@ def sample(
     """
     raw = logits.astype(jnp.float32)
     # The NaN test is a sum because XLA:CPU's max skips NaN; a lone -inf (a ban) leaves it alone.
-    ok = ~jnp.isnan(raw.sum(axis=-1))
+    ok = ~jnp.isnan(row_sum(blocks(raw, WIDE)))
     if variant is SamplerVariant.GREEDY:
         peak, tokens = argmax(raw)
     else:

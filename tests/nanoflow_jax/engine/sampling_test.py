@@ -288,7 +288,8 @@ def test_ties_at_the_floor_all_stay():
     check_frequencies(draw_many(x, 1, top_k=3), reference_probs(x, top_k=5))
     check_frequencies(draw_many(x, 1, top_p=0.1), reference_probs(x, top_k=5))
     flat = np.zeros(200)
-    check_frequencies(draw_many(flat, 1, top_k=80), np.full(200, 1 / 200))
+    for limit in ({"top_k": 10}, {"top_k": 80}, {"top_p": 0.1}, {"min_p": 0.5}):
+        check_frequencies(draw_many(flat, 1, **limit), np.full(200, 1 / 200))
 
 
 CASES = {
