@@ -1,0 +1,78 @@
+"""What identifies a model for a batch job, found without reading weights."""
+
+import hashlib
+from pathlib import Path
+
+import jax
+
+from nanoflow_jax import config as config_lib
+from nanoflow_jax.batch import record, rows, source
+from nanoflow_jax.engine import build
+
+_TEXT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def identity(
+    section: config_lib.ModelSection,
+    model: build.ModelSource,
+    lines: source.JsonlSource,
+    defaults: rows.Defaults,
+    *,
+    shard: str,
+) -> record.Identity:
+    """All that the answers of a job depend on.
+
+    Args:
+        section: The model's knobs.
+        model: The opened model.
+        lines: The input.
+        defaults: Of rows that do not say.
+        shard: `K of N` processes.
+    """
+    is_auto = section.dtype == config_lib.Dtype.AUTO
+    return record.Identity(
+        input=f"{lines.num_bytes} bytes with sha256 {lines.sha256}",
+        model=_model(section, model),
+        tokenizer=_texts(model),
+        dtype=f"auto on {jax.default_backend()}" if is_auto else str(section.dtype),
+        max_context_len=section.max_context_len,
+        sampling=dict(defaults.sampling),
+        seed=defaults.seed,
+        shard=shard,
+    )
+
+
+def model_name(section: config_lib.ModelSection) -> str:
+    """What answers call the model."""
+    if not section.model:
+        return "embedded"
+    if section.random_weights:
+        return section.model
+    return Path(section.model).resolve().name
+
+
+def _model(section: config_lib.ModelSection, model: build.ModelSource) -> str:
+    if section.random_weights or model.folder is None:
+        digest = hashlib.sha256(repr(model.config).encode()).hexdigest()
+        return f"random weights with seed {section.weight_seed} for config {digest[:16]}"
+    num_bytes = sum(spec.nbytes for spec in model.folder.tensors.values())
+    return f"{num_bytes} bytes of weights with fingerprint {model.folder.fingerprint()[:32]}"
+
+
+def _texts(model: build.ModelSource) -> str:
+    if model.folder is None:
+        return "none"
+    digest = hashlib.sha256()
+    for name in _TEXT_FILES:
+        path = model.folder.text_file(name)
+        if path is not None:
+            digest.update(f"{name} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]

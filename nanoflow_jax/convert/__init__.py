@@ -1,0 +1,1 @@
+"""`python -m nanoflow_jax.convert`: a Hugging Face folder to Orbax."""

@@ -1,0 +1,78 @@
+"""Converts a model to Orbax: `python -m nanoflow_jax.convert --model=HF_DIR --output=DIR`.
+
+Run again after anything that stopped it: it goes on where it was. Exit codes as of `generate`.
+"""
+
+import sys
+
+from absl import app, flags
+
+from checkpoints import folder, orbax_store
+from nanoflow_jax import console, meter
+
+
+def _define(values: flags.FlagValues) -> None:
+    common = {"flag_values": values, "module_name": "__main__"}
+    flags.DEFINE_string("model", None, "Model folder to read; Hugging Face safetensors.", **common)
+    flags.DEFINE_string("output", None, "Folder to write, new or from a run before.", **common)
+    flags.DEFINE_boolean("verify", False, "Read all of it again and compare hashes.", **common)
+    flags.DEFINE_boolean("debug", False, "Show where errors came from.", **common)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Bytes:
+    """Shows bytes done, once the total is known."""
+
+    def __init__(self) -> None:
+        self._meter: meter.Meter | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._meter is None:
+            self._meter = meter.Meter(total, unit="B", stream=sys.stderr, first=done)
+        self._meter.update(done)
+
+    def close(self) -> None:
+        if self._meter is not None:
+            self._meter.close()
+
+
+def _run(values: flags.FlagValues, arguments: list[str]) -> int:
+    if arguments:
+        raise ValueError(f"unknown argument {arguments[0]!r}; flags begin with --")
+    for name in ("model", "output"):
+        if not getattr(values, name):
+            raise ValueError(f"--{name} is missing; give --model=HF_DIR --output=DIR")
+    source = folder.ModelFolder.open(values.model)
+    output = values.output
+    total = sum(spec.nbytes for spec in source.tensors.values())
+    _say(f"converting {len(source.tensors)} tensors, {total / 1e9:.3f} GB, into {output}")
+    shown = _Bytes()
+    try:
+        orbax_store.convert(source, output, progress=shown)
+    finally:
+        shown.close()
+    if values.verify:
+        _say("comparing with the hashes taken while copying")
+        checked = _Bytes()
+        try:
+            orbax_store.verify(output, progress=checked)
+        finally:
+            checked.close()
+    _say(f"done: --model={output} runs it")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program; returns its exit code."""
+    code = console.run(lambda: _run(flags.FLAGS, argv[1:]), say=_say, debug=flags.FLAGS.debug)
+    if code == console.INTERRUPTED:
+        _say("run the same command again to go on")
+    return code
+
+
+if __name__ == "__main__":
+    _define(flags.FLAGS)
+    app.run(main)

@@ -1,0 +1,1 @@
+"""`python -m nanoflow_jax.generate`: one prompt, or a batch job over a JSONL file."""

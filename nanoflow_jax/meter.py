@@ -1,0 +1,82 @@
+"""Progress on a terminal as a bar, elsewhere as a line every few seconds."""
+
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+import tqdm
+
+_LINE_S = 5.0
+
+
+class Meter:
+    """Shows how much of a known amount is done.
+
+    A bar is redrawn at most ten times a second, so it may be told as often as one likes.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        unit: str,
+        stream: TextIO,
+        first: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begins.
+
+        Args:
+            total: The whole amount.
+            unit: Of what: `row`, or `B` for bytes, which are shown as kB, MB, ....
+            stream: Where to show it.
+            first: How much is done already.
+            clock: Seconds.
+        """
+        self._total = total
+        self._unit = unit
+        self._stream = stream
+        self._first = self._done = first
+        self._clock = clock
+        self._began = self._shown = clock()
+        self._bar = None
+        if stream.isatty():
+            self._bar = tqdm.tqdm(
+                total=total,
+                initial=first,
+                unit=unit,
+                unit_scale=unit == "B",
+                file=stream,
+                dynamic_ncols=True,
+            )
+
+    def update(self, done: int, note: str = "") -> None:
+        """Shows a new amount, and a note such as a speed."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._done)
+        self._done = done
+        if self._bar is None and self._clock() - self._shown >= _LINE_S:
+            self._shown = self._clock()
+            self._stream.write(self._line(note) + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the bar; what it last showed stays."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, note: str) -> str:
+        parts = [f"{self._amount(self._done)} of {self._amount(self._total)}"]
+        if note:
+            parts.append(note)
+        if self._done > self._first:
+            per_s = (self._done - self._first) / max(self._clock() - self._began, 1e-9)
+            left = tqdm.tqdm.format_interval((self._total - self._done) / per_s)
+            parts.append(f"{left} left")
+        return ", ".join(parts)
+
+    def _amount(self, value: int) -> str:
+        if self._unit != "B":
+            return f"{value} {self._unit}s"
+        return f"{tqdm.tqdm.format_sizeof(value, divisor=1000)}B"

@@ -1,0 +1,263 @@
+"""Writes finished requests as OpenAI's completion and chat.completion objects.
+
+Beyond OpenAI, with vLLM's names: `stop_reason`, and where asked for `token_ids`,
+`prompt_token_ids` and `prompt_logprobs`.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nanoflow_jax import generator
+from nanoflow_jax import request as request_lib
+from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.openai.requests import ApiRequest, Endpoint
+from nanoflow_jax.openai.token_texts import TokenTexts
+from nanoflow_jax.tokenizer import detokenizer, tokenizer
+
+# JSON has no infinity; vLLM writes the same number.
+_LEAST_LOGPROB = -9999.0
+
+_PromptLogprobs = Sequence[request_lib.TokenLogprobs | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head:
+    """The fields of an answer that come from the server, not from the model.
+
+    Attributes:
+        response_id: The answer's own id.
+        created: Seconds since 1970.
+        model: The model that answered.
+    """
+
+    response_id: str
+    created: int
+    model: str
+
+
+class Writer:
+    """Writes answers of one model."""
+
+    def __init__(self, words: tokenizer.Tokenizer | None) -> None:
+        """Wrap the model's tokenizer, if it has one."""
+        self._words = words
+        self._texts = TokenTexts(words)
+
+    def body(
+        self, request: ApiRequest, completions: Sequence[generator.Completion], head: Head
+    ) -> dict[str, Any]:
+        """The answer to a request.
+
+        Args:
+            request: What was asked.
+            completions: What the generator made of it, one per prompt, in order.
+            head: Identity of the answer.
+
+        Raises:
+            ApiError: A prompt failed while it ran.
+        """
+        for completion in completions:
+            if completion.error is not None:
+                raise ApiError(completion.error, code="generation_failed", status_code=500)
+        if request.endpoint is Endpoint.COMPLETIONS:
+            return self._completion(request, completions, head)
+        return self._chat(request, completions[0], head)
+
+    def _completion(
+        self, request: ApiRequest, completions: Sequence[generator.Completion], head: Head
+    ) -> dict[str, Any]:
+        return {
+            "id": f"cmpl-{head.response_id}",
+            "object": "text_completion",
+            "created": head.created,
+            "model": head.model,
+            "choices": [
+                {
+                    "index": i * request.params.n + choice.index,
+                    **self._completion_choice(request, i, completion, choice),
+                }
+                for i, completion in enumerate(completions)
+                for choice in completion.choices
+            ],
+            "usage": _usage(completions),
+        }
+
+    def _completion_choice(
+        self,
+        request: ApiRequest,
+        number: int,
+        completion: generator.Completion,
+        choice: generator.Choice,
+    ) -> dict[str, Any]:
+        prompt = self._echoed(request, number) if request.show.echo else ""
+        shown: dict[str, Any] = {
+            "text": prompt + choice.text,
+            "logprobs": self._completion_logprobs(request, completion, choice, prompt),
+            **_ending(choice),
+        }
+        if request.show.prompt_logprobs is not None:
+            shown["prompt_logprobs"] = self._prompt_logprobs(request, completion)
+        if request.show.token_ids:
+            shown["prompt_token_ids"] = list(completion.prompt_ids)
+            shown["token_ids"] = list(choice.token_ids)
+        return shown
+
+    def _echoed(self, request: ApiRequest, number: int) -> str:
+        prompt = request.prompts[number]
+        if isinstance(prompt, str):
+            return prompt
+        if self._words is None:
+            return ""
+        skip = request.params.skip_special_tokens
+        return self._words.decode(prompt, skip_special_tokens=skip)
+
+    def _completion_logprobs(
+        self,
+        request: ApiRequest,
+        completion: generator.Completion,
+        choice: generator.Choice,
+        prompt: str,
+    ) -> dict[str, Any] | None:
+        if choice.logprobs is None or request.params.logprobs is None:
+            return None
+        entries: list[tuple[int, request_lib.TokenLogprobs | None]] = []
+        offsets: list[int] = []
+        if request.show.echo:
+            given: _PromptLogprobs = completion.prompt_logprobs or ()
+            entries += zip(completion.prompt_ids, given, strict=True)
+            offsets += self._offsets(request, completion.prompt_ids, 0, len(prompt))
+        entries += zip(choice.token_ids, choice.logprobs, strict=True)
+        end = len(prompt) + len(choice.text)
+        offsets += self._offsets(request, choice.token_ids, len(prompt), end)
+        count = request.params.logprobs
+        return {
+            "tokens": [self._text(request, token) for token, _ in entries],
+            "token_logprobs": [None if e is None else _finite(e.logprob) for _, e in entries],
+            "top_logprobs": [
+                None if e is None else self._by_text(request, [*e.top[:count], _itself(e)])
+                for _, e in entries
+            ],
+            "text_offset": offsets,
+        }
+
+    def _by_text(
+        self, request: ApiRequest, ranked: Iterable[tuple[int, float]]
+    ) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token, value in ranked:
+            # Two tokens may be spelled alike: the likelier stays.
+            found.setdefault(self._text(request, token), _finite(value))
+        return found
+
+    def _offsets(
+        self, request: ApiRequest, token_ids: Iterable[int], start: int, end: int
+    ) -> list[int]:
+        """Where each token begins in the text that is shown; a cut text ends them all."""
+        if self._words is None:
+            return [start for _ in token_ids]
+        stream = detokenizer.Detokenizer(
+            self._words, skip_special_tokens=request.params.skip_special_tokens
+        )
+        offsets = []
+        for token in token_ids:
+            offsets.append(min(start, end))
+            start += len(stream.push(token))
+        return offsets
+
+    def _chat(
+        self, request: ApiRequest, completion: generator.Completion, head: Head
+    ) -> dict[str, Any]:
+        shown: dict[str, Any] = {
+            "id": f"chatcmpl-{head.response_id}",
+            "object": "chat.completion",
+            "created": head.created,
+            "model": head.model,
+            "choices": [self._chat_choice(request, choice) for choice in completion.choices],
+            "usage": _usage([completion]),
+        }
+        if request.show.prompt_logprobs is not None:
+            shown["prompt_logprobs"] = self._prompt_logprobs(request, completion)
+        if request.show.token_ids:
+            shown["prompt_token_ids"] = list(completion.prompt_ids)
+        return shown
+
+    def _chat_choice(self, request: ApiRequest, choice: generator.Choice) -> dict[str, Any]:
+        shown: dict[str, Any] = {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": None,
+            **_ending(choice),
+        }
+        if choice.logprobs is not None:
+            content = [self._chat_entry(request, entry) for entry in choice.logprobs]
+            shown["logprobs"] = {"content": content, "refusal": None}
+        if request.show.token_ids:
+            shown["token_ids"] = list(choice.token_ids)
+        return shown
+
+    def _chat_entry(self, request: ApiRequest, entry: request_lib.TokenLogprobs) -> dict[str, Any]:
+        top = entry.top[: request.params.logprobs]
+        return {
+            **self._chat_token(request, entry.token_id, entry.logprob),
+            "top_logprobs": [self._chat_token(request, token, value) for token, value in top],
+        }
+
+    def _chat_token(self, request: ApiRequest, token: int, logprob: float) -> dict[str, Any]:
+        data = self._texts.data(token)
+        return {
+            "token": self._text(request, token),
+            "logprob": _finite(logprob),
+            "bytes": None if data is None else list(data),
+        }
+
+    def _prompt_logprobs(
+        self, request: ApiRequest, completion: generator.Completion
+    ) -> list[dict[str, Any] | None]:
+        """In vLLM's form: by token id, the token that stands there first."""
+        count = request.show.prompt_logprobs
+        found: list[dict[str, Any] | None] = []
+        for entry in completion.prompt_logprobs or ():
+            if entry is None:
+                found.append(None)
+                continue
+            ranks = {entry.token_id: entry.rank}
+            values = dict([_itself(entry), *entry.top[:count]])
+            for rank, (token, _) in enumerate(entry.top[:count], start=1):
+                ranks.setdefault(token, rank)
+            found.append(
+                {
+                    str(token): {
+                        "logprob": _finite(value),
+                        "rank": ranks[token],
+                        "decoded_token": self._text(request, token),
+                    }
+                    for token, value in values.items()
+                }
+            )
+        return found
+
+    def _text(self, request: ApiRequest, token: int) -> str:
+        return self._texts.text(token, as_id=request.show.tokens_as_ids)
+
+
+def _ending(choice: generator.Choice) -> dict[str, Any]:
+    return {"finish_reason": str(choice.finish_reason), "stop_reason": choice.stop_reason}
+
+
+def _usage(completions: Sequence[generator.Completion]) -> dict[str, int]:
+    prompt = sum(len(completion.prompt_ids) for completion in completions)
+    output = sum(len(c.token_ids) for completion in completions for c in completion.choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+    }
+
+
+def _itself(entry: request_lib.TokenLogprobs) -> tuple[int, float]:
+    return entry.token_id, entry.logprob
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)

@@ -1,0 +1,68 @@
+"""What programs say while an engine starts: loading, the settings chosen, compiling."""
+
+import time
+from collections.abc import Callable
+
+from nanoflow_jax.engine import build, compiler
+from nanoflow_jax.models import loading
+
+_EVERY_S = 2.0
+
+
+def reports(
+    say: Callable[[str], None],
+    *,
+    also_settings: Callable[[build.Settings], None] = lambda settings: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> build.Reports:
+    """Reports that say each thing in a line.
+
+    Args:
+        say: Shows a line.
+        also_settings: Called with the settings, for programs that need one of them.
+        clock: Seconds.
+    """
+    shown_at = clock()
+    num_compiled = 0
+
+    def weights(progress: loading.Progress) -> None:
+        nonlocal shown_at
+        is_last = progress.done_bytes >= progress.total_bytes
+        if is_last or clock() - shown_at >= _EVERY_S:
+            shown_at = clock()
+            done, total = amount(progress.done_bytes), amount(progress.total_bytes)
+            say(f"loading: {done} of {total}, {progress.seconds:.1f} s")
+
+    def settings(chosen: build.Settings) -> None:
+        say(describe(chosen))
+        also_settings(chosen)
+
+    def program(compiled: compiler.Compiled, total: int) -> None:
+        nonlocal num_compiled
+        num_compiled += 1
+        say(f"compiled {num_compiled} of {total}: {compiled.name}, {compiled.seconds:.1f} s")
+
+    return build.Reports(weights=weights, settings=settings, program=program)
+
+
+def describe(chosen: build.Settings) -> str:
+    """The settings of an engine in a few lines."""
+    return "\n".join(
+        [
+            f"device: {chosen.device}; model: {chosen.dtype}, {amount(chosen.model_bytes)}",
+            f"cache: {chosen.num_pages} pages of {chosen.page_size} tokens, "
+            f"{amount(chosen.cache_bytes)}; context: {chosen.max_context_len} tokens",
+            f"dense batch: {chosen.dense_batch} tokens of at most {chosen.max_requests} requests; "
+            f"buckets: {', '.join(chosen.buckets)}",
+        ]
+    )
+
+
+def amount(num_bytes: int) -> str:
+    """Bytes for people: 3.2 GB."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
