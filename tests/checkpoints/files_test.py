@@ -34,10 +34,12 @@ def test_a_key_said_twice_is_only_refused_where_keys_must_be_unique() -> None:
 
 @given(st.binary(max_size=40))
 def test_any_bytes_parse_to_an_object_or_raise_a_checkpoint_error(text: bytes) -> None:
+    fault = ""
     try:
         assert isinstance(files.parse_json_object(text, file=Path("f"), unique_keys=True), dict)
     except CheckpointError as error:
-        assert str(error).startswith("f: ")
+        fault = str(error)
+    assert fault == "" or fault.startswith("f: ")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "..\\a", "a\0", None, 3, ["a"]])

@@ -71,9 +71,7 @@ def test_a_tensor_that_is_not_there_is_refused_with_names_near_it(make_model: Ma
 
 
 @pytest.mark.parametrize("index", [(), (slice(None), slice(None)), (slice(None, None, 2),)])
-def test_an_index_that_does_not_fit_is_refused(
-    make_model: Make, index: tuple[slice, ...]
-) -> None:
+def test_an_index_that_does_not_fit_is_refused(make_model: Make, index: tuple[slice, ...]) -> None:
     folder = ModelFolder.open(make_model({"a": np.arange(6)}))
     with pytest.raises(CheckpointError, match=r"'a' has shape \[6\]: wanted one slice with step 1"):
         folder.read_slice("a", index)

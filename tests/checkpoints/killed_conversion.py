@@ -2,10 +2,10 @@
 
     python killed_conversion.py SOURCE OUTPUT PART_BYTES POINT...
 
-A POINT is a whole number n, for kill -9 just before the n-th change (from 0) that the child makes
-under OUTPUT, or a number with a decimal point, for kill -9 after that many seconds. Prints a line
-"begun BYTES" for each child that came to copying, with the bytes already copied before it, and
-"killed" or "finished" for each child.
+A POINT is N@TEXT, for kill -9 just before the N-th change (from 0) that the child makes to a path
+under OUTPUT with TEXT in it, or a number, for kill -9 after that many seconds. Prints a line "begun
+BYTES" for each child that came to copying, with the bytes already copied before it, and "killed" or
+"finished" for each child.
 """
 
 import itertools
@@ -22,21 +22,22 @@ from checkpoints.folder import ModelFolder
 _CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 
 
-def _kill_at_change(output: Path, point: int) -> None:
-    """Kill this process before the Python code in it makes a change for the n-th time."""
+def _kill_at_change(output: Path, point: str) -> None:
+    """Kill this process before the Python code in it makes the change that the point says."""
+    number, _, text = point.partition("@")
     seen = itertools.count()
 
     def hook(event: str, args: tuple[object, ...]) -> None:
         if event not in _CHANGES or (event == "open" and args[1] in (None, "r", "rb")):
             return
-        if isinstance(args[0], str | os.PathLike) and str(args[0]).startswith(str(output)):
-            if next(seen) == point:
-                os.kill(os.getpid(), signal.SIGKILL)
+        path = str(args[0]) if isinstance(args[0], str | os.PathLike) else ""
+        if path.startswith(str(output)) and text in path and next(seen) == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
 
-def _convert(source: Path, output: Path, part_bytes: int, point: int | None) -> None:
+def _convert(source: Path, output: Path, part_bytes: int, point: str) -> None:
     begun: list[int] = []
 
     def progress(done: int, total: int) -> None:
@@ -44,7 +45,7 @@ def _convert(source: Path, output: Path, part_bytes: int, point: int | None) -> 
             begun.append(done)
             os.write(1, f"begun {done}\n".encode())
 
-    if point is not None:
+    if "@" in point:
         _kill_at_change(output, point)
     orbax_store.convert(ModelFolder.open(source), output, progress=progress, part_bytes=part_bytes)
 
@@ -54,12 +55,11 @@ def main() -> None:
     source, output, part_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     warnings.simplefilter("ignore")  # JAX warns of forks; nothing has used it here yet.
     for point in [*sys.argv[4:], ""]:
-        is_time = "." in point
         child = os.fork()
         if child == 0:
-            _convert(source, output, part_bytes, int(point) if point and not is_time else None)
+            _convert(source, output, part_bytes, point)
             os._exit(0)
-        if is_time:
+        if point and "@" not in point:
             time.sleep(float(point))
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -165,7 +165,7 @@ def test_a_file_that_shrinks_while_open_is_an_error_and_no_crash(tmp_path: Path)
     safetensors_file.write_safetensors(tmp_path / "x", {"a": np.arange(100_000)})
     file = SafetensorsFile(tmp_path / "x")
     os.truncate(tmp_path / "x", 5000)
-    with pytest.raises(CheckpointError, match="was .* bytes and is now 5000; it changed while"):
+    with pytest.raises(CheckpointError, match=r"was .* bytes and is now 5000; it changed while"):
         file.view("a")
 
 
@@ -189,8 +189,15 @@ def test_a_broken_write_leaves_the_old_file(
     assert SafetensorsFile(tmp_path / "x").view("a").tolist() == [0, 1, 2]
 
 
+def _try_open(path: Path) -> SafetensorsFile | CheckpointError:
+    try:
+        return SafetensorsFile(path)
+    except CheckpointError as error:
+        return error
+
+
 _SHARED_FOLDER = settings(
-    max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -220,12 +227,10 @@ def test_a_damaged_file_is_refused_or_read_as_the_reference_reads_it(
         del data[cut % len(data) :]
     data += more
     path.write_bytes(data)
-    try:
-        file = SafetensorsFile(path)
-    except CheckpointError as error:
-        assert str(error).startswith(str(path))
-        if not flips and cut is None and not more:
-            raise
+    file = _try_open(path)
+    if isinstance(file, CheckpointError):
+        assert str(file).startswith(str(path))
+        assert flips or cut is not None or more
         return
     wanted = dict(reference.deserialize(bytes(data)))
     assert set(wanted) == set(file.tensors)
@@ -238,29 +243,29 @@ def test_a_damaged_file_is_refused_or_read_as_the_reference_reads_it(
         assert file.view(name).tobytes() == bytes(tensor["data"])
 
 
+_NUMBERS = st.lists(
+    st.one_of(st.integers(-1, 9), st.sampled_from([2**63, True, None, 1.0])), max_size=3
+)
+_ENTRIES = st.builds(
+    _entry,
+    st.sampled_from(["U8", "F16", "F32", "F4", 1]),
+    st.one_of(st.sampled_from([[], [1], [2], [2, 1], [0]]), _NUMBERS),
+    st.one_of(st.sampled_from([[0, 1], [1, 2], [0, 2], [2, 4], [0, 4], [0, 0]]), _NUMBERS),
+)
+
+
 @_SHARED_FOLDER
-@given(st.data())
+@given(
+    st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), _ENTRIES), st.binary(max_size=8)
+)
+@example({"a": _entry(offsets=[4, 8]), "b": _entry(offsets=[0, 4])}, b"12345678")
 def test_any_header_is_refused_or_names_only_bytes_of_the_file(
-    tmp_path: Path, data: st.DataObject
+    tmp_path: Path, header: dict[str, object], buffer: bytes
 ) -> None:
-    number = st.one_of(st.integers(-1, 9), st.sampled_from([2**63, True, None, 1.0]))
-    numbers = st.lists(number, max_size=3)
-    entry = st.fixed_dictionaries(
-        {
-            "dtype": st.sampled_from(["U8", "F16", "F32", "F4", 1]),
-            "shape": st.one_of(st.sampled_from([[], [1], [2], [2, 1], [0]]), numbers),
-            "data_offsets": st.one_of(
-                st.sampled_from([[0, 1], [1, 2], [0, 2], [2, 4], [0, 4], [0, 0]]), numbers
-            ),
-        }
-    )
-    header = data.draw(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entry))
-    buffer = data.draw(st.binary(max_size=8))
     path = tmp_path / "x.safetensors"
     path.write_bytes(_file(header, buffer))
-    try:
-        file = SafetensorsFile(path)
-    except CheckpointError:
+    file = _try_open(path)
+    if isinstance(file, CheckpointError):
         return
     seen = sorted((info.start, info.start + info.nbytes) for info in file.tensors.values())
     assert [begin for begin, _ in seen] + [path.stat().st_size] == [
