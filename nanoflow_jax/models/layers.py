@@ -42,10 +42,13 @@ class Maker(Protocol):
     def __call__(self, spec: ParamSpec) -> Any: ...
 
 
-def product(spec: str, x: Array, w: Array) -> Array:
-    """Einsum in x's dtype with float32 accumulation; float32 inputs keep full precision."""
+def product(x: Float[Array, "T D"], w: Float[Array, "F D"]) -> Float[Array, "T F"]:
+    """x times the transpose of w, accumulated in float32; float32 inputs keep full precision.
+
+    Both are matrices: given more axes, XLA:CPU transposes the weight again in every step.
+    """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out = jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
+    out = jnp.einsum("TD,FD->TF", x, w, precision=precision, preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
 
 
@@ -161,7 +164,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
         c = self._config
         with jax.named_scope("norm_kqv"):
-            qkv = product("TD,KJHD->TKJH", self.norm(x), self.qkv[...])
+            weight = self.qkv[...]
+            qkv = product(self.norm(x), weight.reshape(-1, c.hidden_size))
+            qkv = qkv.reshape(x.shape[0], *weight.shape[:-1])  # [T, K, G + 2, H]
             if self.qkv_bias is not None:
                 qkv = qkv + self.qkv_bias[...][None]
             q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
@@ -176,8 +181,8 @@ class Attention(nnx.Module):
         """Adds the projected attention to the residual stream."""
         c = self._config
         with jax.named_scope("o"):
-            grouped = attended.reshape(x.shape[0], c.num_kv_heads, c.group_size, c.head_dim)
-            out = product("TKGH,DKGH->TD", grouped, self.o[...])
+            heads = attended.reshape(x.shape[0], -1)
+            out = product(heads, self.o[...].reshape(c.hidden_size, -1))
             if self.o_bias is not None:
                 out = out + self.o_bias[...][None]
             return x + (out if self.post_norm is None else self.post_norm(out))
@@ -220,12 +225,14 @@ class FeedForward(nnx.Module):
         with jax.named_scope("norm"):
             normed = self.norm(x)
         with jax.named_scope("up_gate"):
-            both = product("TD,JFD->TJF", normed, self.gate_up[...])
+            weight = self.gate_up[...]
+            both = product(normed, weight.reshape(-1, x.shape[1]))
+            both = both.reshape(x.shape[0], *weight.shape[:-1])  # [T, 2, F]
             if self.gate_up_bias is not None:
                 both = both + self.gate_up_bias[...][None]
             hidden = _activate(both[:, 0], self._activation) * both[:, 1]
         with jax.named_scope("down"):
-            out = product("TF,DF->TD", hidden, self.down[...])
+            out = product(hidden, self.down[...])
             if self.down_bias is not None:
                 out = out + self.down_bias[...][None]
             return x + (out if self.post_norm is None else self.post_norm(out))
@@ -285,7 +292,7 @@ class SparseFeedForward(nnx.Module):
 
     def _route(self, normed: Float[Array, "T D"]) -> tuple[Float[Array, "T A"], Int[Array, "T A"]]:
         """The share of each token's chosen experts, and which they are."""
-        scores = product("TD,ED->TE", normed, self.router[...]).astype(jnp.float32)
+        scores = product(normed, self.router[...]).astype(jnp.float32)
         shares, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), self._moe.num_active)
         if self._moe.normalise:
             shares = shares / shares.sum(axis=-1, keepdims=True)
