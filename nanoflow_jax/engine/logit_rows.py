@@ -40,7 +40,9 @@ def argmax(x: Float[Array, "R V"]) -> tuple[Float[Array, "R"], Int[Array, "R"]]:
     block = jnp.argmax(maxima, axis=1).astype(jnp.int32)
     chosen = jnp.take_along_axis(parts, block[:, None, None], axis=1)[:, 0]
     index = jnp.argmax(chosen, axis=1).astype(jnp.int32)
-    return maxima.max(axis=1), block * parts.shape[2] + index
+    # Not maxima.max(): XLA would merge the two reductions into a second pass over x.
+    value = jnp.take_along_axis(chosen, index[:, None], axis=1)[:, 0]
+    return value, block * parts.shape[2] + index
 
 
 def top(x: Float[Array, "R V"], k: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
