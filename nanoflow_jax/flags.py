@@ -27,7 +27,7 @@ def define_sections(
 
 def _define(name: str, field: Any, values: flags.FlagValues, module: str) -> None:
     text = field.metadata["help"]
-    common = {"flag_values": values, "module_name": module}
+    common: dict[str, Any] = {"flag_values": values, "module_name": module}
     default = field.default
     low, high = field.metadata["low"], field.metadata["high"]
     if isinstance(default, enum.StrEnum):

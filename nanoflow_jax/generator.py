@@ -107,7 +107,8 @@ class _TextChoice:
 
     def take(self, update: request_lib.RequestUpdate) -> Delta:
         """Adds an update; `choice` is set once it is finished."""
-        reason, stop_reason = update.finish_reason, None
+        reason = update.finish_reason
+        stop_reason: str | int | None = None
         text = ""
         for token in update.token_ids:
             hidden = token == update.stop_token_id and not self._params.include_stop

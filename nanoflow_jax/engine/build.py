@@ -303,7 +303,8 @@ def _free_bytes(device: jax.Device) -> int:
 
 def _use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs, unless somebody has already set where."""
-    if jax.config.jax_compilation_cache_dir is not None or not folder:
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if chosen is not None or not folder:
         return
     if folder == "auto":
         base = os.environ.get("XDG_CACHE_HOME") or str(pathlib.Path.home() / ".cache")

@@ -103,12 +103,12 @@ class CompileWatch:
         """Stops listening."""
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _on_event(self, event: str, seconds: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event != self._EVENT or threading.get_ident() != self._thread:
             return
         self.num_late += 1
         _LOG.error(
             "a program was compiled after warm-up (%.2f s): a shape is missing from the list "
             "of buckets; please report this",
-            seconds,
+            duration_secs,
         )

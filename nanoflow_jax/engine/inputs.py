@@ -1,5 +1,6 @@
 """Writes one step's plan into the vectors that its programs read."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,7 +24,8 @@ class InputBuilder:
         self._sizes = sizes
         self._page_size = page_size
         self._max_context_len = max_context_len
-        self._packings: dict[object, object] = {}
+        self._forward_packing = functools.cache(functools.partial(programs.forward_packing, sizes))
+        self._sample_packing = functools.cache(functools.partial(programs.sample_packing, sizes))
 
     def build(
         self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
@@ -60,8 +62,7 @@ class InputBuilder:
     def _forward(
         self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
     ) -> runner.Vector:
-        pack = programs.forward_packing(self._sizes, plan.bucket)
-        vector, views = pack.new()
+        vector, views = self._forward_packing(plan.bucket).new()
         count = len(plan.decode)
         starts = np.fromiter((row.start for row in plan.decode), np.int32, count)
         views["positions"][:count] = starts
@@ -116,8 +117,7 @@ class InputBuilder:
         variant: sampling.SamplerVariant,
     ) -> runner.Vector:
         size = self._sizes.padded_rows(plan.bucket)
-        pack = programs.sample_packing(self._sizes, rows=size, variant=variant)
-        vector, views = pack.new()
+        vector, views = self._sample_packing(rows=size, variant=variant).new()
         for i, row in enumerate(rows):
             views["slots"][i] = row.slot
             if variant is sampling.SamplerVariant.GREEDY:
@@ -164,6 +164,7 @@ class InputBuilder:
         vector = np.full(1 + 2 * most, self._sizes.vocab_size, np.int32)
         prompt_len = sequence.prompt_len
         output = sequence.token_ids[prompt_len:]
+        assert row.penalty_slot is not None
         vector[0] = row.penalty_slot
         vector[1 : 1 + prompt_len] = sequence.token_ids[:prompt_len]
         vector[1 + most : 1 + most + len(output)] = output

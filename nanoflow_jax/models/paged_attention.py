@@ -51,7 +51,11 @@ class PagedAttention:
     ) -> tuple[Float[Array, "T N H"], Any]:
         """Appends the new keys and values, then attends to all that are cached."""
         b = self.batch
-        options = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
+        options: dict[str, Any] = {
+            "scale": spec.scale,
+            "window": spec.window,
+            "softcap": spec.softcap,
+        }
         with jax.named_scope("append"):
             cache = self.layout.append(cache, k, v, b.pages, b.offsets)
         rows = b.decode_lens.shape[0]
