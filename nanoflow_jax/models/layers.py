@@ -43,7 +43,7 @@ class Maker(Protocol):
 
 
 def product(x: Float[Array, "T D"], w: Float[Array, "F D"]) -> Float[Array, "T F"]:
-    """x times the transpose of w, accumulated in float32; float32 inputs keep full precision.
+    """X times the transpose of w, accumulated in float32; float32 inputs keep full precision.
 
     Both are matrices: given more axes, XLA:CPU transposes the weight again in every step.
     """
