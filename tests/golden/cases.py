@@ -18,6 +18,9 @@ CASES: tuple[str, ...] = (
     "qwen2_window",
     "qwen3",
     "mixtral",
+    "qwen3_moe",
+    "qwen3_moe_unnormalised",
+    "gemma2",
 )
 
 _HERE = pathlib.Path(__file__).resolve().parent
