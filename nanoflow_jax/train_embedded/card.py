@@ -33,11 +33,17 @@ class CorpusFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """What the run cost: steps of `step_tokens` tokens, and the time that they took."""
+    """What the run cost: steps of `step_tokens` tokens, and the time that they took.
+
+    Attributes:
+        schedules: Pairs (first step, num_steps): a run resumed with another --train_num_steps
+            has several.
+    """
 
     num_steps: int
     step_tokens: int
     busy_s: float
+    schedules: tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +130,14 @@ in all, {t.busy_s / 60:.0f} minutes on {hardware()}.
 AdamW, peak rate {s.peak_rate:g}, {s.warmup_steps} steps of warm-up, then a cosine; weight decay \
 {s.weight_decay:g}; gradients clipped to
 {s.max_gradient_norm:g}. The first {s.short_fraction:.0%} of the steps see windows of \
-{s.short_len} tokens, the rest of {chosen.shape.context_len}."""
+{s.short_len} tokens, the rest of {chosen.shape.context_len}.{_resumed(t)}"""
+
+
+def _resumed(t: Training) -> str:
+    if len(t.schedules) == 1:
+        return ""
+    parts = ", ".join(f"--train_num_steps={total} from step {at}" for at, total in t.schedules)
+    return f"\nThe run was stopped and resumed with another length: {parts}."
 
 
 def _quality(v: Validation, context_len: int) -> str:

@@ -132,12 +132,14 @@ class Trainer:
     """Weights and optimiser state, moved on one batch at a time.
 
     Invariant: `num_done` steps, which took `busy_s` seconds, have been applied to `state`.
+    `schedules` says from which step on the rate followed a schedule of how many steps.
     """
 
     def __init__(self, chosen: settings.Settings) -> None:
         self.config = chosen.model_config()
         self.num_done = 0
         self.busy_s = 0.0
+        self.schedules = [(0, chosen.train.num_steps)]
         self._settings = chosen
         self._optimiser = optimiser(chosen.train)
         weights = first_weights(self.config, seed=chosen.train.seed)
@@ -170,6 +172,12 @@ class Trainer:
         self.num_done += 1
         self.busy_s += time.monotonic() - start
         return found
+
+    def resume_schedules(self, before: list[tuple[int, int]]) -> None:
+        """Takes over an earlier run's schedules, and adds its own if that is another one."""
+        num_steps = self._settings.train.num_steps
+        same = before[-1][1] == num_steps
+        self.schedules = before if same else [*before, (self.num_done, num_steps)]
 
     def _update(
         self, state: State, rows: Int[Array, "B C1"], *, row_len: int
@@ -207,6 +215,7 @@ class Checkpoints:
             "busy_s": trainer.busy_s,
             "data": data.get_state(),
             "fingerprint": fingerprint,
+            "schedules": trainer.schedules,
         }
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(trainer.state), about=ocp.args.JsonSave(about)
@@ -235,6 +244,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         trainer.state = self._manager.restore(step, args=items)["state"]
         trainer.num_done, trainer.busy_s = step, about["busy_s"]
+        trainer.resume_schedules([tuple(pair) for pair in about["schedules"]])
         data.set_state(about["data"])
         return True
 

@@ -197,6 +197,7 @@ def finish(
         num_steps=trainer.num_done,
         step_tokens=chosen.train.batch_rows * chosen.shape.context_len,
         busy_s=trainer.busy_s,
+        schedules=tuple(trainer.schedules),
     )
     export.write_model(
         folder,
