@@ -44,6 +44,13 @@ class MoeConfig:
     normalise: bool
     sparse_layers: tuple[bool, ...]
 
+    def __post_init__(self) -> None:
+        if self.num_active > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_active} is more than the model's "
+                f"{self.num_experts} experts; check config.json"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:

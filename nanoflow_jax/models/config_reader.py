@@ -62,11 +62,17 @@ class ConfigReader:
             raise self._wrong(key, "a number above 0")
         return float(value)
 
-    def optional_number(self, key: str) -> float | None:
-        return None if self._config.get(key) is None else self.number(key)
+    def optional_number(self, key: str, default: float | None = None) -> float | None:
+        """A number, None where the file says null, the default where it is silent."""
+        if key not in self._config:
+            return default
+        return None if self._take(key) is None else self.number(key)
 
-    def optional_integer(self, key: str) -> int | None:
-        return self._take(key) if self._config.get(key) is None else self.integer(key, low=0)
+    def optional_integer(self, key: str, default: int | None = None) -> int | None:
+        """An integer, None where the file says null, the default where it is silent."""
+        if key not in self._config:
+            return default
+        return None if self._take(key) is None else self.integer(key, low=0)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self._take(key)
@@ -95,7 +101,9 @@ class ConfigReader:
         """Marks keys that have no effect given the other keys."""
         self._read.update(keys)
 
-    def activation(self, *keys: str) -> architecture.Activation:
+    def activation(
+        self, *keys: str, default: architecture.Activation = architecture.Activation.SILU
+    ) -> architecture.Activation:
         """The gate's non-linearity; the last key that is present wins."""
         names = {
             "silu": architecture.Activation.SILU,
@@ -103,7 +111,7 @@ class ConfigReader:
             "gelu_pytorch_tanh": architecture.Activation.GELU_TANH,
             "gelu_new": architecture.Activation.GELU_TANH,
         }
-        chosen = architecture.Activation.SILU
+        chosen = default
         for key in keys:
             value = self._take(key)
             if value is None:
@@ -129,7 +137,8 @@ class ConfigReader:
         if not isinstance(values, dict):
             raise self._wrong("rope_scaling", "an object")
         kind = values.get("rope_type", values.get("type", "default"))
-        theta = float(values.get("rope_theta", theta))
+        inner = ConfigReader(values)
+        theta = inner.number("rope_theta", theta)
         if kind == "default":
             _refuse_extra(values, {"rope_theta"})
             return architecture.RopeConfig(theta=theta)
@@ -145,15 +154,15 @@ class ConfigReader:
             "original_max_position_embeddings",
         )
         _refuse_extra(values, {"rope_theta", *wanted})
-        missing = [name for name in wanted if not isinstance(values.get(name), int | float)]
+        missing = [name for name in wanted if values.get(name) is None]
         if missing:
             raise ValueError(f"config.json: rope scaling 'llama3' lacks {', '.join(missing)}")
         return architecture.RopeConfig(
             theta=theta,
-            factor=float(values["factor"]),
-            low_freq_factor=float(values["low_freq_factor"]),
-            high_freq_factor=float(values["high_freq_factor"]),
-            original_max_len=int(values["original_max_position_embeddings"]),
+            factor=inner.number("factor"),
+            low_freq_factor=inner.number("low_freq_factor"),
+            high_freq_factor=inner.number("high_freq_factor"),
+            original_max_len=inner.integer("original_max_position_embeddings"),
         )
 
     def refuse_unread(self) -> None:
@@ -208,6 +217,7 @@ def standard_config(
     default_theta: float = architecture.DEFAULT_ROPE_THETA,
     default_head_dim: int | None = None,
     default_tied: bool = False,
+    default_norm_eps: float = 1e-6,
     **differences: Any,
 ) -> architecture.ModelConfig:
     """The keys that every family shares, with what a family sets itself.
@@ -219,6 +229,7 @@ def standard_config(
         default_theta: Rotary base where the file has none.
         default_head_dim: Head width where the file has none; by default D / N.
         default_tied: Whether embeddings are tied where the file is silent.
+        default_norm_eps: What norms add to the mean square where the file is silent.
         differences: Fields of ModelConfig that the family decides.
     """
     num_layers = r.integer("num_hidden_layers")
@@ -235,7 +246,7 @@ def standard_config(
         "intermediate_size": r.integer("intermediate_size"),
         "vocab_size": r.integer("vocab_size"),
         "max_context_len": r.integer("max_position_embeddings"),
-        "norm_eps": r.number("rms_norm_eps", 1e-6),
+        "norm_eps": r.number("rms_norm_eps", default_norm_eps),
         "rope": r.rope(default_theta),
         "query_scale": head_dim**-0.5,
         "tied_embeddings": r.flag("tie_word_embeddings", default_tied),

@@ -24,10 +24,12 @@ def read(r: config_reader.ConfigReader) -> architecture.ModelConfig:
         qkv_bias=bias,
         o_bias=bias,
         windows=windows,
-        activation=r.activation("hidden_act", "hidden_activation"),
+        activation=r.activation(
+            "hidden_act", "hidden_activation", default=architecture.Activation.GELU_TANH
+        ),
         query_scale=r.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=r.optional_number("attn_logit_softcapping"),
-        logits_softcap=r.optional_number("final_logit_softcapping"),
+        attention_softcap=r.optional_number("attn_logit_softcapping", 50.0),
+        logits_softcap=r.optional_number("final_logit_softcapping", 30.0),
         norm_offset=1.0,
         post_norms=True,
         embedding_scale=math.sqrt(r.integer("hidden_size")),

@@ -7,7 +7,7 @@ ARCHITECTURES = ("MistralForCausalLM",)
 
 def read(r: config_reader.ConfigReader) -> architecture.ModelConfig:
     """The model that a Mistral config.json describes."""
-    window = r.optional_integer("sliding_window")
+    window = r.optional_integer("sliding_window", 4096)
     return config_reader.standard_config(r, family="mistral", window=window)
 
 

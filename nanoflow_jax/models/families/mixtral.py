@@ -17,7 +17,12 @@ def read(r: config_reader.ConfigReader) -> architecture.ModelConfig:
     )
     window = r.optional_integer("sliding_window")
     return config_reader.standard_config(
-        r, family="mixtral", window=window, moe=moe, default_theta=1e6
+        r,
+        family="mixtral",
+        window=window,
+        moe=moe,
+        default_theta=1e6,
+        default_norm_eps=1e-5,
     )
 
 

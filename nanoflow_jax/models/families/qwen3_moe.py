@@ -10,8 +10,9 @@ def read(r: config_reader.ConfigReader) -> architecture.ModelConfig:
     num_layers = r.integer("num_hidden_layers")
     dense = r.integers("mlp_only_layers")
     step = r.integer("decoder_sparse_step", 1)
+    # transformers 4 wrote num_experts, 5 writes num_local_experts.
     moe = architecture.MoeConfig(
-        num_experts=r.integer("num_experts", 128),
+        num_experts=r.integer("num_experts", r.integer("num_local_experts", 128)),
         num_active=r.integer("num_experts_per_tok", 8),
         intermediate_size=r.integer("moe_intermediate_size", 768),
         normalise=r.flag("norm_topk_prob"),
