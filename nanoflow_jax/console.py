@@ -30,22 +30,22 @@ def run(program: Callable[[], int], *, say: Callable[[str], None], debug: bool) 
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except MemoryError as error:
-        message, code, cause = f"out of memory {error}".rstrip(), WRONG_INPUT, error
-    except RunError as error:
-        message, code, cause = str(error), FAILED, error
-    except (ValueError, OSError) as error:
-        message, code, cause = str(error), WRONG_INPUT, error
-    except jax.errors.JaxRuntimeError as error:
-        message, code, cause = f"{error}{_advice(str(error))}", FAILED, error
-    if debug:
-        say("".join(traceback.format_exception(cause)).rstrip())
-    say(f"error: {message}")
-    return code
+    except (RunError, ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        if debug:
+            say("".join(traceback.format_exception(error)).rstrip())
+        say(f"error: {_message(error)}")
+        is_late = isinstance(error, RunError | jax.errors.JaxRuntimeError)
+        return FAILED if is_late else WRONG_INPUT
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"out of memory {error}".rstrip() + "; use a smaller model or --dtype=bfloat16"
+    return f"{error}{_advice(str(error))}"
 
 
 def _advice(message: str) -> str:
-    if "RESOURCE_EXHAUSTED" not in message:
+    if "RESOURCE_EXHAUSTED" not in message:  # XLA's word for a device without room
         return ""
     return (
         "\nThe device has too little memory: use --dtype=bfloat16 or a smaller model, or lower "

@@ -3,7 +3,10 @@
 Run again after anything that stopped it: it goes on where it was. Exit codes as of `generate`.
 """
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import app, flags
 
@@ -12,7 +15,7 @@ from nanoflow_jax import console, meter
 
 
 def _define(values: flags.FlagValues) -> None:
-    common = {"flag_values": values, "module_name": "__main__"}
+    common: dict[str, Any] = {"flag_values": values, "module_name": "__main__"}
     flags.DEFINE_string("model", None, "Model folder to read; Hugging Face safetensors.", **common)
     flags.DEFINE_string("output", None, "Folder to write, new or from a run before.", **common)
     flags.DEFINE_boolean("verify", False, "Read all of it again and compare hashes.", **common)
@@ -23,20 +26,21 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class _Bytes:
-    """Shows bytes done, once the total is known."""
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Shows bytes done; how many there are is known at the first call."""
+    made: list[meter.Meter] = []
 
-    def __init__(self) -> None:
-        self._meter: meter.Meter | None = None
+    def report(done: int, total: int) -> None:
+        if not made:
+            made.append(meter.Meter(total, unit="B", stream=sys.stderr, first=done))
+        made[0].update(done)
 
-    def __call__(self, done: int, total: int) -> None:
-        if self._meter is None:
-            self._meter = meter.Meter(total, unit="B", stream=sys.stderr, first=done)
-        self._meter.update(done)
-
-    def close(self) -> None:
-        if self._meter is not None:
-            self._meter.close()
+    try:
+        yield report
+    finally:
+        for shown in made:
+            shown.close()
 
 
 def _run(values: flags.FlagValues, arguments: list[str]) -> int:
@@ -49,18 +53,12 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> int:
     output = values.output
     total = sum(spec.nbytes for spec in source.tensors.values())
     _say(f"converting {len(source.tensors)} tensors, {total / 1e9:.3f} GB, into {output}")
-    shown = _Bytes()
-    try:
-        orbax_store.convert(source, output, progress=shown)
-    finally:
-        shown.close()
+    with _progress() as report:
+        orbax_store.convert(source, output, progress=report)
     if values.verify:
         _say("comparing with the hashes taken while copying")
-        checked = _Bytes()
-        try:
-            orbax_store.verify(output, progress=checked)
-        finally:
-            checked.close()
+        with _progress() as report:
+            orbax_store.verify(output, progress=report)
     _say(f"done: --model={output} runs it")
     return 0
 

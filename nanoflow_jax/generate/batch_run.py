@@ -94,8 +94,8 @@ def _answer(
         except (OSError, MemoryError) as error:
             raise console.RunError(
                 f"{opened.path}: {error or 'out of memory'}; {opened.num_done} of "
-                f"{opened.num_rows} rows are done and kept. Mend that (make room, if the disk is full) and run the same command "
-                "again to go on"
+                f"{opened.num_rows} rows are done and kept. Mend that (make room, if the disk is "
+                "full) and run the same command again to go on"
             ) from error
         finally:
             shown.close()
