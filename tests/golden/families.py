@@ -4,75 +4,12 @@ Sizes are awkward on purpose: odd vocabularies, head widths that are not hidden 
 three query heads per key head, feed-forward widths that are no power of two.
 """
 
-import dataclasses
 from typing import Any
 
 import conversations as chats
+import tiny_tokenizers
+from case_spec import Case
 from tiny_tokenizers import TokenizerSpec
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One golden case.
-
-    Attributes:
-        architecture: Prefix of the transformers classes, e.g. "Llama".
-        config: Arguments of the config class, token ids apart.
-        seed: Seed of weights and prompts.
-        tokenizer: The tokenizer; its vocabulary may be smaller than the model's.
-        bos, eos, pad: Tokens named in tokenizer_config.json and, as ids, in config.json.
-        template: Name of the chat template.
-        template_in_config: Stored in tokenizer_config.json, not in chat_template.jinja.
-        chat: Conversations to render.
-        generation_eos: Tokens listed as eos in generation_config.json; empty: same as eos.
-        tokenizer_config: Further entries of tokenizer_config.json.
-        legacy_config: config.json as transformers 4 wrote it (rope_theta, rope_scaling).
-        shard_size: Largest shard of the weights, or None for one file.
-        gains: Factors on the usual spread of weights whose name contains the key.
-        bites: Config changes that must change the logits, so that no feature sleeps.
-    """
-
-    architecture: str
-    config: dict[str, Any]
-    seed: int
-    tokenizer: TokenizerSpec
-    bos: str | None
-    eos: str
-    pad: str | None = None
-    template: str
-    template_in_config: bool = False
-    chat: tuple[chats.Conversation, ...]
-    generation_eos: tuple[str, ...] = ()
-    tokenizer_config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    legacy_config: bool = False
-    shard_size: str | None = None
-    gains: dict[str, float] = dataclasses.field(default_factory=dict)
-    bites: tuple[dict[str, Any], ...] = ()
-
-
-_SENTENCEPIECE = ("<unk>", "<s>", "</s>")
-_LLAMA3_SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-)
-_MISTRAL_SPECIAL = (
-    *_SENTENCEPIECE,
-    "[INST]",
-    "[/INST]",
-    "[TOOL_CALLS]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-)
-_QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_QWEN3_PLAIN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-_QWEN3_PLAIN += ("<think>", "</think>")
-_GEMMA_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 
 _ADD_BOS = {"add_bos_token": True, "add_eos_token": False}
 _NO_BOS = {"add_bos_token": False, "add_prefix_space": False}
@@ -97,7 +34,9 @@ _QWEN3_CHAT = (
     chats.ONLY_TOOL_RESULT,
 )
 _QWEN2 = {
-    "tokenizer": TokenizerSpec(kind="byte_level", special=_QWEN_SPECIAL, vocab_size=303),
+    "tokenizer": TokenizerSpec(
+        kind="byte_level", special=tiny_tokenizers.QWEN_SPECIAL, vocab_size=303
+    ),
     "bos": None,
     "eos": "<|im_end|>",
     "pad": "<|endoftext|>",
@@ -107,7 +46,10 @@ _QWEN2 = {
     "chat": _QWEN2_CHAT,
 }
 _QWEN3_TOKENIZER = TokenizerSpec(
-    kind="byte_level", special=_QWEN_SPECIAL, plain=_QWEN3_PLAIN, vocab_size=321
+    kind="byte_level",
+    special=tiny_tokenizers.QWEN_SPECIAL,
+    plain=tiny_tokenizers.QWEN3_PLAIN,
+    vocab_size=321,
 )
 _QWEN3 = {
     "tokenizer": _QWEN3_TOKENIZER,
@@ -150,7 +92,7 @@ CASES: dict[str, Case] = {
         ),
         seed=7,
         tokenizer=TokenizerSpec(
-            kind="sentencepiece", special=_SENTENCEPIECE, vocab_size=353, bos="<s>"
+            kind="sentencepiece", special=tiny_tokenizers.SENTENCEPIECE, vocab_size=353, bos="<s>"
         ),
         bos="<s>",
         eos="</s>",
@@ -189,7 +131,10 @@ CASES: dict[str, Case] = {
         seed=5,
         gains=_TIED,
         tokenizer=TokenizerSpec(
-            kind="byte_level", special=_LLAMA3_SPECIAL, vocab_size=301, bos="<|begin_of_text|>"
+            kind="byte_level",
+            special=tiny_tokenizers.LLAMA3_SPECIAL,
+            vocab_size=301,
+            bos="<|begin_of_text|>",
         ),
         bos="<|begin_of_text|>",
         eos="<|eot_id|>",
@@ -251,7 +196,10 @@ CASES: dict[str, Case] = {
         ),
         seed=2,
         tokenizer=TokenizerSpec(
-            kind="metaspace_first", special=_MISTRAL_SPECIAL, vocab_size=367, bos="<s>"
+            kind="metaspace_first",
+            special=tiny_tokenizers.MISTRAL_SPECIAL,
+            vocab_size=367,
+            bos="<s>",
         ),
         bos="<s>",
         eos="</s>",
@@ -339,20 +287,14 @@ CASES: dict[str, Case] = {
         ),
         seed=1,
         tokenizer=TokenizerSpec(
-            kind="sentencepiece", special=_SENTENCEPIECE, vocab_size=353, bos="<s>"
+            kind="sentencepiece", special=tiny_tokenizers.SENTENCEPIECE, vocab_size=353, bos="<s>"
         ),
         bos="<s>",
         eos="</s>",
         tokenizer_config=_ADD_BOS,
         template="mixtral",
         template_in_config=True,
-        chat=(
-            chats.SINGLE,
-            chats.MULTI_TURN,
-            chats.FINISHED,
-            chats.UNICODE,
-            chats.SYSTEM,
-        ),
+        chat=(chats.SINGLE, chats.MULTI_TURN, chats.FINISHED, chats.UNICODE, chats.SYSTEM),
         bites=({"num_experts_per_tok": 1}, {"num_experts_per_tok": 3}),
     ),
     "qwen3_moe": Case(
@@ -425,7 +367,9 @@ CASES: dict[str, Case] = {
             "k_proj": 1.4,
             "post_feedforward_layernorm": 14.0,
         },
-        tokenizer=TokenizerSpec(kind="gemma", special=_GEMMA_SPECIAL, vocab_size=359, bos="<bos>"),
+        tokenizer=TokenizerSpec(
+            kind="gemma", special=tiny_tokenizers.GEMMA_SPECIAL, vocab_size=359, bos="<bos>"
+        ),
         bos="<bos>",
         eos="<eos>",
         pad="<pad>",

@@ -28,7 +28,8 @@ import safetensors.numpy
 import tiny_tokenizers
 import torch
 import transformers
-from families import CASES, Case
+from case_spec import Case
+from families import CASES
 from transformers.utils import chat_template_utils
 
 PROMPT_LENS = (1, 2, 5, 9, 13, 17, 23, 31, 37, 47, 59, 70)

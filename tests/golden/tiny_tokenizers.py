@@ -12,6 +12,31 @@ import itertools
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+# The families' special tokens, in the order of their ids.
+SENTENCEPIECE = ("<unk>", "<s>", "</s>")
+LLAMA3_SPECIAL = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+)
+MISTRAL_SPECIAL = (
+    *SENTENCEPIECE,
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN3_PLAIN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+QWEN3_PLAIN += ("<think>", "</think>")
+GEMMA_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+
 _CORPUS = """\
 The scheduler fills every step with the tokens of the requests that wait in the queue.
 A page holds the keys and the values of sixteen tokens, and the table says where the pages are.
