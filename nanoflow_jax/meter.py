@@ -68,6 +68,8 @@ class Meter:
 
     def _line(self, note: str) -> str:
         parts = [f"{self._amount(self._done)} of {self._amount(self._total)}"]
+        if self._unit != "B":
+            parts[0] += f" {self._unit}s"
         if note:
             parts.append(note)
         if self._done > self._first:
@@ -77,6 +79,14 @@ class Meter:
         return ", ".join(parts)
 
     def _amount(self, value: int) -> str:
-        if self._unit != "B":
-            return f"{value} {self._unit}s"
-        return f"{tqdm.tqdm.format_sizeof(value, divisor=1000)}B"
+        return bytes_text(value) if self._unit == "B" else str(value)
+
+
+def bytes_text(num_bytes: int) -> str:
+    """Bytes for people: 3.2 GB."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from nanoflow_jax.engine import build, compiler
+from nanoflow_jax.meter import bytes_text
 from nanoflow_jax.models import loading
 
 _EVERY_S = 2.0
@@ -30,7 +31,7 @@ def reports(
         is_last = progress.done_bytes >= progress.total_bytes
         if is_last or clock() - shown_at >= _EVERY_S:
             shown_at = clock()
-            done, total = amount(progress.done_bytes), amount(progress.total_bytes)
+            done, total = bytes_text(progress.done_bytes), bytes_text(progress.total_bytes)
             say(f"loading: {done} of {total}, {progress.seconds:.1f} s")
 
     def settings(chosen: build.Settings) -> None:
@@ -49,20 +50,10 @@ def describe(chosen: build.Settings) -> str:
     """The settings of an engine in a few lines."""
     return "\n".join(
         [
-            f"device: {chosen.device}; model: {chosen.dtype}, {amount(chosen.model_bytes)}",
+            f"device: {chosen.device}; model: {chosen.dtype}, {bytes_text(chosen.model_bytes)}",
             f"cache: {chosen.num_pages} pages of {chosen.page_size} tokens, "
-            f"{amount(chosen.cache_bytes)}; context: {chosen.max_context_len} tokens",
+            f"{bytes_text(chosen.cache_bytes)}; context: {chosen.max_context_len} tokens",
             f"dense batch: {chosen.dense_batch} tokens of at most {chosen.max_requests} requests; "
             f"buckets: {', '.join(chosen.buckets)}",
         ]
     )
-
-
-def amount(num_bytes: int) -> str:
-    """Bytes for people: 3.2 GB."""
-    value, unit = float(num_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,88 @@
+"""The conversion program: messages, progress, kill -9."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import batch_runs
+import pytest
+from absl import flags
+
+from checkpoints import folder
+from nanoflow_jax import console
+from nanoflow_jax.convert import __main__ as program
+
+
+def _main(*arguments: str) -> int:
+    values = flags.FlagValues()
+    program._define(values)
+    left = values(["convert", *arguments])
+    return console.run(lambda: program._run(values, left[1:]), say=program._say, debug=False)
+
+
+def test_a_model_is_converted_and_verified(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert _main(f"--model={batch_runs.FOLDER}", f"--output={output}", "--verify") == 0
+    said = capfd.readouterr().err
+    assert f"done: --model={output} runs it" in said
+    assert "comparing with the hashes" in said
+    source, made = folder.ModelFolder.open(batch_runs.FOLDER), folder.ModelFolder.open(output)
+    assert source.tensors.keys() == made.tensors.keys()
+    for name in source.tensors:
+        assert (source.read(name) == made.read(name)).all()
+    assert _main(f"--model={batch_runs.FOLDER}", f"--output={output}") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model is missing; give --model=HF_DIR --output=DIR"),
+        (["--model=x"], "--output is missing"),
+        (["--model=/none", "--output=y"], "/none: does not exist"),
+        (["more"], "unknown argument 'more'"),
+    ],
+)
+def test_what_is_wrong_is_one_message(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(*arguments) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def test_a_folder_with_something_else_is_kept(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("x")
+    assert _main(f"--model={batch_runs.FOLDER}", f"--output={tmp_path}") == 2
+    assert "give --output a new or empty folder" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_killed_conversion_is_finished_by_the_same_command(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "nanoflow_jax.convert"]
+    command += [f"--model={batch_runs.FOLDER}", f"--output={tmp_path / 'out'}"]
+    with subprocess.Popen(
+        command, env=batch_runs.environment(), stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 100
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "out" / "config.json").exists():
+                break
+            time.sleep(0.001)
+        process.kill()
+    done = subprocess.run(
+        [*command, "--verify"],
+        env=batch_runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert folder.ModelFolder.open(tmp_path / "out").tensors
