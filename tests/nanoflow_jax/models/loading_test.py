@@ -1,0 +1,153 @@
+import dataclasses
+import itertools
+import math
+import re
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from golden import cases
+
+from checkpoints import safetensors_file
+from checkpoints.folder import ModelFolder
+from nanoflow_jax.models import huggingface, loading, transformer
+from nanoflow_jax.parallel import mesh as mesh_lib
+
+_FLOAT32 = np.dtype(np.float32)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return ModelFolder.open(cases.load("llama_bias").path)
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return huggingface.read_config(folder.config)
+
+
+@pytest.fixture
+def mesh():
+    return mesh_lib.build_mesh(jax.devices()[:1])
+
+
+def _leaves(model):
+    return jax.tree.leaves(nnx.state(model))
+
+
+def test_a_loaded_model_has_the_folders_tensors(folder, config, mesh):
+    model = loading.load_model(folder, config, dtype=_FLOAT32, mesh=mesh)
+    np.testing.assert_array_equal(model.embedding[...], folder.read("model.embed_tokens.weight"))
+    np.testing.assert_array_equal(model.head_weight[...], folder.read("lm_head.weight"))
+    attention = model.layers[1].attention
+    q, k, v = (folder.read(f"model.layers.1.self_attn.{n}_proj.weight") for n in "qkv")
+    stored = np.asarray(attention.qkv[...])
+    np.testing.assert_array_equal(stored[:, :-2].reshape(q.shape), q)
+    np.testing.assert_array_equal(stored[:, -2].reshape(k.shape), k)
+    np.testing.assert_array_equal(stored[:, -1].reshape(v.shape), v)
+    np.testing.assert_array_equal(
+        model.layers[0].feed_forward.down_bias[...],
+        folder.read("model.layers.0.mlp.down_proj.bias"),
+    )
+
+
+def test_weights_are_cast_to_the_run_dtype(folder, config, mesh):
+    model = loading.load_model(folder, config, dtype=_BFLOAT16, mesh=mesh)
+    assert {leaf.dtype for leaf in _leaves(model)} == {_BFLOAT16}
+    wanted = folder.read("model.norm.weight").astype(_BFLOAT16)
+    np.testing.assert_array_equal(model.norm.weight[...], wanted)
+
+
+def test_progress_counts_every_byte(folder, config, mesh):
+    seen = []
+    loading.load_model(folder, config, dtype=_BFLOAT16, mesh=mesh, progress=seen.append)
+    total = loading.model_bytes(config, _BFLOAT16)
+    sizes = [math.prod(spec.shape) for spec in transformer.parameter_specs(config)]
+    assert total == 2 * sum(sizes) == loading.model_bytes(config, _FLOAT32) // 2
+    assert [p.done_bytes for p in seen] == [2 * n for n in itertools.accumulate(sizes)]
+    assert {p.total_bytes for p in seen} == {total}
+    assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(seen))
+
+
+def test_a_folder_of_another_shape_is_refused_before_anything_is_read(folder, config, mesh):
+    wrong = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
+    seen = []
+    message = "has shape (311, 32), but config.json asks for (312, 32)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loading.load_model(folder, wrong, dtype=_FLOAT32, mesh=mesh, progress=seen.append)
+    assert not seen
+
+
+def test_random_weights_follow_from_seed_and_name_alone(config, mesh):
+    def draw(changed, seed=3):
+        return loading.random_model(changed, seed=seed, dtype=_FLOAT32, mesh=mesh)
+
+    first, again, other = draw(config), draw(config), draw(config, seed=4)
+    for a, b in zip(_leaves(first), _leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(first.embedding[...], other.embedding[...])
+    fewer = dataclasses.replace(config, num_layers=1, windows=(None,))
+    np.testing.assert_array_equal(
+        draw(fewer).layers[0].attention.qkv[...], first.layers[0].attention.qkv[...]
+    )
+    up = first.layers[0].feed_forward.gate_up[...]
+    assert not np.array_equal(up, first.layers[1].feed_forward.gate_up[...])
+
+
+def test_random_weights_have_the_spread_of_their_specs(config, mesh):
+    model = loading.random_model(config, seed=0, dtype=_FLOAT32, mesh=mesh)
+    embedding = np.asarray(model.embedding[...])
+    assert embedding.mean() == pytest.approx(0.0, abs=1e-3)
+    assert embedding.std() == pytest.approx(0.02, rel=0.05)
+    np.testing.assert_array_equal(model.norm.weight[...], np.ones(config.hidden_size))
+
+
+def test_random_norms_of_a_family_that_stores_an_offset_are_neutral(mesh):
+    raw = ModelFolder.open(cases.load("gemma2").path).config
+    config = huggingface.read_config(raw)
+    model = loading.random_model(config, seed=0, dtype=_FLOAT32, mesh=mesh)
+    np.testing.assert_array_equal(model.norm.weight[...], np.zeros(config.hidden_size))
+
+
+def test_weights_lie_on_the_mesh_they_were_asked_for(config):
+    devices = jax.devices()[:2]
+    model = loading.random_model(config, seed=0, dtype=_FLOAT32, mesh=mesh_lib.build_mesh(devices))
+    shards = model.layers[0].attention.qkv[...].addressable_shards
+    assert [shard.device for shard in shards] == devices
+    assert {shard.data.shape[0] for shard in shards} == {config.num_kv_heads // 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "wanted"),
+    [
+        ({"eos_token_id": 2}, None, {2}),
+        ({"eos_token_id": 2}, {"eos_token_id": [3, 2]}, {2, 3}),
+        ({"eos_token_id": None}, {"eos_token_id": 4}, {4}),
+        ({}, {}, set()),
+    ],
+)
+def test_end_of_text_ids_come_from_both_files(config, generation, wanted):
+    assert loading.eos_ids(config, generation) == wanted
+
+
+@pytest.mark.parametrize("ids", ["</s>", -1, True, [1, 2.0], [[1]]])
+def test_an_end_of_text_id_of_another_kind_is_refused_with_its_file(ids):
+    for config, generation, name in (
+        ({"eos_token_id": ids}, None, "config.json"),
+        ({}, {"eos_token_id": ids}, "generation_config.json"),
+    ):
+        message = f"{name}: eos_token_id={ids!r} is not a token id or a list of them"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            loading.eos_ids(config, generation)
+
+
+def test_a_truncated_folder_is_refused(tmp_path, folder, config, mesh):
+    tensors = {name: np.array(folder.read(name)) for name in folder.tensors}
+    del tensors["model.norm.weight"]
+    (tmp_path / "config.json").write_bytes((folder.path / "config.json").read_bytes())
+    safetensors_file.write_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"the folder lacks model\.norm\.weight"):
+        loading.load_model(ModelFolder.open(tmp_path), config, dtype=_FLOAT32, mesh=mesh)

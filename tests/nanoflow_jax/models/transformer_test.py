@@ -1,0 +1,112 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import cases
+
+from checkpoints.folder import ModelFolder
+from nanoflow_jax.kv_cache import attention
+from nanoflow_jax.models import huggingface, loading, transformer
+from nanoflow_jax.parallel import mesh as mesh_lib
+
+_FAMILIES = ["llama3", "qwen3_moe", "gemma2"]
+
+
+def _load(case):
+    golden = cases.load(case)
+    folder = ModelFolder.open(golden.path)
+    model = loading.load_model(
+        folder,
+        huggingface.read_config(folder.config),
+        dtype=np.dtype(np.float32),
+        mesh=mesh_lib.build_mesh(jax.devices()[:1]),
+    )
+    return golden, model
+
+
+def _attend(q, k, v, cache, spec):
+    """Keeps one request's keys and values whole: the cache is what came before."""
+    k, v = (
+        (jnp.concatenate([old, new]) for old, new in zip(cache, (k, v), strict=True))
+        if cache is not None
+        else (k, v)
+    )
+    positions = jnp.arange(k.shape[0] - q.shape[0], k.shape[0], dtype=jnp.int32)
+    out = attention.attention_reference(
+        q, k, v, positions, scale=spec.scale, window=spec.window, softcap=spec.softcap
+    )
+    return out, (k, v)
+
+
+def _positions(start, stop):
+    return jnp.arange(start, stop, dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("case", _FAMILIES)
+def test_hidden_states_leave_and_enter_at_every_layer_border(case):
+    golden, model = _load(case)
+    prompt = jnp.asarray(golden.prompts[4], jnp.int32)
+    positions, num_layers = _positions(0, len(prompt)), model.config.num_layers
+
+    def layers(x, *, start, count):
+        return model.run_layers(x, positions, [None] * count, _attend, start=start)
+
+    run = jax.jit(layers, static_argnames=("start", "count"))
+    x = jax.jit(model.embed)(prompt)
+    whole, caches = run(x, start=0, count=num_layers)
+    logits = jax.jit(model.head)(whole)
+    np.testing.assert_allclose(logits, golden.logits[4], rtol=0, atol=1e-4)
+    assert len(caches) == num_layers
+    for border in range(num_layers + 1):
+        lower, first = run(x, start=0, count=border)
+        upper, second = run(lower, start=border, count=num_layers - border)
+        np.testing.assert_allclose(upper, whole, rtol=1e-5, atol=1e-5)
+        for found, wanted in zip(first + second, caches, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", _FAMILIES)
+def test_a_prompt_in_two_chunks_is_the_whole_prompt(case):
+    golden, model = _load(case)
+    prompt = jnp.asarray(golden.prompts[4], jnp.int32)
+
+    @jax.jit
+    def in_chunks(prompt):
+        caches = [None] * model.config.num_layers
+        logits = []
+        for start, stop in ((0, 5), (5, len(prompt))):
+            x = model.embed(prompt[start:stop])
+            x, caches = model.run_layers(x, _positions(start, stop), caches, _attend)
+            logits.append(model.head(x))
+        return jnp.concatenate(logits)
+
+    np.testing.assert_allclose(in_chunks(prompt), golden.logits[4], rtol=0, atol=1e-4)
+
+
+def test_specs_are_named_once_and_in_the_order_of_making():
+    raw = json.loads((cases.load("qwen3_moe").path / "config.json").read_text())
+    config = huggingface.read_config(raw)
+    names = [spec.name for spec in transformer.parameter_specs(config)]
+    assert len(names) == len(set(names))
+    assert names[0] == "embedding"
+    assert names[-2:] == ["norm", "head"]
+    tied = dataclasses.replace(config, tied_embeddings=True)
+    assert [spec.name for spec in transformer.parameter_specs(tied)] == names[:-1]
+    assert all(len(s.axes) == len(s.shape) for s in transformer.parameter_specs(config))
+
+
+def test_embeddings_are_scaled_and_logits_capped_where_the_family_says_so():
+    _, model = _load("gemma2")
+    c = model.config
+    ids = jnp.asarray([3, 0], jnp.int32)
+    table = np.asarray(model.embedding[...])
+    np.testing.assert_allclose(model.embed(ids), table[[3, 0]] * c.hidden_size**0.5, rtol=1e-6)
+    x = 100 * jax.random.normal(jax.random.key(0), (4, c.hidden_size))
+    logits = np.asarray(model.head(x))
+    normed = np.asarray(model.norm(x))
+    cap = c.logits_softcap
+    np.testing.assert_allclose(logits, cap * np.tanh(normed @ table.T / cap), atol=1e-4)
+    assert np.abs(logits).max() <= cap
