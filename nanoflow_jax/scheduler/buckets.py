@@ -83,7 +83,7 @@ def check_buckets(
     """The buckets, sorted, after making sure that every step the scheduler may plan fits one.
 
     Raises:
-        ValueError: The largest bucket does not hold the largest step.
+        ValueError: The largest bucket does not hold the largest step, or more than any step.
     """
     largest = max(buckets)
     most_rows = max(b.prefill_rows for b in buckets)
@@ -91,6 +91,11 @@ def check_buckets(
         raise ValueError(
             f"the largest bucket {largest} holds less than --dense_batch={dense_batch} tokens or "
             f"--max_requests={max_requests} decode rows; add {dense_batch}:{max_requests}:8"
+        )
+    if largest.tokens > dense_batch:
+        raise ValueError(
+            f"bucket {largest} has more than --dense_batch={dense_batch} tokens, which no step "
+            "fills; make it smaller or raise --dense_batch"
         )
     if largest.prefill_rows < most_rows:
         raise ValueError(
