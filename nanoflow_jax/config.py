@@ -21,10 +21,21 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and value == value and not isinstance(value, bool)
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
 def check_bounds(section: Any, prefix: str) -> None:
-    """Raises for a knob outside its bounds, naming its flag."""
+    """Raises for a knob of another kind or outside its bounds, naming its flag."""
     for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
+        value, kind = getattr(section, field.name), type(field.default)
+        if kind in _KINDS and not _is_a(value, kind):
+            raise ValueError(f"--{prefix}{field.name}={value!r} is not {_KINDS[kind]}")
         low, high = field.metadata.get("low"), field.metadata.get("high")
         if (low is not None and value < low) or (high is not None and value > high):
             bound = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
@@ -145,7 +156,7 @@ class EngineConfig:
             kind = section_type(field)
             names = {f"{kind.PREFIX}{f.name}": f for f in dataclasses.fields(kind)}
             taken = {names[k].name: knobs.pop(k) for k in list(knobs) if k in names}
-            if isinstance(taken.get("dtype"), str):
+            if "dtype" in taken:
                 taken["dtype"] = parse_dtype(taken["dtype"])
             sections[field.name] = kind(**taken)
         if knobs:
@@ -155,9 +166,9 @@ class EngineConfig:
         return cls(**sections)
 
 
-def parse_dtype(name: str) -> Dtype:
+def parse_dtype(name: Any) -> Dtype:
     """The dtype of that name, or a ValueError that lists the names."""
-    if name not in list(Dtype):
+    if not isinstance(name, str) or name not in list(Dtype):
         raise ValueError(f"dtype={name!r} is not one of {', '.join(Dtype)}")
     return Dtype(name)
 

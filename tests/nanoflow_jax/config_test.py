@@ -1,0 +1,85 @@
+import re
+
+import pytest
+
+from nanoflow_jax import config
+
+
+def _raises(message):
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
+
+
+def test_flat_names_reach_their_sections():
+    made = config.EngineConfig.from_knobs(
+        model="folder", dtype="bfloat16", cache_page_size=64, max_requests=3, compile_threads=2
+    )
+    assert made.model.model == "folder"
+    assert made.model.dtype is config.Dtype.BFLOAT16
+    assert made.cache.page_size == 64
+    assert made.batch.max_requests == 3
+    assert made.compile.threads == 2
+    assert made.cache.num_pages == 0
+
+
+def test_no_knobs_are_the_defaults():
+    assert config.EngineConfig.from_knobs() == config.EngineConfig()
+
+
+def test_every_knob_has_a_name_of_its_own():
+    names = config.knob_names(config.EngineConfig)
+    assert len(names) == len(set(names))
+    assert {"model", "cache_page_size", "buckets", "compile_cache_dir"} <= set(names)
+
+
+def test_an_unknown_knob_is_refused_with_the_known_ones():
+    names = ", ".join(config.knob_names(config.EngineConfig))
+    with _raises(f"another, page_size: no such knob; knobs are {names}"):
+        config.EngineConfig.from_knobs(page_size=4, another=1)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"weight_seed": -1}, "--weight_seed=-1 is not at least 0"),
+        ({"cache_page_size": -1}, "--cache_page_size=-1 is not at least 0"),
+        ({"cache_memory_fraction": 1.5}, "--cache_memory_fraction=1.5 is not in [0.01, 1]"),
+        ({"cache_memory_fraction": 0.0}, "--cache_memory_fraction=0.0 is not in [0.01, 1]"),
+        ({"penalty_requests": 0}, "--penalty_requests=0 is not at least 1"),
+        ({"compile_threads": -2}, "--compile_threads=-2 is not at least 0"),
+    ],
+)
+def test_a_knob_outside_its_bounds_is_refused_by_its_flag(knobs, message):
+    with _raises(message):
+        config.EngineConfig.from_knobs(**knobs)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"cache_page_size": "64"}, "--cache_page_size='64' is not an integer"),
+        ({"max_requests": 4.0}, "--max_requests=4.0 is not an integer"),
+        ({"max_requests": True}, "--max_requests=True is not an integer"),
+        ({"cache_memory_fraction": "1"}, "--cache_memory_fraction='1' is not a number"),
+        ({"cache_memory_fraction": float("nan")}, "--cache_memory_fraction=nan is not a number"),
+        ({"async_scheduling": 1}, "--async_scheduling=1 is not true or false"),
+        ({"buckets": None}, "--buckets=None is not a text"),
+    ],
+)
+def test_a_knob_of_another_kind_is_refused_by_its_flag(knobs, message):
+    with _raises(message):
+        config.EngineConfig.from_knobs(**knobs)
+
+
+def test_a_whole_number_is_a_number():
+    assert config.EngineConfig.from_knobs(cache_memory_fraction=1).cache.memory_fraction == 1
+
+
+@pytest.mark.parametrize("name", ["float16", "", None, float, 32])
+def test_an_unknown_dtype_is_refused_with_the_known_ones(name):
+    with _raises(f"dtype={name!r} is not one of auto, float32, bfloat16"):
+        config.EngineConfig.from_knobs(dtype=name)
+
+
+def test_a_dtype_is_named_by_text_or_by_itself():
+    for name in ("float32", config.Dtype.FLOAT32):
+        assert config.parse_dtype(name) is config.Dtype.FLOAT32
