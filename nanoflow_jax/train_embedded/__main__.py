@@ -6,12 +6,7 @@ import sys
 from absl import app, flags, logging
 
 from nanoflow_jax import flags as knob_flags
-from nanoflow_jax.train_embedded import settings
-
-try:
-    from nanoflow_jax.train_embedded import pipeline
-except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}")
+from nanoflow_jax.train_embedded import pipeline, settings
 
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Folder for checkpoints.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model folder to write.", required=True)

@@ -13,16 +13,12 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int, Int32
 
 from nanoflow_jax.models import architecture, layers, transformer
 from nanoflow_jax.train_embedded import settings
-
-try:
-    import optax
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("training needs optax: pip install -e '.[train]'") from error
 
 Weights = dict[str, Array]
 State = dict[str, Any]
@@ -185,8 +181,11 @@ class Trainer:
         weights = state["weights"]
         of_weights = functools.partial(mean_loss, config=self.config, row_len=row_len)
         loss, gradients = jax.value_and_grad(of_weights)(weights, rows)
-        updates, moments = self._optimiser.update(gradients, state["optimiser"], weights)
-        return {"weights": optax.apply_updates(weights, updates), "optimiser": moments}, loss
+        # optax raises float decays to integer step counts, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = self._optimiser.update(gradients, state["optimiser"], weights)
+            weights = optax.apply_updates(weights, updates)
+        return {"weights": weights, "optimiser": moments}, loss
 
     def validate(self, rows: Int32[np.ndarray, "B C1"]) -> float:
         """Mean loss over held-out rows, one at a time, in nats per token."""

@@ -48,7 +48,7 @@ class TrainSettings:
 
     PREFIX = "train_"
 
-    num_steps: int = config.knob(800, "Optimiser steps in total.", low=1)
+    num_steps: int = config.knob(3200, "Optimiser steps in total.", low=1)
     batch_rows: int = config.knob(1, "Rows of context_len tokens per step.", low=1)
     short_len: int = config.knob(256, "Early steps cut each row into windows of this.", low=2)
     short_fraction: float = config.knob(

@@ -65,9 +65,8 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> tokenizers.Toke
 
 def encode_documents(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Each text between a BOS and an EOS."""
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [[bos, *e.ids, eos] for e in encoded]
+    whole = [f"{BOS}{text}{EOS}" for text in texts]
+    return [e.ids for e in tokenizer.encode_batch(whole, add_special_tokens=False)]
 
 
 def encode_conversations(
