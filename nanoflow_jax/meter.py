@@ -39,6 +39,7 @@ class Meter:
         self._first = self._done = first
         self._clock = clock
         self._began = self._shown = clock()
+        self._note = ""
         self._bar = None
         if stream.isatty():
             self._bar = tqdm.tqdm(
@@ -56,23 +57,29 @@ class Meter:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._done)
         self._done = done
+        self._note = note
         if self._bar is None and self._clock() - self._shown >= _LINE_S:
-            self._shown = self._clock()
-            self._stream.write(self._line(note) + "\n")
-            self._stream.flush()
+            self._write_line()
 
     def close(self) -> None:
-        """Ends the bar; what it last showed stays."""
+        """Shows the last amount for good."""
         if self._bar is not None:
             self._bar.close()
+        elif self._done > self._first:
+            self._write_line()
 
-    def _line(self, note: str) -> str:
+    def _write_line(self) -> None:
+        self._shown = self._clock()
+        self._stream.write(self._line() + "\n")
+        self._stream.flush()
+
+    def _line(self) -> str:
         parts = [f"{self._amount(self._done)} of {self._amount(self._total)}"]
         if self._unit != "B":
             parts[0] += f" {self._unit}s"
-        if note:
-            parts.append(note)
-        if self._done > self._first:
+        if self._note:
+            parts.append(self._note)
+        if self._first < self._done < self._total:
             per_s = (self._done - self._first) / max(self._clock() - self._began, 1e-9)
             left = tqdm.tqdm.format_interval((self._total - self._done) / per_s)
             parts.append(f"{left} left")

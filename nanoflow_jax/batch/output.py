@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from checkpoints import files
+
 _SYNC_S = 5.0  # What a power cut may cost; kill -9 costs nothing that was written.
 
 
@@ -106,6 +108,7 @@ class OutputFile:
         self._pattern = re.compile(rf"batch_req_{re.escape(job)}-(0|[1-9][0-9]*)")
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
+            files.sync_folder(path.parent)
             self._recover()
         except BaseException:
             os.close(self._file)

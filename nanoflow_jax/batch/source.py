@@ -35,13 +35,7 @@ class JsonlSource:
             ValueError: There is no such file, or it is not a plain file.
         """
         self.path = Path(path)
-        if not self.path.exists():
-            raise ValueError(f"--input={path}: there is no such file")
-        if not self.path.is_file():
-            raise ValueError(
-                f"--input={path} is not a plain file; rows are read by their place in it, so save "
-                "what a pipe or a folder gives as one file first"
-            )
+        check_plain_file(self.path)
         self._file = os.open(self.path, os.O_RDONLY)
         try:
             self._starts, self.sha256 = self._scan()
@@ -100,6 +94,21 @@ class JsonlSource:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._file)
+
+
+def check_plain_file(path: Path) -> None:
+    """Refuses an input that is not there, or whose lines have no places.
+
+    Raises:
+        ValueError: There is no such file, or it is not a plain file.
+    """
+    if not path.exists():
+        raise ValueError(f"--input={path}: there is no such file")
+    if not path.is_file():
+        raise ValueError(
+            f"--input={path} is not a plain file; rows are read by their place in it, so save "
+            "what a pipe or a folder gives as one file first"
+        )
 
 
 def parse_object(data: bytes, *, line: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from absl import flags
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console, llm, meter, start_up
 from nanoflow_jax.batch import job, rows
+from nanoflow_jax.batch import run as run_lib
 from nanoflow_jax.engine import build
 from nanoflow_jax.generate import command_line
 
@@ -77,7 +78,7 @@ def run(
 
 def _answer(
     opened: job.Job, config: config_lib.EngineConfig, say: Callable[[str], None], stream: TextIO
-) -> job.State:
+) -> run_lib.State:
     chosen: list[build.Settings] = []
     reports = start_up.reports(say, also_settings=chosen.append)
     with llm.LLM.from_config(config, reports) as model, _interrupt_flag() as should_stop:
@@ -118,7 +119,7 @@ def _interrupt_flag() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _summary(state: job.State) -> str:
+def _summary(state: run_lib.State) -> str:
     totals = state.totals
     text = (
         f"rows: {totals.num_ok} ok, {totals.num_failed} failed; "

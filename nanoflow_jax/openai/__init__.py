@@ -1,1 +1,1 @@
-"""OpenAI request bodies in, OpenAI answers out: no jax, no engine, no files."""
+"""OpenAI request bodies in, OpenAI answers out: for the batch job and the server alike."""

@@ -12,7 +12,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_elsewhere_a_line_comes_every_five_seconds() -> None:
+def test_elsewhere_a_line_comes_every_five_seconds_and_at_the_end() -> None:
     now = 0.0
     stream = io.StringIO()
     shown = meter.Meter(100, unit="row", stream=stream, first=20, clock=lambda: now)
@@ -22,6 +22,7 @@ def test_elsewhere_a_line_comes_every_five_seconds() -> None:
     assert stream.getvalue().splitlines() == [
         "30 of 100 rows, 7.0 tokens/s, 00:35 left",
         "40 of 100 rows, 7.0 tokens/s, 00:30 left",
+        "100 of 100 rows, 7.0 tokens/s",
     ]
 
 

@@ -11,7 +11,7 @@ import batch_runs
 import pytest
 
 from nanoflow_jax import config, llm
-from nanoflow_jax.batch import job, rows
+from nanoflow_jax.batch import job, rows, run
 
 _SECTION = config.ModelSection(model=str(batch_runs.FOLDER), max_context_len=128)
 _GREEDY = {"temperature": 0, "max_tokens": 6}
@@ -45,7 +45,7 @@ def _run(
     stop_after: int | None = None,
     lookahead: int = 16,
     section: config.ModelSection = _SECTION,
-) -> job.State:
+) -> run.State:
     with job.open_job(options, section) as opened:
         limit = opened.num_rows + 1 if stop_after is None else opened.num_done + stop_after
         state = opened.run(
@@ -304,7 +304,7 @@ def test_rows_wait_outside_the_engine_until_they_are_needed(
     batch_runs.write(folder / "in.jsonl", [{"prompt": "x", **_GREEDY, "n": 2}] * 30)
     most = 0
 
-    def report(state: job.State) -> None:
+    def report(state: run.State) -> None:
         nonlocal most
         most = max(most, model.generator.num_pending)
 
@@ -466,6 +466,7 @@ def test_places_that_cannot_be_an_output_are_refused(folder: pathlib.Path) -> No
         ):
             pass
     assert (folder / "in.jsonl").read_text() == '{"prompt": "x"}\n'
+    assert [path.name for path in folder.iterdir()] == ["in.jsonl"]
 
 
 def test_a_change_of_the_number_of_processes_is_refused(folder: pathlib.Path) -> None:

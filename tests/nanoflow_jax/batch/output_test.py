@@ -158,8 +158,8 @@ def test_the_disk_is_waited_for_at_intervals(
         nonlocal syncs
         syncs += 1
 
-    monkeypatch.setattr(os, "fsync", fsync)
     file = _open(tmp_path / "out", clock=lambda: now)
+    monkeypatch.setattr(os, "fsync", fsync)
     counts = []
     for number, now in enumerate((1.0, 4.9, 5.1, 6.0, 11.0)):  # noqa: B007
         file.append(number, _row(number))
