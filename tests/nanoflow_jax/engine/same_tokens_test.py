@@ -122,7 +122,7 @@ def _check_workload(engines, workload):
 
 
 @hypothesis.given(workload=_WORKLOAD)
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=4)
 def _check_any_workload(engines, workload):
     _check_workload(engines, workload)
 
