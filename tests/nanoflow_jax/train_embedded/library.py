@@ -29,12 +29,15 @@ def _function(i: int, j: int) -> str:
 
 
 def tiny_settings(root: pathlib.Path, **train: object) -> settings.Settings:
-    """Settings for seconds of training on that library."""
-    chosen = {"num_steps": 20, "batch_rows": 2, "short_len": 16, "warmup_steps": 2, **train}
+    """Settings for seconds of training on that library.
+
+    Most tests train with these as they are, so that one compiled step serves them all.
+    """
+    chosen = {"num_steps": 20, "batch_rows": 2, "short_len": 64, "warmup_steps": 2, **train}
     return settings.Settings(
         corpus=settings.CorpusSettings(root=str(root), held_out_one_in=4, vocab_size=320),
         shape=settings.ShapeSettings(
-            num_layers=2,
+            num_layers=1,
             hidden_size=32,
             num_heads=4,
             num_kv_heads=2,

@@ -1,6 +1,5 @@
 """From a folder of sources to a model folder, killed or not."""
 
-import dataclasses
 import json
 import pathlib
 
@@ -14,7 +13,7 @@ from tests.nanoflow_jax.train_embedded import library
 
 @pytest.fixture
 def chosen(tmp_path: pathlib.Path) -> settings.Settings:
-    return library.tiny_settings(library.write(tmp_path / "sources"), num_steps=12, save_every=4)
+    return library.tiny_settings(library.write(tmp_path / "sources"), save_every=4)
 
 
 def test_rows_are_the_same_every_time_and_hold_no_held_out_file(
@@ -60,10 +59,10 @@ def test_a_killed_run_goes_on_with_the_losses_of_an_unbroken_one(
     chosen: settings.Settings, tmp_path: pathlib.Path
 ) -> None:
     whole = _train(chosen, tmp_path / "whole")
-    assert sorted(whole) == list(range(1, 13))
+    assert sorted(whole) == list(range(1, 21))
     before = _train(chosen, tmp_path / "killed", stop_after=6)
     after = _train(chosen, tmp_path / "killed")
-    assert sorted(after) == list(range(5, 13))
+    assert sorted(after) == list(range(5, 21))
     assert before == {step: whole[step] for step in before}
     assert after == {step: whole[step] for step in after}
 
@@ -74,7 +73,7 @@ def test_a_finished_run_reports_and_exports(
     prepared = pipeline.prepare(chosen, tmp_path / "work")
     reports: list[pipeline.Progress] = []
     trainer = pipeline.train(chosen, prepared, tmp_path / "work", report=reports.append)
-    assert (reports[-1].step, reports[-1].num_steps, reports[-1].eta_s) == (12, 12, 0)
+    assert (reports[-1].step, reports[-1].num_steps, reports[-1].eta_s) == (20, 20, 0)
     assert reports[-1].tokens_per_s > 0
     assert reports[-1].loss < np.log(320)
     folder = tmp_path / "model"
@@ -88,8 +87,7 @@ def test_a_finished_run_reports_and_exports(
 def test_other_text_is_refused_on_resuming(
     chosen: settings.Settings, tmp_path: pathlib.Path
 ) -> None:
-    short = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, num_steps=4))
-    _train(short, tmp_path / "work")
+    _train(chosen, tmp_path / "work", stop_after=5)
     (tmp_path / "sources" / "package_0" / "new.py").write_text("x = 1\n" * 30)
     with pytest.raises(ValueError, match=r"other settings \(corpus: "):
         _train(chosen, tmp_path / "work")
