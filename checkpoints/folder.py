@@ -86,6 +86,11 @@ class ModelFolder:
         return cls(path, HuggingFaceWeights(path))
 
     @property
+    def is_orbax(self) -> bool:
+        """Whether the weights are Orbax parts, made by a conversion, and not safetensors."""
+        return isinstance(self._weights, OrbaxWeights)
+
+    @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Every tensor by its Hugging Face name, with dtype and shape as stored."""
         return self._weights.tensors

@@ -20,7 +20,10 @@ _AGAIN = "download the whole model again"
 
 
 class HuggingFaceWeights:
-    """Every tensor of a Hugging Face folder, checked when opened and read from mapped files."""
+    """Every tensor of a Hugging Face folder, checked when opened and read from mapped files.
+
+    `metadata` is the free text of each file's header, by the file's name.
+    """
 
     def __init__(self, folder: Path):
         """Open all safetensors files of a folder and check that together they are complete.
@@ -47,6 +50,9 @@ class HuggingFaceWeights:
                     f"{folder / INDEX}: says tensor {name!r} is in {file}, which does not have it; "
                     f"index and files are not of one model: {_AGAIN}"
                 )
+        self.metadata: Mapping[str, Mapping[str, str]] = MappingProxyType(
+            {name: file.metadata for name, file in self._files.items()}
+        )
         self._last: str | None = None
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:

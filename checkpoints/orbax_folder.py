@@ -29,7 +29,7 @@ from checkpoints.errors import CheckpointError
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 PARTS = "parts"
-_FORMAT = "safetensors-in-orbax-parts"
+LAYOUT = "safetensors-in-orbax-parts"
 _VERSION = 1
 _CACHE_BYTES = 100_000_000  # For the B-tree nodes that say where in a part a tensor lies.
 _AGAIN = "the conversion is damaged: delete the folder and convert again"
@@ -58,6 +58,7 @@ class Manifest:
     source_fingerprint: str
     tensors: Mapping[str, OrbaxTensor]
     text_sha256: Mapping[str, str]  # By name of the copied file.
+    layout: str = LAYOUT  # What the folder is, or will be once it is finished.
 
     def to_json(self) -> bytes:
         """As it is written to a file."""
@@ -71,7 +72,7 @@ class Manifest:
             for tensor in self.tensors.values()
         }
         fields = {
-            "format": _FORMAT,
+            "format": self.layout,
             "version": _VERSION,
             "source_fingerprint": self.source_fingerprint,
             "text_sha256": dict(self.text_sha256),
@@ -80,19 +81,19 @@ class Manifest:
         return (json.dumps(fields, indent=1) + "\n").encode()
 
     @classmethod
-    def read(cls, path: Path) -> "Manifest":
+    def read(cls, path: Path, *, layout: str = LAYOUT) -> "Manifest":
         """Read and check a manifest.
 
         Raises:
-            CheckpointError: it is not a manifest of this version.
+            CheckpointError: it is not a manifest of this version, or of another layout.
         """
         text = files.read_bytes(path, advice=_AGAIN)
         fields = files.parse_json_object(text, file=path, unique_keys=True)
-        if (fields.get("format"), fields.get("version")) != (_FORMAT, _VERSION):
+        if (fields.get("format"), fields.get("version")) != (layout, _VERSION):
             raise CheckpointError(
-                f"{path}: wanted format {_FORMAT!r} version {_VERSION}, got "
+                f"{path}: wanted format {layout!r} version {_VERSION}, got "
                 f"{fields.get('format')!r} version {fields.get('version')!r}; "
-                f"convert the model again with this version of the program"
+                f"convert into a new folder with this version of the program"
             )
         match fields:
             case {
@@ -108,6 +109,7 @@ class Manifest:
                         {n: _parse_tensor(n, entry, path=path) for n, entry in tensors.items()}
                     ),
                     text_sha256=MappingProxyType(text_sha256),
+                    layout=layout,
                 )
         raise CheckpointError(
             f"{path}: wanted source_fingerprint, text_sha256 and tensors, got fields that are "
@@ -126,8 +128,8 @@ class OrbaxWeights:
         """
         if not os.path.isfile(folder / MANIFEST):
             raise CheckpointError(
-                f"{folder}: conversion unfinished ({MANIFEST} is not there yet): run convert again "
-                f"with the same --model and --output, and it goes on where it stopped"
+                f"{folder}: conversion unfinished (its last file is not there yet): run convert "
+                f"again with the same --model and --output, and it goes on where it stopped"
             )
         self.folder = folder
         self.manifest = Manifest.read(folder / MANIFEST)

@@ -1,12 +1,10 @@
 """Converting a model folder to Orbax so that kill -9 at any moment costs at most one part."""
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,30 +12,20 @@ import numpy as np
 from jaxtyping import Shaped
 from orbax.checkpoint import v1 as ocp
 
-from checkpoints import files, orbax_folder, tensor_types
+from checkpoints import conversion, files, orbax_folder, tensor_types
+from checkpoints.conversion import PART_BYTES, Progress
 from checkpoints.errors import CheckpointError
 from checkpoints.folder import ModelFolder
 from checkpoints.orbax_folder import MANIFEST, PARTS, UNFINISHED, Manifest, OrbaxTensor
-from checkpoints.tensor_types import TensorSpec
 
-PART_BYTES = 1 << 29
 CHUNK_BYTES = 1 << 24  # What reading any slice of a tensor costs at least.
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def convert(
     source: ModelFolder,
     output: Path | str,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     part_bytes: int = PART_BYTES,
 ) -> None:
     """Copy a model into Orbax parts, going on where an interrupted conversion stopped.
@@ -47,7 +35,7 @@ def convert(
     Holds one part, or one tensor if that is larger, in memory.
 
     Args:
-        source: The model; only its tensors and `TEXT_FILES` are copied.
+        source: The model; only its tensors and `conversion.TEXT_FILES` are copied.
         output: A new or empty folder, or that of an interrupted conversion of the same model.
         progress: Called with the bytes of weights copied so far and in all.
         part_bytes: Most bytes of tensors in one part.
@@ -63,24 +51,15 @@ def convert(
                 f"{source.path}: tensor {name!r} has '/' in its name, which Orbax would take for a "
                 f"folder; rename the tensor"
             )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
-            if os.path.lexists(output / MANIFEST):
-                _check_source(Manifest.read(output / MANIFEST), source, output)
-            else:
-                _copy(source, output, progress=progress, part_bytes=part_bytes)
-            (output / UNFINISHED).unlink(missing_ok=True)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: TensorStore's, for a failed write.
-        raise CheckpointError(
-            f"{output}: writing failed ({error}); make room or check permissions, then run convert "
-            f"again: it goes on where it stopped"
-        ) from error
+    with conversion.writing(output):
+        if os.path.lexists(output / MANIFEST):
+            made_from = Manifest.read(output / MANIFEST).source_fingerprint
+            conversion.check_source(made_from, source, output)
+        else:
+            _copy(source, output, progress=progress, part_bytes=part_bytes)
 
 
-def verify(path: Path | str, *, progress: Callable[[int, int], None] | None = None) -> None:
+def verify(path: Path | str, *, progress: Progress | None = None) -> None:
     """Read a whole conversion and compare it with the hashes taken while it was copied.
 
     Args:
@@ -94,10 +73,11 @@ def verify(path: Path | str, *, progress: Callable[[int, int], None] | None = No
     weights = orbax_folder.OrbaxWeights(path)
     for name, sha256 in weights.manifest.text_sha256.items():
         text = files.read_bytes(path / name, advice="convert again into an empty folder")
-        _check_hash(hashlib.sha256(text).hexdigest(), sha256, what=str(path / name))
+        conversion.check_hash(hashlib.sha256(text).hexdigest(), sha256, what=str(path / name))
     done, total = 0, sum(tensor.nbytes for tensor in weights.tensors.values())
     for name, tensor in weights.tensors.items():
-        _check_hash(_sha256(weights.read(name)), tensor.sha256, what=f"{path}: tensor {name!r}")
+        found = tensor_types.sha256(weights.read(name))
+        conversion.check_hash(found, tensor.sha256, what=f"{path}: tensor {name!r}")
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
@@ -107,48 +87,29 @@ def _copy(
     source: ModelFolder,
     output: Path,
     *,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
     part_bytes: int,
 ) -> None:
     manifest = _resume_point(source, output)
-    total = sum(spec.nbytes for spec in source.tensors.values())
-    done = sum(tensor.nbytes for tensor in manifest.tensors.values())
-    free = shutil.disk_usage(output).free
-    if free < total - done:
-        raise CheckpointError(
-            f"{output}: {total - done} bytes are still to be written and the disk has {free} free; "
-            f"make room, or give another --output"
+    left = (spec for name, spec in source.tensors.items() if name not in manifest.tensors)
+    finished = (int(tensor.part) for tensor in manifest.tensors.values() if tensor.part)
+    parts = {
+        f"{number:05d}": part
+        for number, part in enumerate(
+            conversion.plan_parts(left, part_bytes=part_bytes), start=max(finished, default=-1) + 1
         )
-    for part in _parts(source, manifest, part_bytes=part_bytes):
-        if progress is not None:
-            progress(done, total)
-        manifest = _with_tensors(manifest, _write_part(source, part, output, manifest=manifest))
+    }
+    for number, part in conversion.each_part(source, output, parts, progress=progress):
+        written = _write_part(conversion.read_part(source, part), output / PARTS / number)
+        tensors = MappingProxyType({**manifest.tensors, **written})
+        manifest = dataclasses.replace(manifest, tensors=tensors)
         files.write_atomic(output / UNFINISHED, manifest.to_json())
-        done += sum(spec.nbytes for spec in part)
     files.write_atomic(output / MANIFEST, manifest.to_json())
-    if progress is not None:
-        progress(done, total)
 
 
 def _resume_point(source: ModelFolder, output: Path) -> Manifest:
     """What is already done, with everything half done removed and the text files copied."""
-    if os.path.lexists(output / UNFINISHED):
-        manifest = Manifest.read(output / UNFINISHED)
-        _check_source(manifest, source, output)
-    else:
-        others = {path.name for path in output.iterdir()}
-        others -= {files.partial_path(output / UNFINISHED).name}
-        if others:
-            raise CheckpointError(
-                f"{output}: holds {min(others)!r}, which no conversion left there; "
-                f"give --output a new or empty folder"
-            )
-        manifest = Manifest(
-            source_fingerprint=source.fingerprint(),
-            tensors=MappingProxyType({}),
-            text_sha256=MappingProxyType({}),
-        )
-        files.write_atomic(output / UNFINISHED, manifest.to_json())
+    manifest = conversion.begin(source, output, layout=orbax_folder.LAYOUT)
     parts = output / PARTS
     parts.mkdir(exist_ok=True)
     files.sync_folder(output)
@@ -162,46 +123,16 @@ def _resume_point(source: ModelFolder, output: Path) -> Manifest:
         if path.name not in finished:
             shutil.rmtree(path)
     return dataclasses.replace(
-        manifest, tensors=MappingProxyType(kept), text_sha256=_copy_text(source, output)
+        manifest,
+        tensors=MappingProxyType(kept),
+        text_sha256=conversion.copy_text(source, output),
     )
 
 
-def _copy_text(source: ModelFolder, output: Path) -> MappingProxyType[str, str]:
-    """Copy the config and the tokenizer, and give the hash of each file."""
-    hashes = {}
-    for name in TEXT_FILES:
-        path = source.text_file(name)
-        if path is not None:
-            text = files.read_bytes(path, advice="download it again")
-            files.write_atomic(output / name, text)
-            hashes[name] = hashlib.sha256(text).hexdigest()
-    return MappingProxyType(hashes)
-
-
-def _parts(
-    source: ModelFolder, manifest: Manifest, *, part_bytes: int
-) -> Iterator[list[TensorSpec]]:
-    """The tensors still to copy, in the order of the source, in parts of bounded size."""
-    part: list[TensorSpec] = []
-    for name, spec in source.tensors.items():
-        if name in manifest.tensors:
-            continue
-        if part and sum(other.nbytes for other in part) + spec.nbytes > part_bytes:
-            yield part
-            part = []
-        part.append(spec)
-    if part:
-        yield part
-
-
 def _write_part(
-    source: ModelFolder, part: list[TensorSpec], output: Path, *, manifest: Manifest
-) -> list[OrbaxTensor]:
+    tensors: Mapping[str, Shaped[np.ndarray, "..."]], path: Path
+) -> dict[str, OrbaxTensor]:
     """Write one part and wait until it is on the disk."""
-    last = max((int(tensor.part or -1) for tensor in manifest.tensors.values()), default=-1)
-    number = f"{last + 1:05d}"
-    # An owned copy, so that what is hashed is what is written, whatever befalls the source.
-    tensors = {spec.name: np.array(source.read(spec.name), order="C") for spec in part}
     stored = {name: tensor for name, tensor in tensors.items() if tensor.size}
     if stored:
         context = ocp.Context()
@@ -210,44 +141,19 @@ def _write_part(
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         context.memory.deepcopy_host_arrays = False
         with context:
-            ocp.save(output / PARTS / number, stored)
-        _sync_tree(output / PARTS / number)
-        files.sync_folder(output / PARTS)
-    return [
-        OrbaxTensor(
+            ocp.save(path, stored)
+        _sync_tree(path)
+        files.sync_folder(path.parent)
+    return {
+        name: OrbaxTensor(
             name=name,
             dtype=tensor.dtype,
             shape=tensor.shape,
-            part=number if tensor.size else None,
-            sha256=_sha256(tensor),
+            part=path.name if tensor.size else None,
+            sha256=tensor_types.sha256(tensor),
         )
         for name, tensor in tensors.items()
-    ]
-
-
-def _with_tensors(manifest: Manifest, tensors: list[OrbaxTensor]) -> Manifest:
-    added = {tensor.name: tensor for tensor in tensors}
-    return dataclasses.replace(manifest, tensors=MappingProxyType({**manifest.tensors, **added}))
-
-
-def _check_source(manifest: Manifest, source: ModelFolder, output: Path) -> None:
-    if manifest.source_fingerprint != source.fingerprint():
-        raise CheckpointError(
-            f"{output}: holds a conversion of another model, or {source.path} has changed since "
-            f"that conversion began; give --output a new folder, or delete this one"
-        )
-
-
-def _check_hash(found: str, wanted: str, *, what: str) -> None:
-    if found != wanted:
-        raise CheckpointError(
-            f"{what}: sha256 was {wanted} when it was copied and is {found} now; "
-            f"the conversion is damaged: delete it and convert again"
-        )
-
-
-def _sha256(tensor: Shaped[np.ndarray, "..."]) -> str:
-    return hashlib.sha256(tensor_types.raw_bytes(tensor)).hexdigest()
+    }
 
 
 def _sync_tree(path: Path) -> None:
@@ -257,20 +163,3 @@ def _sync_tree(path: Path) -> None:
             with open(os.path.join(folder, name), "rb") as file:
                 os.fsync(file.fileno())
         files.sync_folder(Path(folder))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder alone; the kernel lets go even after kill -9."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{folder}: another conversion is writing there; wait for it or give another "
-                f"--output"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,6 @@
 """What a stored tensor may be: the safetensors dtype codes and the limits on a shape."""
 
+import hashlib
 import math
 import reprlib
 from collections.abc import Mapping
@@ -124,3 +125,8 @@ def _known() -> str:
 def raw_bytes(tensor: Shaped[np.ndarray, "..."]) -> memoryview:
     """The bytes of a tensor in row-major order; a copy only if they do not lie so already."""
     return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+
+
+def sha256(tensor: Shaped[np.ndarray, "..."]) -> str:
+    """Hex sha256 of the bytes of a tensor in row-major order."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()

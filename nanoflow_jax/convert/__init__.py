@@ -1,1 +1,1 @@
-"""`python -m nanoflow_jax.convert`: a Hugging Face folder to Orbax."""
+"""`python -m nanoflow_jax.convert`: a Hugging Face folder to Orbax, or back."""

@@ -1,5 +1,6 @@
-"""Converts a model to Orbax: `python -m nanoflow_jax.convert --model=HF_DIR --output=DIR`.
+"""Converts a model: `python -m nanoflow_jax.convert --model=DIR --output=DIR`.
 
+A folder of Hugging Face safetensors becomes Orbax, and an Orbax folder becomes safetensors again.
 Run again after anything that stopped it: it goes on where it was. Exit codes as of `generate`.
 """
 
@@ -10,13 +11,15 @@ from typing import Any
 
 from absl import app, flags
 
-from checkpoints import folder, orbax_store
+from checkpoints import folder, orbax_store, safetensors_store
 from nanoflow_jax import console, meter
+
+_MODEL_HELP = "Folder to read: safetensors becomes Orbax, Orbax becomes safetensors."
 
 
 def _define(values: flags.FlagValues) -> None:
     common: dict[str, Any] = {"flag_values": values, "module_name": "__main__"}
-    flags.DEFINE_string("model", None, "Model folder to read; Hugging Face safetensors.", **common)
+    flags.DEFINE_string("model", None, _MODEL_HELP, **common)
     flags.DEFINE_string("output", None, "Folder to write, new or from a run before.", **common)
     flags.DEFINE_boolean("verify", False, "Read all of it again and compare hashes.", **common)
     flags.DEFINE_boolean("debug", False, "Show where errors came from.", **common)
@@ -48,17 +51,23 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> int:
         raise ValueError(f"unknown argument {arguments[0]!r}; flags begin with --")
     for name in ("model", "output"):
         if not getattr(values, name):
-            raise ValueError(f"--{name} is missing; give --model=HF_DIR --output=DIR")
+            raise ValueError(f"--{name} is missing; give --model=DIR --output=DIR")
     source = folder.ModelFolder.open(values.model)
     output = values.output
     total = sum(spec.nbytes for spec in source.tensors.values())
-    _say(f"converting {len(source.tensors)} tensors, {total / 1e9:.3f} GB, into {output}")
+    ways = "Orbax to safetensors" if source.is_orbax else "safetensors to Orbax"
+    size = f"{len(source.tensors)} tensors, {total / 1e9:.3f} GB"
+    _say(f"converting {size}, from {ways}, into {output}")
+    store = safetensors_store if source.is_orbax else orbax_store
     with _progress() as report:
-        orbax_store.convert(source, output, progress=report)
+        store.convert(source, output, progress=report)
     if values.verify:
         _say("comparing with the hashes taken while copying")
         with _progress() as report:
-            orbax_store.verify(output, progress=report)
+            if source.is_orbax:
+                safetensors_store.verify(source, output, progress=report)
+            else:
+                orbax_store.verify(output, progress=report)
     _say(f"done: --model={output} runs it")
     return 0
 

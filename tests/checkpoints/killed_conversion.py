@@ -1,13 +1,14 @@
 """Converts a model in child processes that are killed, the last one excepted.
 
-    python killed_conversion.py SOURCE OUTPUT PART_BYTES POINT...
+    python killed_conversion.py STORE SOURCE OUTPUT PART_BYTES POINT...
 
-A POINT is N@TEXT, for kill -9 just before the N-th change (from 0) that the child makes to a path
-under OUTPUT with TEXT in it, or a number, for kill -9 after that many seconds. Prints a line "begun
-BYTES" for each child that came to copying, with the bytes already copied before it, and "killed" or
-"finished" for each child.
+STORE is the module whose `convert` is run. A POINT is N@TEXT, for kill -9 just before the N-th
+change (from 0) that the child makes to a path under OUTPUT with TEXT in it, or a number, for kill
+-9 after that many seconds. Prints a line "begun BYTES" for each child that came to copying, with
+the bytes already copied before it, and "killed" or "finished" for each child.
 """
 
+import importlib
 import itertools
 import os
 import signal
@@ -15,8 +16,8 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 
-from checkpoints import orbax_store
 from checkpoints.folder import ModelFolder
 
 _CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
@@ -37,7 +38,7 @@ def _kill_at_change(output: Path, point: str) -> None:
     sys.addaudithook(hook)
 
 
-def _convert(source: Path, output: Path, part_bytes: int, point: str) -> None:
+def _convert(store: ModuleType, source: Path, output: Path, part_bytes: int, point: str) -> None:
     begun: list[int] = []
 
     def progress(done: int, total: int) -> None:
@@ -47,17 +48,18 @@ def _convert(source: Path, output: Path, part_bytes: int, point: str) -> None:
 
     if "@" in point:
         _kill_at_change(output, point)
-    orbax_store.convert(ModelFolder.open(source), output, progress=progress, part_bytes=part_bytes)
+    store.convert(ModelFolder.open(source), output, progress=progress, part_bytes=part_bytes)
 
 
 def main() -> None:
     """Fork a child for each point, since importing takes longer than converting."""
-    source, output, part_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    store = importlib.import_module(sys.argv[1])
+    source, output, part_bytes = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     warnings.simplefilter("ignore")  # JAX warns of forks; nothing has used it here yet.
-    for point in [*sys.argv[4:], ""]:
+    for point in [*sys.argv[5:], ""]:
         child = os.fork()
         if child == 0:
-            _convert(source, output, part_bytes, point)
+            _convert(store, source, output, part_bytes, point)
             os._exit(0)
         if point and "@" not in point:
             time.sleep(float(point))

@@ -20,6 +20,7 @@ from checkpoints.folder import ModelFolder
 from checkpoints.orbax_folder import Manifest, OrbaxWeights
 
 Make = Callable[..., Path]
+Kills = Callable[..., tuple[list[int], list[str]]]
 Tensors = dict[str, np.ndarray]
 _REPO = Path(orbax_store.__file__).parents[1]
 
@@ -83,25 +84,6 @@ def test_parts_are_checkpoints_that_orbax_itself_restores_and_shards(
     assert_same(np.asarray(sharded), tensors[name])
 
 
-def test_progress_counts_every_byte_once(
-    make_model: Make, tmp_path: Path, tensors: Tensors
-) -> None:
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    copied: list[tuple[int, int]] = []
-    orbax_store.convert(
-        ModelFolder.open(make_model(tensors)),
-        tmp_path / "out",
-        progress=lambda *args: copied.append(args),
-        part_bytes=300,
-    )
-    assert copied[0] == (0, total)
-    assert copied[-1] == (total, total)
-    assert [done for done, _ in copied] == sorted({done for done, _ in copied})
-    checked: list[tuple[int, int]] = []
-    orbax_store.verify(tmp_path / "out", progress=lambda *args: checked.append(args))
-    assert checked[-1] == (total, total)
-
-
 def test_a_conversion_of_a_conversion_is_the_same_model(
     make_model: Make, tmp_path: Path, tensors: Tensors, assert_same: Callable[..., None]
 ) -> None:
@@ -110,30 +92,12 @@ def test_a_conversion_of_a_conversion_is_the_same_model(
     _check_conversion(tmp_path / "two", tensors, assert_same, num_parts=3)
 
 
-def test_converting_again_changes_nothing(make_model: Make, tmp_path: Path) -> None:
-    source = ModelFolder.open(make_model({"a": np.arange(6)}))
-    orbax_store.convert(source, tmp_path / "out")
-    before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
-    orbax_store.convert(source, tmp_path / "out")
-    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
-
-
-def _convert_with_kills(source: Path, output: Path, points: list[str]) -> list[str]:
-    """Run `killed_conversion.py`; what each child printed."""
-    script = Path(__file__).with_name("killed_conversion.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(source), str(output), "300", *points],
-        env={**os.environ, "PYTHONPATH": str(_REPO), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
 def test_kill_9_at_any_change_costs_at_most_one_part(
-    make_model: Make, tmp_path: Path, tensors: Tensors, assert_same: Callable[..., None]
+    make_model: Make,
+    convert_with_kills: Kills,
+    tmp_path: Path,
+    tensors: Tensors,
+    assert_same: Callable[..., None],
 ) -> None:
     source = make_model(tensors, shards=2)
     points = [
@@ -143,11 +107,9 @@ def test_kill_9_at_any_change_costs_at_most_one_part(
         "1@.manifest.json",  # All parts are done.
         "0@/unfinished.json",  # The manifest is there, and the list of finished parts too.
     ]
-    lines = _convert_with_kills(source, tmp_path / "out", points)
+    begun, ends = convert_with_kills(orbax_store, source, tmp_path / "out", points)
     _check_conversion(tmp_path / "out", tensors, assert_same, num_parts=3)
-    ends = [line for line in lines if not line.startswith("begun")]
     assert ends == ["killed"] * len(points) + ["finished"]
-    begun = [int(line.split()[1]) for line in lines if line.startswith("begun")]
     assert begun == sorted(begun)  # No finished part was ever done again,
     assert begun[-1] > 0  # and the last child found some.
 
@@ -156,6 +118,7 @@ def test_kill_9_at_any_change_costs_at_most_one_part(
 @pytest.mark.parametrize("first", range(0, 56, 8))
 def test_kill_9_at_every_single_change_loses_nothing(
     make_model: Make,
+    convert_with_kills: Kills,
     tmp_path: Path,
     tensors: Tensors,
     assert_same: Callable[..., None],
@@ -164,7 +127,7 @@ def test_kill_9_at_every_single_change_loses_nothing(
     source = make_model(tensors, shards=2)
     for point in range(first, first + 8):
         output = tmp_path / str(point)
-        _convert_with_kills(source, output, [f"{point}@", f"{point // 2}@"])
+        convert_with_kills(orbax_store, source, output, [f"{point}@", f"{point // 2}@"])
         _check_conversion(output, tensors, assert_same, num_parts=3)
 
 
@@ -172,6 +135,7 @@ def test_kill_9_at_every_single_change_loses_nothing(
 @pytest.mark.parametrize("seed", range(20))
 def test_kill_9_at_random_moments_loses_nothing(
     make_model: Make,
+    convert_with_kills: Kills,
     tmp_path: Path,
     tensors: Tensors,
     assert_same: Callable[..., None],
@@ -179,41 +143,19 @@ def test_kill_9_at_random_moments_loses_nothing(
 ) -> None:
     moments = random.Random(seed)
     points = [f"{moments.uniform(0.05, 0.4):.3f}" for _ in range(8)]
-    _convert_with_kills(make_model(tensors, shards=2), tmp_path / "out", points)
+    convert_with_kills(orbax_store, make_model(tensors, shards=2), tmp_path / "out", points)
     _check_conversion(tmp_path / "out", tensors, assert_same, num_parts=3)
 
 
-class _StoppedError(Exception):
-    pass
-
-
-def _stop_after_parts(source: Path, output: Path, *, num_parts: int) -> None:
-    """A conversion broken off when some parts are done."""
-    calls = iter(range(num_parts + 1))
-
-    def progress(done: int, total: int) -> None:
-        if next(calls) == num_parts:
-            raise _StoppedError
-
-    with pytest.raises(_StoppedError):
-        orbax_store.convert(ModelFolder.open(source), output, progress=progress, part_bytes=300)
-
-
-def test_an_unfinished_conversion_says_to_run_convert_again(
-    make_model: Make, tmp_path: Path, tensors: Tensors
-) -> None:
-    _stop_after_parts(make_model(tensors), tmp_path / "out", num_parts=1)
-    with pytest.raises(CheckpointError, match=r"conversion unfinished .*: run convert again"):
-        ModelFolder.open(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="conversion unfinished"):
-        orbax_store.verify(tmp_path / "out")
-
-
 def test_finished_parts_are_kept_and_a_lost_part_is_made_again(
-    make_model: Make, tmp_path: Path, tensors: Tensors, assert_same: Callable[..., None]
+    make_model: Make,
+    stop_after_parts: Callable[..., None],
+    tmp_path: Path,
+    tensors: Tensors,
+    assert_same: Callable[..., None],
 ) -> None:
     source, output = make_model(tensors), tmp_path / "out"
-    _stop_after_parts(source, output, num_parts=2)
+    stop_after_parts(orbax_store, source, output, num_parts=2)
     kept = (output / "parts" / "00000").stat().st_ino
     shutil.rmtree(output / "parts" / "00001")
     (output / "parts" / "00002.orbax-checkpoint-tmp-5").mkdir()
@@ -222,69 +164,10 @@ def test_finished_parts_are_kept_and_a_lost_part_is_made_again(
     assert (output / "parts" / "00000").stat().st_ino == kept
 
 
-def test_a_changed_source_is_not_mixed_with_what_is_done(
-    make_model: Make, tmp_path: Path, tensors: Tensors
-) -> None:
-    source, output = make_model(tensors), tmp_path / "out"
-    _stop_after_parts(source, output, num_parts=1)
-    (source / "config.json").write_text('{"hidden_size": 5}')
-    with pytest.raises(CheckpointError, match="has changed since that conversion began; give"):
-        orbax_store.convert(ModelFolder.open(source), output)
-
-
-def test_another_model_does_not_replace_a_finished_conversion(
-    make_model: Make, tmp_path: Path
-) -> None:
-    orbax_store.convert(ModelFolder.open(make_model({"a": np.arange(6)})), tmp_path / "out")
-    other = make_model({"b": np.arange(6)}, name="other")
-    with pytest.raises(CheckpointError, match="holds a conversion of another model"):
-        orbax_store.convert(ModelFolder.open(other), tmp_path / "out")
-
-
-def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(
-    make_model: Make, tmp_path: Path
-) -> None:
-    source = make_model({"a": np.arange(6)})
-    for output in (tmp_path / "out", source):
-        output.mkdir(exist_ok=True)
-        (output / "a note").touch()
-        before = sorted(os.listdir(output))
-        with pytest.raises(CheckpointError, match="holds 'a note', which no conversion left"):
-            orbax_store.convert(ModelFolder.open(source), output)
-        assert sorted(os.listdir(output)) == before
-
-
-def test_an_output_that_is_a_file_is_refused(make_model: Make, tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(CheckpointError, match=r"writing failed .*File exists"):
-        orbax_store.convert(ModelFolder.open(make_model({"a": np.arange(6)})), tmp_path / "out")
-
-
-def test_two_conversions_do_not_write_to_one_folder(make_model: Make, tmp_path: Path) -> None:
-    source = ModelFolder.open(make_model({"a": np.arange(6)}))
-
-    def progress(done: int, total: int) -> None:
-        with pytest.raises(CheckpointError, match="another conversion is writing there; wait"):
-            orbax_store.convert(source, tmp_path / "out")
-
-    orbax_store.convert(source, tmp_path / "out", progress=progress)
-
-
 def test_a_name_that_orbax_would_split_is_refused(make_model: Make, tmp_path: Path) -> None:
     source = ModelFolder.open(make_model({"a/b": np.arange(6)}))
     with pytest.raises(CheckpointError, match="'a/b' has '/' in its name"):
         orbax_store.convert(source, tmp_path / "out")
-
-
-def test_too_little_room_is_said_before_anything_is_copied(
-    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = ModelFolder.open(make_model({"a": np.arange(6)}))
-    usage = shutil.disk_usage(tmp_path)._replace(free=47)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"48 bytes are still to be written .* has 47 free"):
-        orbax_store.convert(source, tmp_path / "out")
-    assert not os.listdir(tmp_path / "out" / "parts")
 
 
 _FULL_DISK = """

@@ -27,19 +27,41 @@ def test_a_model_is_converted_and_verified(
     output = tmp_path / "out"
     assert _main(f"--model={batch_runs.FOLDER}", f"--output={output}", "--verify") == 0
     said = capfd.readouterr().err
+    assert "from safetensors to Orbax, into" in said
     assert f"done: --model={output} runs it" in said
     assert "comparing with the hashes" in said
     source, made = folder.ModelFolder.open(batch_runs.FOLDER), folder.ModelFolder.open(output)
+    _assert_same(made, source)
+    assert _main(f"--model={batch_runs.FOLDER}", f"--output={output}") == 0
+
+
+def _assert_same(made: folder.ModelFolder, source: folder.ModelFolder) -> None:
     assert source.tensors.keys() == made.tensors.keys()
     for name in source.tensors:
-        assert (source.read(name) == made.read(name)).all()
-    assert _main(f"--model={batch_runs.FOLDER}", f"--output={output}") == 0
+        assert source.read(name).tobytes() == made.read(name).tobytes()
+
+
+def test_an_orbax_folder_becomes_safetensors_again(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    orbax, back = tmp_path / "orbax", tmp_path / "back"
+    assert _main(f"--model={batch_runs.FOLDER}", f"--output={orbax}") == 0
+    assert _main(f"--model={orbax}", f"--output={back}", "--verify") == 0
+    said = capfd.readouterr().err
+    assert "from Orbax to safetensors, into" in said
+    assert "comparing with the hashes" in said
+    assert f"done: --model={back} runs it" in said
+    made = folder.ModelFolder.open(back)
+    assert (orbax / "manifest.json").exists()
+    assert (back / "model.safetensors").exists()
+    _assert_same(made, folder.ModelFolder.open(batch_runs.FOLDER))
+    assert made.config == folder.ModelFolder.open(orbax).config
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--model is missing; give --model=HF_DIR --output=DIR"),
+        ([], "--model is missing; give --model=DIR --output=DIR"),
         (["--model=x"], "--output is missing"),
         (["--model=/none", "--output=y"], "/none: does not exist"),
         (["more"], "unknown argument 'more'"),
