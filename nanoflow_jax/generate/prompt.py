@@ -61,6 +61,10 @@ def run(
                 "in the place of --prompt"
             )
         prompt = words.encode(prompt)
+    if not config.batch.max_requests and not config.batch.buckets:
+        # Programs for more requests than there are would only be compiled.
+        batch = dataclasses.replace(config.batch, max_requests=params.n)
+        config = dataclasses.replace(config, batch=batch)
     engine = build.build_engine(config, source, reports)
     try:
         return _generate(generator.Generator(engine, words), list(prompt), params, write, words)

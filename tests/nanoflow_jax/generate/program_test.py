@@ -195,9 +195,14 @@ def test_a_damaged_model_is_one_message(
     assert stderr.startswith("error: ")
 
 
-def test_several_choices_are_printed_whole(capfd: pytest.CaptureFixture[str]) -> None:
-    assert _main([*batch_runs.flags(), "--prompt=ab", "--n=2", "--max_tokens=3"]) == 0
-    lines = capfd.readouterr().out.splitlines()
+def test_several_choices_are_printed_whole_by_an_engine_of_their_size(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [f"--model={batch_runs.FOLDER}", "--dense_batch=16", "--max_context_len=64"]
+    assert _main([*arguments, "--prompt=ab", "--n=2", "--max_tokens=3"]) == 0
+    shown = capfd.readouterr()
+    assert "of at most 2 requests" in shown.err
+    lines = shown.out.splitlines()
     assert lines[0] == "--- 1 of 2 ---"
     assert "--- 2 of 2 ---" in lines
 
