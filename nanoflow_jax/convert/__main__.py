@@ -1,4 +1,4 @@
-"""Converts a model: `python -m nanoflow_jax.convert --model=DIR --output=DIR`.
+"""Converts a model: `python -m nanoflow_jax.convert --model=DIR --output=OUT`.
 
 A folder of Hugging Face safetensors becomes Orbax, and an Orbax folder becomes safetensors again.
 Run again after anything that stopped it: it goes on where it was. Exit codes as of `generate`.
@@ -51,7 +51,7 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> int:
         raise ValueError(f"unknown argument {arguments[0]!r}; flags begin with --")
     for name in ("model", "output"):
         if not getattr(values, name):
-            raise ValueError(f"--{name} is missing; give --model=DIR --output=DIR")
+            raise ValueError(f"--{name} is missing; give --model=DIR --output=OUT")
     source = folder.ModelFolder.open(values.model)
     output = values.output
     total = sum(spec.nbytes for spec in source.tensors.values())

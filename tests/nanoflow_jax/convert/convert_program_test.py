@@ -61,7 +61,7 @@ def test_an_orbax_folder_becomes_safetensors_again(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--model is missing; give --model=DIR --output=DIR"),
+        ([], "--model is missing; give --model=DIR --output=OUT"),
         (["--model=x"], "--output is missing"),
         (["--model=/none", "--output=y"], "/none: does not exist"),
         (["more"], "unknown argument 'more'"),
