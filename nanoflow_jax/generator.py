@@ -12,6 +12,10 @@ from nanoflow_jax.engine import engine as engine_lib
 from nanoflow_jax.tokenizer import detokenizer, stop, tokenizer
 
 
+# Prompt tokens looked at for one with text; only special and byte tokens have none.
+_TAIL = 8
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
     """One generated continuation.
@@ -91,13 +95,14 @@ class _TextChoice:
         index: int,
         params: request_lib.SamplingParams,
         words: tokenizer.Tokenizer | None,
+        prompt_ids: Sequence[int],
     ) -> None:
         self.index = index
         self._params = params
         self._detokenizer = None
         if words is not None:
-            self._detokenizer = detokenizer.Detokenizer(
-                words, skip_special_tokens=params.skip_special_tokens
+            self._detokenizer = _continuing(
+                words, prompt_ids, skip_special_tokens=params.skip_special_tokens
             )
         self._stop = stop.StopMatcher(params.stop, params.include_stop)
         self._text: list[str] = []
@@ -228,7 +233,7 @@ class Generator:
         self._owners.update({name: (request_id, i) for i, name in enumerate(added)})
         self._pending[request_id] = _Pending(
             prompt_ids=tuple(prompt_ids),
-            choices=[_TextChoice(i, params, self._words) for i in range(params.n)],
+            choices=[_TextChoice(i, params, self._words, prompt_ids) for i in range(params.n)],
             wants_prompt_logprobs=params.prompt_logprobs is not None,
         )
 
@@ -314,6 +319,22 @@ class Generator:
             if pending.wants_prompt_logprobs
             else None,
         )
+
+
+def _continuing(
+    words: tokenizer.Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool
+) -> detokenizer.Detokenizer:
+    """A detokenizer for what follows a prompt.
+
+    Decoders of the SentencePiece kind drop the space before the first word of a text. After a
+    prompt that ends in text the first generated word is not that word, so the decoder is shown
+    the prompt's last token with text; what that gives is not part of the output.
+    """
+    for token in reversed(prompt_ids[-_TAIL:]):
+        made = detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
+        if made.push(token):
+            return made
+    return detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
 
 
 def choice_seed(seed: int, index: int) -> int:
