@@ -6,39 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import cases
+from plain_model import PlainModel, attend_whole
 
-from checkpoints.folder import ModelFolder
-from nanoflow_jax.kv_cache import attention
-from nanoflow_jax.models import huggingface, loading, transformer
-from nanoflow_jax.parallel import mesh as mesh_lib
+from nanoflow_jax.models import huggingface, transformer
 
 _FAMILIES = ["llama3", "qwen3_moe", "gemma2"]
 
 
 def _load(case):
     golden = cases.load(case)
-    folder = ModelFolder.open(golden.path)
-    model = loading.load_model(
-        folder,
-        huggingface.read_config(folder.config),
-        dtype=np.dtype(np.float32),
-        mesh=mesh_lib.build_mesh(jax.devices()[:1]),
-    )
-    return golden, model
-
-
-def _attend(q, k, v, cache, spec):
-    """Keeps one request's keys and values whole: the cache is what came before."""
-    k, v = (
-        (jnp.concatenate([old, new]) for old, new in zip(cache, (k, v), strict=True))
-        if cache is not None
-        else (k, v)
-    )
-    positions = jnp.arange(k.shape[0] - q.shape[0], k.shape[0], dtype=jnp.int32)
-    out = attention.attention_reference(
-        q, k, v, positions, scale=spec.scale, window=spec.window, softcap=spec.softcap
-    )
-    return out, (k, v)
+    return golden, PlainModel(golden.path, length=64).model
 
 
 def _positions(start, stop):
@@ -52,7 +29,7 @@ def test_hidden_states_leave_and_enter_at_every_layer_border(case):
     positions, num_layers = _positions(0, len(prompt)), model.config.num_layers
 
     def layers(x, *, start, count):
-        return model.run_layers(x, positions, [None] * count, _attend, start=start)
+        return model.run_layers(x, positions, [None] * count, attend_whole, start=start)
 
     run = jax.jit(layers, static_argnames=("start", "count"))
     x = jax.jit(model.embed)(prompt)
@@ -79,7 +56,7 @@ def test_a_prompt_in_two_chunks_is_the_whole_prompt(case):
         logits = []
         for start, stop in ((0, 5), (5, len(prompt))):
             x = model.embed(prompt[start:stop])
-            x, caches = model.run_layers(x, _positions(start, stop), caches, _attend)
+            x, caches = model.run_layers(x, _positions(start, stop), caches, attend_whole)
             logits.append(model.head(x))
         return jnp.concatenate(logits)
 

@@ -1,0 +1,450 @@
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from engine_runs import Output, ask, build_small, run, take
+from golden import cases
+from plain_model import PlainModel
+
+from checkpoints import safetensors_file
+from checkpoints.folder import ModelFolder
+from nanoflow_jax.engine import sequence
+from nanoflow_jax.request import FinishReason
+
+_CASE = cases.load("llama")
+_VOCAB, _CONTEXT, _EOS = 353, 256, 2
+_KNOBS = {
+    "max_requests": 12,
+    "dense_batch": 24,
+    "buckets": "24:12:12",
+    "cache_page_size": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    made = build_small(_CASE.path, **_KNOBS)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return PlainModel(_CASE.path, length=64)
+
+
+def _one(engine, prompt, **params):
+    return run(engine, [ask("one", prompt, **params)])[0]
+
+
+def _greedy(index, count):
+    return _CASE.tokens[index][:count].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty; give at least one token"),
+        (
+            [1] * 256,
+            {},
+            "the prompt has 256 tokens and the context holds 256, with room for at least one "
+            "generated token; shorten the prompt or raise --max_context_len where the model "
+            "allows it",
+        ),
+        ([1, 353], {}, "prompt: 353 is not a token id of this model, 0 to 352"),
+        ([-1], {}, "prompt: -1 is not a token id of this model, 0 to 352"),
+        ([True], {}, "prompt: True is not a token id of this model, 0 to 352"),
+        (["a"], {}, "prompt: 'a' is not a token id of this model, 0 to 352"),
+        (
+            [1],
+            {"logit_bias": {400: 1.0}},
+            "logit_bias: 400 is not a token id of this model, 0 to 352",
+        ),
+        (
+            [1],
+            {"allowed_token_ids": (3, 353)},
+            "allowed_token_ids: 353 is not a token id of this model, 0 to 352",
+        ),
+        (
+            [1],
+            {"stop_token_ids": (1000,)},
+            "stop_token_ids: 1000 is not a token id of this model, 0 to 352",
+        ),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_alone(engine, prompt, params, message):
+    engine.add(ask("good", _CASE.prompts[2], max_tokens=3, ignore_eos=True))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        engine.add(ask("bad", prompt, **params))
+    found = Output()
+    while engine.has_work:
+        for update in engine.step():
+            assert update.request_id == "good"
+            take(found, update)
+        engine.check()
+    assert found.token_ids == _greedy(2, 3)
+
+
+def test_an_id_can_be_used_again_only_after_its_request_has_ended(engine):
+    engine.add(ask("a", [5], max_tokens=2))
+    with pytest.raises(ValueError, match=r"^request id 'a' is already in use$"):
+        engine.add(ask("a", [6]))
+    engine.abort("a")
+    # The step in flight, if any, still carries the aborted one.
+    assert run(engine, [ask("a", _CASE.prompts[3], max_tokens=4, ignore_eos=True)])[
+        0
+    ].token_ids == _greedy(3, 4)
+
+
+def test_a_stop_token_ends_a_request_and_its_surplus_token_is_dropped(engine):
+    tokens = _greedy(5, 12)
+    place = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
+    before = dataclasses.replace(engine.counters)
+    found = _one(
+        engine, _CASE.prompts[5], max_tokens=40, ignore_eos=True, stop_token_ids=[tokens[place]]
+    )
+    assert found.token_ids == tokens[: place + 1]
+    assert found.finish_reason is FinishReason.STOP
+    assert engine.counters.generated_tokens - before.generated_tokens == place + 1
+    # While its last token was on its way to the host, one more was launched.
+    assert engine.counters.surplus_tokens - before.surplus_tokens == 1
+    assert engine.counters.prompt_tokens - before.prompt_tokens == len(_CASE.prompts[5])
+
+
+def test_the_update_that_ends_a_request_names_the_stop_token(engine):
+    tokens = _greedy(1, 1)
+    engine.add(ask("a", _CASE.prompts[1], max_tokens=9, ignore_eos=True, stop_token_ids=tokens))
+    updates = []
+    while engine.has_work:
+        updates += engine.step()
+    assert [(u.token_ids, u.stop_token_id) for u in updates] == [((tokens[0],), tokens[0])]
+
+
+def test_end_of_text_ends_a_request_unless_it_is_ignored(engine):
+    likely = {"logit_bias": {_EOS: 100}, "max_tokens": 5}
+    ended = _one(engine, [7, 8], **likely)
+    assert (ended.token_ids, ended.finish_reason) == ([_EOS], FinishReason.STOP)
+    ignored = _one(engine, [7, 8], **likely, ignore_eos=True)
+    assert (ignored.token_ids, ignored.finish_reason) == ([_EOS] * 5, FinishReason.LENGTH)
+
+
+def test_min_tokens_bans_what_would_end_the_request(engine):
+    first = _greedy(4, 1)[0]
+    params = {"stop_token_ids": [first], "logit_bias": {first: 90, _EOS: 80}, "max_tokens": 9}
+    found = _one(engine, _CASE.prompts[4], **params, min_tokens=4)
+    assert len(found.token_ids) == 5
+    assert not {first, _EOS} & set(found.token_ids[:4])
+    assert found.token_ids[4] == first
+
+
+def test_a_request_without_max_tokens_runs_to_the_end_of_the_context(engine):
+    found = _one(engine, [3] * 250, max_tokens=None, ignore_eos=True)
+    assert (len(found.token_ids), found.finish_reason) == (_CONTEXT - 250, FinishReason.LENGTH)
+
+
+def test_only_allowed_tokens_are_drawn(engine):
+    allowed = (0, 31, 32, 63, 352)
+    found = _one(
+        engine, [9, 4], allowed_token_ids=allowed, max_tokens=40, temperature=5.0, ignore_eos=True
+    )
+    assert set(found.token_ids) <= set(allowed)
+    assert len(set(found.token_ids)) > 2
+
+
+def test_a_request_with_no_token_left_to_draw_fails_alone(engine):
+    banned = ask("bad", [4], allowed_token_ids=(_EOS,), min_tokens=2, max_tokens=5)
+    good = ask("good", _CASE.prompts[6], max_tokens=6, ignore_eos=True)
+    failed, fine = run(engine, [banned, good])
+    assert failed.finish_reason is FinishReason.ERROR
+    assert failed.token_ids == []
+    assert failed.error == (
+        "no token could be drawn: the logits were not finite, or every token was banned by "
+        "logit_bias, allowed_token_ids or min_tokens"
+    )
+    assert fine.token_ids == _greedy(6, 6)
+
+
+_POISON = 77
+_SWALLOWED = pytest.mark.xfail(
+    strict=True, reason="attention answers zeros where a key it sees is no number"
+)
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [3, 1, 4, 5, 6, 7, _POISON],
+        pytest.param([3, 1, _POISON, 4, 5, 6, 7], marks=_SWALLOWED),
+    ],
+    ids=["last", "middle"],
+)
+def test_logits_that_are_no_numbers_fail_only_their_request(case, bad, tmp_path):
+    golden, poison = cases.load(case), _POISON
+    folder = shutil.copytree(golden.path, tmp_path / "model")
+    source = ModelFolder.open(golden.path)
+    tensors = {name: np.array(source.read(name)) for name in source.tensors}
+    tensors["model.embed_tokens.weight"][poison] = np.nan
+    safetensors_file.write_safetensors(folder / "model.safetensors", tensors)
+    clean = [i for i, p in enumerate(golden.prompts) if poison not in [*p, *golden.tokens[i]]][:6]
+    poisoned = build_small(folder, **_KNOBS)
+    requests = [ask("bad", bad, max_tokens=20, ignore_eos=True)]
+    requests += [ask(str(i), golden.prompts[i], max_tokens=20, ignore_eos=True) for i in clean[:4]]
+    failed, *fine = run(poisoned, requests)
+    assert failed.finish_reason is FinishReason.ERROR
+    assert failed.token_ids == []
+    assert "logits were not finite" in failed.error
+    for i, output in zip(clean[:4], fine, strict=True):
+        assert output.token_ids == golden.tokens[i][:20].tolist()
+    # The pages that held what is no number serve the next requests.
+    later = [ask(str(i), golden.prompts[i], max_tokens=20, ignore_eos=True) for i in clean[4:]]
+    for i, output in zip(clean[4:], run(poisoned, later), strict=True):
+        assert output.token_ids == golden.tokens[i][:20].tolist()
+    poisoned.close()
+
+
+def test_an_aborted_request_reports_nothing_more_and_leaves_no_trace(engine):
+    other = Output()
+    engine.add(ask("gone", _CASE.prompts[8], max_tokens=30, ignore_eos=True))
+    engine.add(ask("other", _CASE.prompts[9], max_tokens=12, ignore_eos=True))
+    seen = []
+    for _ in range(6):
+        for update in engine.step():
+            seen.append(update.request_id)
+            if update.request_id == "other":
+                take(other, update)
+    assert "gone" in seen
+    engine.abort("gone")
+    engine.abort("gone")
+    engine.abort("never there")
+    engine.check()
+    while engine.has_work:
+        for update in engine.step():
+            assert update.request_id == "other"
+            take(other, update)
+    assert other.token_ids == _greedy(9, 12)
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+def test_logprobs_are_those_of_the_models_own_distribution(engine, plain):
+    prompt = _CASE.prompts[7]
+    found = _one(
+        engine,
+        prompt,
+        max_tokens=4,
+        ignore_eos=True,
+        logprobs=3,
+        temperature=1.5,
+        seed=4,
+        logit_bias={9: 5.0},
+        presence_penalty=1.0,
+    )
+    logits = plain.logits([*prompt, *found.token_ids]).astype(np.float64)
+    for i, entry in enumerate(found.logprobs):
+        row = logits[len(prompt) - 1 + i]
+        wanted = row - np.log(np.exp(row).sum())
+        assert entry.token_id == found.token_ids[i]
+        assert entry.logprob == pytest.approx(wanted[entry.token_id], abs=1e-4)
+        assert entry.rank == 1 + np.count_nonzero(row > row[entry.token_id])
+        best = np.argsort(-row)[:3]
+        assert [token for token, _ in entry.top] == best.tolist()
+        np.testing.assert_allclose([v for _, v in entry.top], wanted[best], atol=1e-4)
+
+
+def test_zero_logprobs_report_the_drawn_token_alone(engine):
+    found = _one(engine, [5, 6], max_tokens=2, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    assert [entry.top for entry in found.logprobs] == [(), ()]
+    assert [entry.top for entry in found.prompt_logprobs] == [()]
+
+
+def _penalised(plain, prompt, count, *, presence, frequency, repetition):
+    """Greedy tokens under penalties, by the definitions."""
+    tokens = list(prompt)
+    for _ in range(count):
+        row = plain.logits(tokens)[-1].astype(np.float64)
+        output = tokens[len(prompt) :]
+        for token in set(tokens):
+            row[token] = row[token] / repetition if row[token] > 0 else row[token] * repetition
+        for token in set(output):
+            row[token] -= presence + frequency * output.count(token)
+        tokens.append(int(row.argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_penalties_see_prompt_and_output_though_more_requests_use_them_than_rows(engine, plain):
+    settings = [
+        {"presence": 1.5, "frequency": 0.0, "repetition": 1.0},
+        {"presence": 0.0, "frequency": 1.8, "repetition": 1.0},
+        {"presence": 0.0, "frequency": 0.0, "repetition": 1.7},
+        {"presence": -1.0, "frequency": 0.7, "repetition": 1.2},
+        {"presence": 0.3, "frequency": -0.5, "repetition": 0.8},
+    ]
+    prompts = [_CASE.prompts[i] for i in (2, 3, 4, 5, 6)]
+    requests = [
+        ask(
+            str(i),
+            prompt,
+            max_tokens=16,
+            ignore_eos=True,
+            presence_penalty=setting["presence"],
+            frequency_penalty=setting["frequency"],
+            repetition_penalty=setting["repetition"],
+        )
+        for i, (prompt, setting) in enumerate(zip(prompts, settings, strict=True))
+    ]
+    found = run(engine, requests)
+    changed = 0
+    for prompt, setting, output in zip(prompts, settings, found, strict=True):
+        assert output.token_ids == _penalised(plain, prompt, 16, **setting)
+        plainly = _one(engine, prompt, max_tokens=16, ignore_eos=True)
+        changed += plainly.token_ids != output.token_ids
+    assert changed >= 4
+
+
+def _busy_requests():
+    """A request of every kind."""
+    long, short = _CASE.prompts[9], _CASE.prompts[3]
+    shared = {"max_tokens": 10, "ignore_eos": True}
+    return [
+        ask("greedy", long, **shared),
+        ask("drawn", short, **shared, temperature=0.9, top_p=0.8, top_k=30, min_p=0.01, seed=3),
+        ask("penalties", short, **shared, frequency_penalty=1.0, repetition_penalty=1.2),
+        ask("bias", short, **shared, logit_bias={4: 2.0}, allowed_token_ids=tuple(range(200))),
+        ask("bans", short, max_tokens=10, min_tokens=6, stop_token_ids=[7], logprobs=5),
+        ask("prompt", long, **shared, prompt_logprobs=4, logprobs=2, temperature=0.7, seed=8),
+    ]
+
+
+def test_nothing_compiles_in_a_step_whatever_is_asked(engine):
+    run(engine, _busy_requests())
+    assert engine.num_late_compiles == 0
+    assert set(engine.compile_seconds) == {
+        "forward 24:12:12",
+        "sample 12 greedy",
+        "sample 12 filtered",
+        "sample 12 full",
+        "prompt_logprobs",
+        "reset_penalties",
+    }
+
+
+def test_a_compilation_in_a_step_is_counted(engine, monkeypatch):
+    build = engine._inputs.build
+
+    def compile_too(*arguments):
+        jax.jit(lambda x: x * 5 - 2)(np.zeros(3, np.float32))
+        return build(*arguments)
+
+    monkeypatch.setattr(engine._inputs, "build", compile_too)
+    engine.add(ask("a", [5], max_tokens=1))
+    engine.step()
+    assert engine.num_late_compiles == 1
+    engine._runner.watch.num_late = 0
+    monkeypatch.undo()
+    while engine.has_work:
+        engine.step()
+
+
+def _vectors(inputs):
+    given = [inputs.forward, *inputs.resets, *(part.vector for part in inputs.prompt_slices)]
+    return given if inputs.sample is None else [*given, inputs.sample]
+
+
+def test_a_vector_handed_to_a_step_is_never_written_again(engine, monkeypatch):
+    wanted = [output.token_ids for output in run(engine, _busy_requests())]
+    launch, given = engine._runner.launch, []
+
+    def remember(inputs):
+        given.extend((vector, vector.copy()) for vector in _vectors(inputs))
+        return launch(inputs)
+
+    monkeypatch.setattr(engine._runner, "launch", remember)
+    assert [output.token_ids for output in run(engine, _busy_requests())] == wanted
+    assert len(given) > 20
+    for i, (vector, then) in enumerate(given):
+        np.testing.assert_array_equal(vector, then)
+        assert vector.flags.owndata
+        assert not any(np.shares_memory(vector, other) for other, _ in given[:i])
+
+
+def _scramble(made):
+    """Overwrites all that the host knows of a request; returns how to put it back."""
+    tokens, bias = list(made.token_ids), [part.copy() for part in made.bias]
+    allowed = None if made.allowed is None else made.allowed.copy()
+    made.token_ids[:] = [0] * len(tokens)
+    for part in made.bias:
+        part[...] = 1
+    if made.allowed is not None:
+        made.allowed[...] = 0
+
+    def restore():
+        made.token_ids[:] = tokens
+        for part, old in zip(made.bias, bias, strict=True):
+            part[...] = old
+        if allowed is not None:
+            made.allowed[...] = allowed
+
+    return restore
+
+
+def test_changing_what_the_host_knows_after_launch_changes_nothing(monkeypatch):
+    stepwise = build_small(_CASE.path, **_KNOBS, async_scheduling=False)
+    wanted = [output.token_ids for output in run(stepwise, _busy_requests())]
+    runner, undo = stepwise._runner, []
+    launch, collect = runner.launch, runner.collect
+
+    def launch_and_scramble(inputs):
+        launched = launch(inputs)
+        undo.extend(_scramble(made) for made in stepwise._sequences.values())
+        return launched
+
+    def collect_and_restore(launched):
+        collected = collect(launched)
+        while undo:
+            undo.pop()()
+        return collected
+
+    monkeypatch.setattr(runner, "launch", launch_and_scramble)
+    monkeypatch.setattr(runner, "collect", collect_and_restore)
+    assert [output.token_ids for output in run(stepwise, _busy_requests())] == wanted
+    stepwise.close()
+
+
+def test_one_step_at_a_time_has_no_surplus_and_answers_in_the_same_step():
+    stepwise = build_small(_CASE.path, **_KNOBS, async_scheduling=False)
+    tokens = _greedy(2, 1)
+    stepwise.add(ask("a", _CASE.prompts[2], max_tokens=9, ignore_eos=True, stop_token_ids=tokens))
+    assert [update.token_ids for update in stepwise.step()] == [(tokens[0],)]
+    assert not stepwise.has_work
+    assert stepwise.counters.surplus_tokens == 0
+    stepwise.close()
+
+
+def test_closing_waits_for_the_step_in_flight():
+    made = build_small(_CASE.path, **_KNOBS)
+    made.add(ask("a", _CASE.prompts[2], max_tokens=9))
+    made.step()
+    made.close()
+    assert made._in_flight is None
+
+
+def test_seeds_become_32_bits_that_tell_64_bit_seeds_apart():
+    seeds = [0, 1, -1, 2**32, 2**63, 2**64 - 2]
+    made = [
+        sequence.make_sequence(
+            ask("a", [1], seed=seed), vocab_size=4, max_context_len=8, eos_ids=()
+        ).seed
+        for seed in seeds
+    ]
+    assert len(set(made)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in made)
+
+
+def test_the_golden_folder_ends_texts_where_these_tests_say():
+    config = json.loads((_CASE.path / "config.json").read_text())
+    assert (config["eos_token_id"], config["vocab_size"]) == (_EOS, _VOCAB)

@@ -1,0 +1,52 @@
+"""A model without pages, batches or steps: whole sequences through the same layers."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from checkpoints.folder import ModelFolder
+from nanoflow_jax.kv_cache import attention
+from nanoflow_jax.models import huggingface, loading
+from nanoflow_jax.parallel import mesh
+
+
+def attend_whole(q, k, v, cache, spec):
+    """Attention of one request; the cache is its earlier keys and values, or None."""
+    if cache is not None:
+        k, v = (jnp.concatenate([old, new]) for old, new in zip(cache, (k, v), strict=True))
+    positions = jnp.arange(k.shape[0] - q.shape[0], k.shape[0], dtype=jnp.int32)
+    out = attention.attention_reference(
+        q, k, v, positions, scale=spec.scale, window=spec.window, softcap=spec.softcap
+    )
+    return out, (k, v)
+
+
+class PlainModel:
+    """Logits of sequences of at most `length` tokens, in float32."""
+
+    def __init__(self, path: pathlib.Path, *, length: int) -> None:
+        folder = ModelFolder.open(path)
+        self.model = loading.load_model(
+            folder,
+            huggingface.read_config(folder.config),
+            dtype=np.dtype(np.float32),
+            mesh=mesh.build_mesh(jax.devices()[:1]),
+        )
+        self._length = length
+        self._run = jax.jit(self._forward)
+
+    def _forward(self, tokens: jax.Array) -> jax.Array:
+        x = self.model.embed(tokens)
+        positions = jnp.arange(self._length, dtype=jnp.int32)
+        caches = [None] * self.model.config.num_layers
+        x, _ = self.model.run_layers(x, positions, caches, attend_whole)
+        return self.model.head(x)
+
+    def logits(self, tokens: list[int]) -> Float[np.ndarray, "T V"]:
+        """One row for each token; what is padded behind them is not seen."""
+        padded = np.zeros(self._length, np.int32)
+        padded[: len(tokens)] = tokens
+        return np.asarray(self._run(padded))[: len(tokens)]
