@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import sys
 from typing import Any
 
 from absl import flags
@@ -10,19 +11,24 @@ from nanoflow_jax import config
 
 
 def define_sections(
-    config_type: type, values: flags.FlagValues, *, module: str = "__main__"
+    config_type: type, values: flags.FlagValues, *, module: str | None = None
 ) -> None:
     """Defines one flag per knob of a composed configuration.
 
     Args:
         config_type: A dataclass whose fields are sections with a PREFIX.
         values: Where the flags go; programs pass `absl.flags.FLAGS`.
-        module: Whose flags they are; those of the main module are what --help lists.
+        module: Whose flags they are; by default the program's, whose flags --help lists.
     """
     for section in dataclasses.fields(config_type):
         kind = config.section_type(section)
         for field in dataclasses.fields(kind):
-            _define(f"{kind.PREFIX}{field.name}", field, values, module)
+            _define(f"{kind.PREFIX}{field.name}", field, values, module or main_module())
+
+
+def main_module() -> str:
+    """What absl calls the running program: the module whose flags --help lists."""
+    return sys.argv[0]
 
 
 def _define(name: str, field: Any, values: flags.FlagValues, module: str) -> None:

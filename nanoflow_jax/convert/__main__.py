@@ -13,12 +13,13 @@ from absl import app, flags
 
 from checkpoints import folder, orbax_store, safetensors_store
 from nanoflow_jax import console, meter
+from nanoflow_jax import flags as knob_flags
 
 _MODEL_HELP = "Folder to read: safetensors becomes Orbax, Orbax becomes safetensors."
 
 
 def _define(values: flags.FlagValues) -> None:
-    common: dict[str, Any] = {"flag_values": values, "module_name": "__main__"}
+    common: dict[str, Any] = {"flag_values": values, "module_name": knob_flags.main_module()}
     flags.DEFINE_string("model", None, _MODEL_HELP, **common)
     flags.DEFINE_string("output", None, "Folder to write, new or from a run before.", **common)
     flags.DEFINE_boolean("verify", False, "Read all of it again and compare hashes.", **common)

@@ -13,7 +13,6 @@ from nanoflow_jax import flags as knob_flags
 from nanoflow_jax.request import SamplingParams
 
 _PACKAGE = "package:"
-_MODULE = "__main__"
 
 # Fields of SamplingParams that are flags. A flag that is not given leaves the endpoint's default.
 _SAMPLING: Mapping[str, str] = {
@@ -33,7 +32,7 @@ _SAMPLING: Mapping[str, str] = {
 
 def define(values: flags.FlagValues) -> None:
     """Defines all flags of the program."""
-    common: dict[str, Any] = {"flag_values": values, "module_name": _MODULE}
+    common: dict[str, Any] = {"flag_values": values, "module_name": knob_flags.main_module()}
     knob_flags.define_sections(config_lib.EngineConfig, values)
     kinds = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
     for name, text in _SAMPLING.items():
