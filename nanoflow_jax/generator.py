@@ -11,7 +11,6 @@ from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import engine as engine_lib
 from nanoflow_jax.tokenizer import detokenizer, stop, tokenizer
 
-
 # Prompt tokens looked at for one with text; only special and byte tokens have none.
 _TAIL = 8
 

@@ -14,7 +14,9 @@ import jax
 
 # Compilation dominates these tests: workers and later runs share what was compiled once.
 _CACHE = pathlib.Path(
-    os.environ.get("NANOFLOW_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "nanoflow-test-cache")
+    os.environ.get(
+        "NANOFLOW_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "nanoflow-test-cache"
+    )
 )
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
