@@ -8,9 +8,12 @@ for result in llm.generate(["def fib(n):"], SamplingParams(max_tokens=32, temper
 """
 
 import dataclasses
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import generator
@@ -73,7 +76,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "",
+        model: str | os.PathLike[str] = "",
         *,
         dtype: str = "auto",
         reports: build.Reports | None = None,
@@ -91,7 +94,7 @@ class LLM:
         Raises:
             ValueError: The model or a knob cannot be used; the message says what to change.
         """
-        config = config_lib.EngineConfig.from_knobs(model=model, dtype=dtype, **knobs)
+        config = config_lib.EngineConfig.from_knobs(model=os.fspath(model), dtype=dtype, **knobs)
         self._start(config, reports)
 
     @classmethod
@@ -131,7 +134,7 @@ class LLM:
             ValueError: The prompt is text and the model has no tokenizer.
         """
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _plain_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer; give the prompt as token ids")
         return self.tokenizer.encode(prompt)
@@ -196,12 +199,13 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: Callable[[int, int], None] | None,
     ) -> list[Result]:
-        names = self._submit_all(prompts, _per_prompt(params, len(prompts)))
+        names = dict.fromkeys(self._submit_all(prompts, _per_prompt(params, len(prompts))))
         found: dict[str, generator.Completion] = {}
         try:
             while len(found) < len(names):
                 for completion in self.generator.step().completions:
-                    found[completion.request_id] = completion
+                    if completion.request_id in names:
+                        found[completion.request_id] = completion
                 if progress is not None:
                     progress(len(found), len(names))
         finally:
@@ -243,10 +247,16 @@ def with_seed(params: SamplingParams) -> SamplingParams:
     return dataclasses.replace(params, seed=secrets.randbits(63))
 
 
+def _plain_ids(ids: Any) -> list[int]:
+    """A list, of Python's own integers where the ids are an array."""
+    found: list[int] = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    return found
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    listed: list[Any] = list(prompts)
+    listed: list[Any] = _plain_ids(prompts)
     if listed and isinstance(listed[0], int):
         return [listed]
     return listed
