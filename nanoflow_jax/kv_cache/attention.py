@@ -6,6 +6,7 @@ keep a running softmax (Milakov and Gimelshein, arXiv 1805.02867), so one progra
 A token at position p sees cached positions (p - window, p], or [0, p] without a window.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,15 @@ from nanoflow_jax.kv_cache.tiles import PrefillTiles
 
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What a model says of its scores; see `decode_attention`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 def decode_attention(
@@ -47,18 +57,9 @@ def decode_attention(
 
     Accuracy: Products, softmax and sums in float32.
     """
+    options = _Options(scale=scale, window=window, softcap=softcap)
     last = context_lens - 1
-    out = _attend(
-        layout,
-        q[:, None],
-        cache,
-        page_table,
-        last[:, None],
-        scale=scale,
-        window=window,
-        softcap=softcap,
-    )
-    return out[:, 0]
+    return _attend(layout, q[:, None], cache, page_table, last[:, None], options)[:, 0]
 
 
 def prefill_attention(
@@ -91,6 +92,7 @@ def prefill_attention(
 
     Accuracy: Products, softmax and sums in float32.
     """
+    options = _Options(scale=scale, window=window, softcap=softcap)
     num_tokens = q.shape[0]
     token = jnp.arange(tile_len, dtype=jnp.int32)
     # Room at the end, or dynamic_slice would shift a tile that reaches over it.
@@ -105,9 +107,7 @@ def prefill_attention(
             cache,
             page_table[tiles.rows[tile]][None],
             jnp.where(is_query, tiles.positions[tile] + token, -1)[None],
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            options,
         )[0]
         # The tokens after a short tile belong to another one.
         kept = jax.lax.dynamic_slice_in_dim(out, start, tile_len)
@@ -151,8 +151,18 @@ def attention_reference(
     return jax.vmap(one_query)(q, positions)
 
 
+class _Rows(NamedTuple):
+    """Contexts to attend to, one per row; Q is B queries of a row times G heads of a KV head."""
+
+    q: Float[Array, "R K Q H"]
+    pages: Int32[Array, "R M"]
+    positions: Int32[Array, "R B"]  # -1: a query that sees nothing
+    first_page: Int32[Array, "R"]  # the row's queries see pages [first, first + num) of its table
+    num_pages: Int32[Array, "R"]
+
+
 class _Running(NamedTuple):
-    """Softmax over the pages read so far; Q holds the queries of a row and their groups."""
+    """Softmax of each query over the pages read so far."""
 
     top: Float[Array, "R K Q"]
     total: Float[Array, "R K Q"]
@@ -165,54 +175,107 @@ def _attend(
     cache: Any,
     page_table: Int32[Array, "R M"],
     positions: Int32[Array, "R B"],
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    options: _Options,
 ) -> Float[Array, "R B N H"]:
     """B queries per row, at `positions` of the row's context; a query at -1 answers zeros."""
     R, B, N, H = q.shape
-    K, S = layout.shape.num_kv_heads, layout.shape.page_size
-    grouped = q.astype(jnp.float32) * jnp.float32(scale)
-    grouped = grouped.reshape(R, B, K, N // K, H).swapaxes(1, 2).reshape(R, K, -1, H)
-    # Pages [first, end) of each row hold everything its queries see.
-    end = (jnp.max(positions, axis=1) + S) // S
-    if window is None:
-        first = jnp.zeros_like(end)
+    K = layout.shape.num_kv_heads
+    grouped = q.astype(jnp.float32).reshape(R, B, K, N // K, H).swapaxes(1, 2).reshape(R, K, -1, H)
+    first_page, num_pages = _pages_seen(positions, layout.shape.page_size, options.window)
+    rows = _Rows(grouped, page_table, positions, first_page, num_pages)
+    block = min(R, layout.pages_at_once)
+    if block == R:
+        out = _attend_in_blocks(layout, cache, rows, block, options)
     else:
-        oldest = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions), axis=1)
-        first = jnp.minimum(jnp.maximum(oldest - (window - 1), 0) // S, end)
-
-    def one_page(step: Int32[Array, ""], running: _Running) -> _Running:
-        column = first + step
-        pages = jnp.take_along_axis(page_table, column[:, None], axis=1, mode="clip")[:, 0]
-        token = column[:, None] * S + jnp.arange(S, dtype=jnp.int32)[None]  # [R, S]
-        is_seen = _is_seen(positions, token, window)  # [R, B, S]
-        is_seen_grouped = jnp.repeat(is_seen, N // K, axis=1)[:, None]  # [R, 1, Q, S]
-        scores = layout.scores(cache, grouped, pages)
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(is_seen_grouped, scores, _LOWEST)
-        top = jnp.maximum(running.top, jnp.max(scores, axis=-1))
-        weights = jnp.where(is_seen_grouped, jnp.exp(scores - top[..., None]), 0.0)
-        fade = jnp.exp(running.top - top)
-        return _Running(
-            top=top,
-            total=running.total * fade + jnp.sum(weights, axis=-1),
-            mixed=running.mixed * fade[..., None]
-            + layout.mix(cache, weights, pages, jnp.any(is_seen, axis=1)),
-        )
-
-    nothing = _Running(
-        top=jnp.full(grouped.shape[:3], _LOWEST),
-        total=jnp.zeros(grouped.shape[:3]),
-        mixed=jnp.zeros(grouped.shape),
-    )
-    running = jax.lax.fori_loop(0, jnp.max(end - first), one_page, nothing)
-    total = running.total[..., None]
-    out = jnp.where(total > 0, running.mixed / jnp.where(total > 0, total, 1.0), 0.0)
+        # Longest first: each column of pages is then read for a prefix of the rows only.
+        order = jnp.argsort(-num_pages)
+        out = _attend_in_blocks(layout, cache, _take_rows(rows, order), block, options)
+        out = out[jnp.argsort(order)]
     out = out.reshape(R, K, B, N // K, H).swapaxes(1, 2).reshape(R, B, N, H)
     return out.astype(q.dtype)
+
+
+def _pages_seen(
+    positions: Int32[Array, "R B"], page_size: int, window: int | None
+) -> tuple[Int32[Array, "R"], Int32[Array, "R"]]:
+    """First page that a query of the row sees, and how many from there on."""
+    end = (jnp.max(positions, axis=1) + page_size) // page_size
+    if window is None:
+        return jnp.zeros_like(end), end
+    oldest = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions), axis=1)
+    first = jnp.minimum(jnp.maximum(oldest - (window - 1), 0) // page_size, end)
+    return first, end - first
+
+
+def _take_rows(rows: _Rows, order: Int32[Array, "R"]) -> _Rows:
+    return _Rows(*(field[order] for field in rows))
+
+
+def _attend_in_blocks(
+    layout: KvLayout, cache: Any, rows: _Rows, block: int, options: _Options
+) -> Float[Array, "R K Q H"]:
+    """Reads one page of `block` rows at a time; rows beyond a block have no more pages than it."""
+    R = rows.num_pages.shape[0]
+    padding = -R % block
+    if padding:  # rows without pages
+        rows = _Rows(*(jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in rows))
+
+    def one_column(step: Int32[Array, ""], running: _Running) -> _Running:
+        def one_block(index: Int32[Array, ""], running: _Running) -> _Running:
+            start = index * block
+            some = _Rows(*(jax.lax.dynamic_slice_in_dim(x, start, block) for x in rows))
+            kept = _Running(*(jax.lax.dynamic_slice_in_dim(x, start, block) for x in running))
+            new = _read_page(layout, cache, some, step, kept, options)
+            return _Running(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=0)
+                    for x, y in zip(running, new, strict=True)
+                )
+            )
+
+        if block >= R:
+            return _read_page(layout, cache, rows, step, running, options)
+        num_active = jnp.sum(rows.num_pages > step, dtype=jnp.int32)
+        return jax.lax.fori_loop(0, (num_active + block - 1) // block, one_block, running)
+
+    sizes = rows.q.shape
+    nothing = _Running(
+        top=jnp.full(sizes[:3], _LOWEST), total=jnp.zeros(sizes[:3]), mixed=jnp.zeros(sizes)
+    )
+    running = jax.lax.fori_loop(0, jnp.max(rows.num_pages), one_column, nothing)
+    total = running.total[..., None]
+    return jnp.where(total > 0, running.mixed / jnp.where(total > 0, total, 1.0), 0.0)[:R]
+
+
+def _read_page(
+    layout: KvLayout,
+    cache: Any,
+    rows: _Rows,
+    step: Int32[Array, ""],
+    running: _Running,
+    options: _Options,
+) -> _Running:
+    """Adds each row's page number `step`, counted from its first."""
+    S = layout.shape.page_size
+    group = rows.q.shape[2] // rows.positions.shape[1]
+    column = rows.first_page + step
+    pages = jnp.take_along_axis(rows.pages, column[:, None], axis=1, mode="clip")[:, 0]
+    token = column[:, None] * S + jnp.arange(S, dtype=jnp.int32)[None]  # [R, S]
+    is_seen = _is_seen(rows.positions, token, options.window)  # [R, B, S]
+    is_seen_grouped = jnp.repeat(is_seen, group, axis=1)[:, None]  # [R, 1, Q, S]
+    scores = layout.scores(cache, rows.q, pages, scale=options.scale)
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    scores = jnp.where(is_seen_grouped, scores, _LOWEST)
+    top = jnp.maximum(running.top, jnp.max(scores, axis=-1))
+    weights = jnp.where(is_seen_grouped, jnp.exp(scores - top[..., None]), 0.0)
+    fade = jnp.exp(running.top - top)
+    mixed = layout.mix(cache, weights, pages, jnp.any(is_seen, axis=1))
+    return _Running(
+        top=top,
+        total=running.total * fade + jnp.sum(weights, axis=-1),
+        mixed=running.mixed * fade[..., None] + mixed,
+    )
 
 
 def _is_seen(

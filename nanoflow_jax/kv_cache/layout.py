@@ -68,10 +68,14 @@ class KvLayout(Protocol):
     ) -> Any:
         """Store token t at offsets[t] of pages[t]; a token whose page is P is dropped."""
 
+    @property
+    def pages_at_once(self) -> int:
+        """Pages worth asking `scores` and `mix` for in one call."""
+
     def scores(
-        self, cache: Any, q: Float[Array, "R K Q H"], pages: Int32[Array, "R"]
+        self, cache: Any, q: Float[Array, "R K Q H"], pages: Int32[Array, "R"], *, scale: float
     ) -> Float[Array, "R K Q S"]:
-        """Products of each row's queries with the keys of its page, in float32."""
+        """Products of each row's queries with the keys of its page, times scale, in float32."""
 
     def mix(
         self,
@@ -91,6 +95,11 @@ class PageMajorLayout:
     """One array per layer, a page's keys beside its values: [P, 2, K, S, H]. For GPUs."""
 
     shape: CacheShape
+
+    @property
+    def pages_at_once(self) -> int:
+        """All of them: a GPU wants one wide read."""
+        return self.shape.num_pages
 
     def allocate(self) -> Float[Array, "P 2 K S H"]:
         """An empty cache of one layer."""
@@ -114,10 +123,12 @@ class PageMajorLayout:
         cache: Float[Array, "P 2 K S H"],
         q: Float[Array, "R K Q H"],
         pages: Int32[Array, "R"],
+        *,
+        scale: float,
     ) -> Float[Array, "R K Q S"]:
-        """Products of each row's queries with the keys of its page, in float32."""
+        """Products of each row's queries with the keys of its page, times scale, in float32."""
         keys = cache.at[pages, 0].get(mode="clip")  # [R, K, S, H]
-        return _product("RKQH,RKSH->RKQS", q, keys)
+        return _product("RKQH,RKSH->RKQS", q * scale, keys.astype(jnp.float32))
 
     def mix(
         self,
@@ -144,9 +155,16 @@ class TokenMinorLayout:
 
     XLA:CPU multiplies q with keys about twice as fast when the sum does not run along the
     innermost axis; see docs/decisions.md, CPU attention.
+
+    Attributes:
+        shape: Sizes of the cache.
+        gathered_bytes: Keys to gather at once, in float32. Above the default XLA:CPU spreads a
+            gather over cores, and the product after it, which runs on one core, fetches half of
+            it from the other core's cache.
     """
 
     shape: CacheShape
+    gathered_bytes: int = 256 << 10
 
     def allocate(self) -> KeysValues:
         """An empty cache of one layer."""
@@ -171,12 +189,25 @@ class TokenMinorLayout:
             values=cache.values.at[pages, :, offsets].set(v.astype(dtype), mode="drop"),
         )
 
+    @property
+    def pages_at_once(self) -> int:
+        """As many as keep their gathered keys in a core's own cache."""
+        s = self.shape
+        return max(1, self.gathered_bytes // (4 * s.num_kv_heads * s.head_dim * s.page_size))
+
     def scores(
-        self, cache: KeysValues, q: Float[Array, "R K Q H"], pages: Int32[Array, "R"]
+        self,
+        cache: KeysValues,
+        q: Float[Array, "R K Q H"],
+        pages: Int32[Array, "R"],
+        *,
+        scale: float,
     ) -> Float[Array, "R K Q S"]:
-        """Products of each row's queries with the keys of its page, in float32."""
+        """Products of each row's queries with the keys of its page, times scale, in float32."""
         keys = cache.keys.at[pages].get(mode="clip")  # [R, K, H, S]
-        return _product("RKQH,RKHS->RKQS", q, keys)
+        # Scaled here and not in q: XLA:CPU gathers with arithmetic a third faster than with the
+        # plain copy that it would call memcpy for.
+        return _product("RKQH,RKHS->RKQS", q, keys.astype(jnp.float32) * scale)
 
     def mix(
         self,
@@ -193,11 +224,11 @@ class TokenMinorLayout:
 def _product(
     axes: str, rows: Float[Array, "R K Q ?"], pages: Float[Array, "R K ? ?"]
 ) -> Float[Array, "R K Q ?"]:
-    """Einsum in float32; on CPUs a bfloat16 page is read as float32, which is faster there."""
+    """Einsum in float32: CPUs multiply bfloat16 slower than they widen it."""
     return jnp.einsum(
         axes,
-        rows.astype(jnp.float32),
-        pages.astype(jnp.float32),
+        rows,
+        pages,
         precision=_PRECISION,
         preferred_element_type=jnp.float32,
     )
@@ -207,4 +238,4 @@ def _zero_unseen(
     values: Float[Array, "R K S H"], is_seen: Bool[Array, "R S"]
 ) -> Float[Array, "R K S H"]:
     # A weight of 0 is not enough: 0 * NaN is NaN, and a page may hold what an older owner left.
-    return jnp.where(is_seen[:, None, :, None], values, jnp.zeros((), values.dtype))
+    return jnp.where(is_seen[:, None, :, None], values.astype(jnp.float32), 0.0)

@@ -18,13 +18,17 @@ from nanoflow_jax.kv_cache.layout import CacheShape, PageMajorLayout, TokenMinor
 from nanoflow_jax.kv_cache.tiles import Chunk, build_prefill_tiles
 
 LAYOUTS = [PageMajorLayout, TokenMinorLayout]
+# Four rows are read one by one, or three and then one: longest first, and a block part empty.
+ONE_BY_ONE = functools.partial(TokenMinorLayout, gathered_bytes=1)
+THREE_AT_ONCE = functools.partial(TokenMinorLayout, gathered_bytes=3 * 4 * 2 * 12 * 8)
 # Layout, cache dtype, K, G, H, window, softcap: each value meets most others, and few compile.
 CASES = st.sampled_from(
     [
         (TokenMinorLayout, "float32", 1, 1, 12, None, None),
-        (TokenMinorLayout, "float32", 2, 3, 20, 1, None),
-        (TokenMinorLayout, "float32", 1, 6, 20, 9, 2.0),
-        (TokenMinorLayout, "bfloat16", 2, 3, 12, None, 2.0),
+        (ONE_BY_ONE, "float32", 2, 3, 20, 1, None),
+        (ONE_BY_ONE, "float32", 1, 6, 20, 9, 2.0),
+        (THREE_AT_ONCE, "bfloat16", 2, 3, 12, None, 2.0),
+        (THREE_AT_ONCE, "float32", 2, 1, 12, 9, None),
         (PageMajorLayout, "float32", 2, 1, 20, 5, 2.0),
         (PageMajorLayout, "float32", 1, 6, 12, None, None),
         (PageMajorLayout, "bfloat16", 2, 3, 20, 9, None),

@@ -29,7 +29,7 @@ def _contents(layout, cache):
             np.eye(size, dtype=np.float32), (s.num_pages, s.num_kv_heads, size, size)
         )
 
-    keys = layout.scores(cache, units(s.head_dim), pages).swapaxes(2, 3)
+    keys = layout.scores(cache, units(s.head_dim), pages, scale=1.0).swapaxes(2, 3)
     seen = np.ones((s.num_pages, s.page_size), bool)
     return np.array(keys), np.array(layout.mix(cache, units(s.page_size), pages, seen))
 
@@ -104,3 +104,11 @@ def test_append_writes_a_donated_cache_in_place(make):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == layout.shape.cache_bytes
     assert memory.temp_size_in_bytes < layout.shape.cache_bytes // 20
+
+
+def test_a_read_keeps_its_keys_in_the_bytes_it_was_given():
+    shape = _shape(page_size=64, head_dim=64)  # 32 KiB of keys in a page
+    assert TokenMinorLayout(shape=shape).pages_at_once == 8
+    assert TokenMinorLayout(shape=shape, gathered_bytes=100 << 10).pages_at_once == 3
+    assert TokenMinorLayout(shape=shape, gathered_bytes=1).pages_at_once == 1
+    assert PageMajorLayout(shape=shape).pages_at_once == shape.num_pages
