@@ -54,7 +54,7 @@ class _Host:
     def __init__(
         self,
         *,
-        num_pages=10_000,
+        num_pages=400,
         page_size=4,
         max_requests=4,
         dense_batch=16,
