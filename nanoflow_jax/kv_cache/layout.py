@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -138,15 +138,15 @@ class PageMajorLayout:
         is_seen: Bool[Array, "R S"],
     ) -> Float[Array, "R K Q H"]:
         """Values of each row's page summed by weight, in float32."""
-        values = cache.at[pages, 1].get(mode="clip")  # [R, K, S, H]
+        values = cache.at[pages, 1].get(mode="clip").astype(jnp.float32)  # [R, K, S, H]
         return _product("RKQS,RKSH->RKQH", weights, _zero_unseen(values, is_seen))
 
 
 class KeysValues(NamedTuple):
-    """Cache of one layer whose keys and values lie apart."""
+    """Cache of one layer whose keys and values lie apart; see `TokenMinorLayout`."""
 
-    keys: Float[Array, "P K H S"]
-    values: Float[Array, "P K S H"]
+    keys: Shaped[Array, "P K H S"]
+    values: Shaped[Array, "P K S H"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,8 @@ class TokenMinorLayout:
     """Keys [P, K, H, S] with tokens side by side, values [P, K, S, H]. For CPUs.
 
     XLA:CPU multiplies q with keys about twice as fast when the sum does not run along the
-    innermost axis; see docs/decisions.md, CPU attention.
+    innermost axis; see docs/decisions.md, CPU attention. bfloat16 is stored as its bits: XLA:CPU
+    scatters real bfloat16 by way of a float32 copy of the whole cache.
 
     Attributes:
         shape: Sizes of the cache.
@@ -169,9 +170,10 @@ class TokenMinorLayout:
     def allocate(self) -> KeysValues:
         """An empty cache of one layer."""
         s = self.shape
+        dtype = jnp.uint16 if s.dtype == jnp.bfloat16 else s.dtype
         return KeysValues(
-            keys=jnp.zeros((s.num_pages, s.num_kv_heads, s.head_dim, s.page_size), s.dtype),
-            values=jnp.zeros((s.num_pages, s.num_kv_heads, s.page_size, s.head_dim), s.dtype),
+            keys=jnp.zeros((s.num_pages, s.num_kv_heads, s.head_dim, s.page_size), dtype),
+            values=jnp.zeros((s.num_pages, s.num_kv_heads, s.page_size, s.head_dim), dtype),
         )
 
     def append(
@@ -183,10 +185,9 @@ class TokenMinorLayout:
         offsets: Int32[Array, "T"],
     ) -> KeysValues:
         """Store token t at offsets[t] of pages[t]; a token whose page is P is dropped."""
-        dtype = cache.keys.dtype
         return KeysValues(
-            keys=cache.keys.at[pages, :, :, offsets].set(k.astype(dtype), mode="drop"),
-            values=cache.values.at[pages, :, offsets].set(v.astype(dtype), mode="drop"),
+            keys=cache.keys.at[pages, :, :, offsets].set(self._stored(k), mode="drop"),
+            values=cache.values.at[pages, :, offsets].set(self._stored(v), mode="drop"),
         )
 
     @property
@@ -204,10 +205,10 @@ class TokenMinorLayout:
         scale: float,
     ) -> Float[Array, "R K Q S"]:
         """Products of each row's queries with the keys of its page, times scale, in float32."""
-        keys = cache.keys.at[pages].get(mode="clip")  # [R, K, H, S]
+        keys = self._read(cache.keys, pages)  # [R, K, H, S]
         # Scaled here and not in q: XLA:CPU gathers with arithmetic a third faster than with the
         # plain copy that it would call memcpy for.
-        return _product("RKQH,RKHS->RKQS", q, keys.astype(jnp.float32) * scale)
+        return _product("RKQH,RKHS->RKQS", q, keys * scale)
 
     def mix(
         self,
@@ -217,8 +218,18 @@ class TokenMinorLayout:
         is_seen: Bool[Array, "R S"],
     ) -> Float[Array, "R K Q H"]:
         """Values of each row's page summed by weight, in float32."""
-        values = cache.values.at[pages].get(mode="clip")  # [R, K, S, H]
+        values = self._read(cache.values, pages)  # [R, K, S, H]
         return _product("RKQS,RKSH->RKQH", weights, _zero_unseen(values, is_seen))
+
+    def _stored(self, x: Float[Array, "T K H"]) -> Shaped[Array, "T K H"]:
+        x = x.astype(self.shape.dtype)
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+    def _read(
+        self, stored: Shaped[Array, "P K ? ?"], pages: Int32[Array, "R"]
+    ) -> Float[Array, "R K ? ?"]:
+        x = stored.at[pages].get(mode="clip")
+        return jax.lax.bitcast_convert_type(x, self.shape.dtype).astype(jnp.float32)
 
 
 def _product(
@@ -238,4 +249,4 @@ def _zero_unseen(
     values: Float[Array, "R K S H"], is_seen: Bool[Array, "R S"]
 ) -> Float[Array, "R K S H"]:
     # A weight of 0 is not enough: 0 * NaN is NaN, and a page may hold what an older owner left.
-    return jnp.where(is_seen[:, None, :, None], values.astype(jnp.float32), 0.0)
+    return jnp.where(is_seen[:, None, :, None], values, 0.0)

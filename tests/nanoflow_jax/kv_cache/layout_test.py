@@ -94,9 +94,17 @@ def test_appended_tokens_are_found_and_padding_tokens_change_nothing(make, dtype
     np.testing.assert_array_equal(values, rounded[1])
 
 
-@pytest.mark.parametrize("make", LAYOUTS)
-def test_append_writes_a_donated_cache_in_place(make):
-    layout = make(shape=_shape(num_pages=64, page_size=64, head_dim=64))
+# Not the page-major layout in bfloat16: in place on GPUs, for which it is made, not on CPUs.
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (PageMajorLayout, "float32"),
+        (TokenMinorLayout, "float32"),
+        (TokenMinorLayout, "bfloat16"),
+    ],
+)
+def test_append_writes_a_donated_cache_in_place(make, dtype):
+    layout = make(shape=_shape(dtype, num_pages=64, page_size=64, head_dim=64))
     token = jax.ShapeDtypeStruct((4, 2, 64), jnp.float32)
     index = jax.ShapeDtypeStruct((4,), jnp.int32)
     program = jax.jit(layout.append, donate_argnums=0)
