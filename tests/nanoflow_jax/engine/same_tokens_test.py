@@ -24,7 +24,7 @@ _SETUPS = {
     # 8 pages of 16 tokens, where six short requests already take 12.
     "few pages": {**_PLAIN, "cache_num_pages": 8},
     "small pages": {**_PLAIN, "cache_page_size": 5},
-    "small dense batch": {**_PLAIN, "dense_batch": 11, "buckets": "11:8:8"},
+    "small dense batch": {**_PLAIN, "dense_batch": 11, "buckets": "11:0:1,11:8:8"},
     "one step at a time": {**_PLAIN, "cache_num_pages": 8, "async_scheduling": False},
 }
 _PREEMPTING = ("few pages", "one step at a time")
