@@ -36,7 +36,7 @@ class Defaults:
     dense_batch: int
 
 
-_CPU = Defaults(page_size=128, tile_len=64, max_requests=64, dense_batch=512)
+_CPU = Defaults(page_size=64, tile_len=32, max_requests=64, dense_batch=512)
 _GPU = Defaults(page_size=64, tile_len=128, max_requests=256, dense_batch=2048)
 
 

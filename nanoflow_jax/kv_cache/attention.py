@@ -244,7 +244,9 @@ def _attend_in_blocks(
     )
     running = jax.lax.fori_loop(0, jnp.max(rows.num_pages), one_column, nothing)
     total = running.total[..., None]
-    return jnp.where(total > 0, running.mixed / jnp.where(total > 0, total, 1.0), 0.0)[:R]
+    # Not `total > 0`: what is no number must come through and fail its request, not turn into 0.
+    is_empty = total == 0
+    return jnp.where(is_empty, 0.0, running.mixed / jnp.where(is_empty, 1.0, total))[:R]
 
 
 def _read_page(
