@@ -18,12 +18,12 @@ def _arrays(draw):
     kinds = st.sampled_from(_DTYPES)
     return [
         draw(hnp.arrays(draw(kinds), draw(shapes), elements=None))
-        for _ in range(draw(st.integers(1, 5)))
+        for _ in range(draw(st.integers(1, 3)))
     ]
 
 
 @hypothesis.given(arrays=_arrays())
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=8)
 def test_what_is_packed_on_the_host_is_unpacked_on_the_device_bit_by_bit(arrays):
     fields = {str(i): Field(shape=a.shape, dtype=a.dtype.type) for i, a in enumerate(arrays)}
     pack = packing.Packing(fields)
