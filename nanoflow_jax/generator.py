@@ -120,7 +120,8 @@ class _TextChoice:
                 text += self._detokenizer.push(token)
         if self._detokenizer is not None and reason is not None:
             text += self._detokenizer.finish()
-        shown, hit = self._stop.push(text)
+        is_early = self.num_tokens + len(update.token_ids) <= self._params.min_tokens
+        shown, hit = (text, None) if is_early else self._stop.push(text)
         if hit is not None:
             reason, stop_reason = request_lib.FinishReason.STOP, hit
         elif reason is not None:

@@ -35,7 +35,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Most tokens to generate; None means up to the end of the context.
-        min_tokens: End-of-text and stop tokens are banned until this many were generated.
+        min_tokens: End-of-text and stop tokens are banned until this many were generated, and
+            stop strings are looked for only in the text after them.
         temperature: 0 is greedy.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches this.

@@ -159,8 +159,11 @@ def build_engine(
     dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
     _use_compile_cache(config.compile.cache_dir)
     context = _context_len(config.model.max_context_len, source.config)
-    max_requests = config.batch.max_requests or defaults.max_requests
-    dense_batch = config.batch.dense_batch or max(defaults.dense_batch, max_requests)
+    asked = config.batch.dense_batch
+    max_requests = config.batch.max_requests or min(
+        defaults.max_requests, asked or defaults.max_requests
+    )
+    dense_batch = asked or max(defaults.dense_batch, max_requests)
     if dense_batch < max_requests:
         raise ValueError(
             f"--dense_batch={dense_batch} is less than --max_requests={max_requests}: each "

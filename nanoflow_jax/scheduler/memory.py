@@ -46,7 +46,7 @@ class OutputLengths:
         self._total = 0
 
     def add(self, output_len: int) -> None:
-        """Counts a request that ended by itself after so many tokens."""
+        """Counts a request that produced so many tokens and could have ended at any of them."""
         self._count += 1
         self._total += output_len
 

@@ -326,11 +326,9 @@ class Scheduler:
                 entry.pages.extend(taken)
                 return True
             victim = self._find_victim() if preempt else None
-            if victim is None:
-                return False
+            if victim is None or victim is entry:
+                return False  # keeps what it has and waits: others of higher rank are running
             self._preempt(victim)
-            if victim is entry:
-                return False
         return True
 
     def _find_victim(self) -> Entry | None:
@@ -385,6 +383,8 @@ class Scheduler:
                 continue
             entry.in_flight -= 1
             if entry.is_complete and not entry.in_flight:
+                if not entry.ends_at_limit:
+                    self._lengths.add(entry.limit - entry.prompt_len)
                 self._forget(entry)
 
     def finish(self, request_id: str, *, output_len: int | None = None) -> None:
