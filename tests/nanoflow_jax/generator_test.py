@@ -134,6 +134,30 @@ def test_a_stop_string_that_straddles_tokens_is_cut_at_its_first_character():
     assert engine.aborted == {"a/0": len(choice.token_ids)}
 
 
+def test_a_stop_string_is_looked_for_after_min_tokens_only():
+    ids = _ids("one two one two three")
+    early = len(_ids("one two"))
+    made = generator.Generator(_FakeEngine({"r/0": _say("r/0", ids)}), _WORDS)
+
+    made.submit("r", [5], _params(stop=(" two",), min_tokens=early))
+
+    _, (done,) = _run(made)
+    assert done.choices[0].text == "one two one"
+    assert done.choices[0].stop_reason == " two"
+
+
+def test_a_continuation_keeps_the_space_that_follows_its_prompt():
+    words = Tokenizer.load(cases.load("llama").path)  # drops the first space of a whole text
+    ids = words.encode("hello world and more")
+    cut = next(i for i in range(2, len(ids)) if words.id_to_token(ids[i]).startswith("\u2581"))
+    made = generator.Generator(_FakeEngine({"r/0": _say("r/0", ids[cut:])}), words)
+
+    made.submit("r", ids[:cut], _params())
+
+    _, (done,) = _run(made)
+    assert words.decode(ids[:cut]) + done.choices[0].text == "hello world and more"
+
+
 def test_what_may_begin_a_stop_string_is_held_back_and_given_at_the_end():
     engine = _FakeEngine({"a/0": _say("a/0", [*_ids("one"), *_ids(" sto")])})
     made = generator.Generator(engine, _WORDS)
