@@ -10,20 +10,17 @@ from absl import flags
 from nanoflow_jax import config
 
 
-def define_sections(
-    config_type: type, values: flags.FlagValues, *, module: str | None = None
-) -> None:
+def define_sections(config_type: type, values: flags.FlagValues) -> None:
     """Defines one flag per knob of a composed configuration.
 
     Args:
         config_type: A dataclass whose fields are sections with a PREFIX.
         values: Where the flags go; programs pass `absl.flags.FLAGS`.
-        module: Whose flags they are; by default the program's, whose flags --help lists.
     """
     for section in dataclasses.fields(config_type):
         kind = config.section_type(section)
         for field in dataclasses.fields(kind):
-            _define(f"{kind.PREFIX}{field.name}", field, values, module or main_module())
+            _define(f"{kind.PREFIX}{field.name}", field, values)
 
 
 def main_module() -> str:
@@ -31,9 +28,9 @@ def main_module() -> str:
     return sys.argv[0]
 
 
-def _define(name: str, field: Any, values: flags.FlagValues, module: str) -> None:
+def _define(name: str, field: Any, values: flags.FlagValues) -> None:
     text = field.metadata["help"]
-    common: dict[str, Any] = {"flag_values": values, "module_name": module}
+    common: dict[str, Any] = {"flag_values": values, "module_name": main_module()}
     default = field.default
     low, high = field.metadata["low"], field.metadata["high"]
     if isinstance(default, enum.StrEnum):

@@ -5,18 +5,10 @@ from pathlib import Path
 
 import jax
 
+from checkpoints import conversion
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.batch import record, rows, source
 from nanoflow_jax.engine import build
-
-_TEXT_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def identity(
@@ -70,9 +62,9 @@ def _texts(model: build.ModelSource) -> str:
     if model.folder is None:
         return "none"
     digest = hashlib.sha256()
-    for name in _TEXT_FILES:
+    for name in conversion.TEXT_FILES:
         path = model.folder.text_file(name)
-        if path is not None:
+        if path is not None and name != "config.json":  # the folder's fingerprint has that one
             digest.update(f"{name} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
