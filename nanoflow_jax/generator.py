@@ -15,77 +15,6 @@ from nanoflow_jax.tokenizer import detokenizer, stop, tokenizer
 _TAIL = 8
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One generated continuation.
-
-    Attributes:
-        index: Its number among the request's choices.
-        text: Without the stop string or token that ended it, unless that was asked for.
-        token_ids: Generated tokens, the one that ended it included.
-        finish_reason: Why it ended.
-        stop_reason: The stop string, or the token id, that ended it.
-        logprobs: One entry per token, where asked for.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: request_lib.FinishReason
-    stop_reason: str | int | None = None
-    logprobs: tuple[request_lib.TokenLogprobs, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A finished request.
-
-    Attributes:
-        request_id: As submitted.
-        prompt_ids: Tokens of the prompt.
-        choices: In order of their index; empty if the request failed.
-        prompt_logprobs: One entry per prompt token, None for the first, where asked for.
-        error: Why the request failed, if it did.
-    """
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    choices: tuple[Choice, ...]
-    prompt_logprobs: tuple[request_lib.TokenLogprobs | None, ...] | None = None
-    error: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Delta:
-    """What one step added to one choice; streaming front ends read these.
-
-    Attributes:
-        request_id: As submitted.
-        index: Which choice.
-        text: Certain new text, often empty.
-        token_ids: New tokens.
-        logprobs: One entry per new token, where asked for.
-        finish_reason: Set on the choice's last delta.
-        stop_reason: As in `Choice`.
-    """
-
-    request_id: str
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[request_lib.TokenLogprobs, ...] = ()
-    finish_reason: request_lib.FinishReason | None = None
-    stop_reason: str | int | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step gave."""
-
-    deltas: tuple[Delta, ...]
-    completions: tuple[Completion, ...]
-
-
 class _TextChoice:
     """One choice while it is generated."""
 
@@ -107,9 +36,9 @@ class _TextChoice:
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[request_lib.TokenLogprobs] = []
-        self.choice: Choice | None = None
+        self.choice: request_lib.Choice | None = None
 
-    def take(self, update: request_lib.RequestUpdate) -> Delta:
+    def take(self, update: request_lib.RequestUpdate) -> request_lib.Delta:
         """Adds an update; `choice` is set once it is finished."""
         reason = update.finish_reason
         stop_reason: str | int | None = None
@@ -133,7 +62,7 @@ class _TextChoice:
         self._logprobs.extend(update.logprobs)
         if reason is not None:
             self.choice = self._finished(reason, stop_reason)
-        return Delta(
+        return request_lib.Delta(
             request_id=update.request_id,
             index=self.index,
             text=shown,
@@ -143,9 +72,11 @@ class _TextChoice:
             stop_reason=stop_reason,
         )
 
-    def _finished(self, reason: request_lib.FinishReason, stop_reason: str | int | None) -> Choice:
+    def _finished(
+        self, reason: request_lib.FinishReason, stop_reason: str | int | None
+    ) -> request_lib.Choice:
         wants_logprobs = self._params.logprobs is not None
-        return Choice(
+        return request_lib.Choice(
             index=self.index,
             text="".join(self._text),
             token_ids=tuple(self._token_ids),
@@ -169,6 +100,11 @@ class _Pending:
     prompt_logprobs: list[request_lib.TokenLogprobs | None] = dataclasses.field(
         default_factory=lambda: [None]
     )
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether every prompt token has its log-probability."""
+        return len(self.prompt_logprobs) == len(self.prompt_ids)
 
 
 class Generator:
@@ -266,9 +202,10 @@ class Generator:
             self._owners.pop(name, None)
             self._engine.abort(name)
 
-    def step(self) -> StepResult:
+    def step(self) -> request_lib.StepResult:
         """Runs one step of the engine; what it finished, in order."""
-        deltas: list[Delta] = []
+        scored: list[request_lib.ScoredPrompt] = []
+        deltas: list[request_lib.Delta] = []
         completions = []
         for update in self._engine.step():
             owner = self._owners.get(update.request_id)
@@ -279,7 +216,7 @@ class Generator:
             if update.error is not None:
                 self.abort(request_id)
                 completions.append(
-                    Completion(
+                    request_lib.Completion(
                         request_id=request_id,
                         prompt_ids=pending.prompt_ids,
                         choices=(),
@@ -288,16 +225,24 @@ class Generator:
                 )
                 continue
             pending.prompt_logprobs.extend(update.prompt_logprobs)
+            if update.prompt_logprobs and pending.is_scored:
+                scored.append(
+                    request_lib.ScoredPrompt(
+                        request_id=request_id, prompt_logprobs=tuple(pending.prompt_logprobs)
+                    )
+                )
             if update.token_ids:
                 deltas.append(self._take(request_id, pending.choices[index], update))
             done = self._try_complete(request_id, pending)
             if done is not None:
                 completions.append(done)
-        return StepResult(deltas=tuple(deltas), completions=tuple(completions))
+        return request_lib.StepResult(
+            scored=tuple(scored), deltas=tuple(deltas), completions=tuple(completions)
+        )
 
     def _take(
         self, request_id: str, choice: _TextChoice, update: request_lib.RequestUpdate
-    ) -> Delta:
+    ) -> request_lib.Delta:
         delta = dataclasses.replace(choice.take(update), request_id=request_id)
         if delta.finish_reason is not None:
             del self._owners[update.request_id]
@@ -305,13 +250,13 @@ class Generator:
                 self._engine.abort(update.request_id, output_len=choice.num_tokens)
         return delta
 
-    def _try_complete(self, request_id: str, pending: _Pending) -> Completion | None:
+    def _try_complete(self, request_id: str, pending: _Pending) -> request_lib.Completion | None:
         choices = [text.choice for text in pending.choices]
         finished = tuple(choice for choice in choices if choice is not None)
         if len(finished) < len(choices):
             return None
         del self._pending[request_id]
-        return Completion(
+        return request_lib.Completion(
             request_id=request_id,
             prompt_ids=pending.prompt_ids,
             choices=finished,

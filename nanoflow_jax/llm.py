@@ -19,8 +19,7 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax import generator
 from nanoflow_jax.engine import build
 from nanoflow_jax.engine import engine as engine_lib
-from nanoflow_jax.generator import Choice
-from nanoflow_jax.request import FinishReason, SamplingParams, TokenLogprobs
+from nanoflow_jax.request import Choice, Completion, FinishReason, SamplingParams, TokenLogprobs
 from nanoflow_jax.tokenizer import chat_template, tokenizer
 
 __all__ = ["LLM", "Choice", "FinishReason", "Result", "SamplingParams", "TokenLogprobs"]
@@ -200,7 +199,7 @@ class LLM:
         progress: Callable[[int, int], None] | None,
     ) -> list[Result]:
         names = dict.fromkeys(self._submit_all(prompts, _per_prompt(params, len(prompts))))
-        found: dict[str, generator.Completion] = {}
+        found: dict[str, Completion] = {}
         try:
             while len(found) < len(names):
                 for completion in self.generator.step().completions:
@@ -276,7 +275,7 @@ def _per_prompt(
     return list(params)
 
 
-def _result(completion: generator.Completion) -> Result:
+def _result(completion: Completion) -> Result:
     if completion.error is not None:
         raise RuntimeError(completion.error)
     return Result(

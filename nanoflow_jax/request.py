@@ -238,3 +238,94 @@ class RequestUpdate:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One generated continuation.
+
+    Attributes:
+        index: Its number among the request's choices.
+        text: Without the stop string or token that ended it, unless that was asked for.
+        token_ids: Generated tokens, the one that ended it included.
+        finish_reason: Why it ended.
+        stop_reason: The stop string, or the token id, that ended it.
+        logprobs: One entry per token, where asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished request.
+
+    Attributes:
+        request_id: As submitted.
+        prompt_ids: Tokens of the prompt.
+        choices: In order of their index; empty if the request failed.
+        prompt_logprobs: One entry per prompt token, None for the first, where asked for.
+        error: Why the request failed, if it did.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What one step added to one choice; streaming front ends read these.
+
+    Attributes:
+        request_id: As submitted.
+        index: Which choice.
+        text: Certain new text, often empty.
+        token_ids: New tokens.
+        logprobs: One entry per new token, where asked for.
+        finish_reason: Set on the choice's last delta.
+        stop_reason: As in `Choice`.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredPrompt:
+    """Log-probabilities of a whole prompt, known before the request's first token.
+
+    Attributes:
+        request_id: As submitted.
+        prompt_logprobs: One entry per prompt token, None for the first.
+    """
+
+    request_id: str
+    prompt_logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step gave.
+
+    Attributes:
+        scored: Prompts whose log-probabilities are complete with this step.
+        deltas: What was added to choices, in order.
+        completions: Requests that are finished with this step.
+    """
+
+    scored: tuple[ScoredPrompt, ...] = ()
+    deltas: tuple[Delta, ...]
+    completions: tuple[Completion, ...]

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nanoflow_jax import generator, llm
+from nanoflow_jax import llm
+from nanoflow_jax import request as request_lib
 from nanoflow_jax.batch import output, record, rows
 from nanoflow_jax.openai import requests, responses
 from nanoflow_jax.openai.errors import ApiError
@@ -43,7 +44,7 @@ class _Pending:
 
     row: rows.Row
     num_prompts: int
-    completions: dict[int, generator.Completion] = dataclasses.field(default_factory=dict)
+    completions: dict[int, request_lib.Completion] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -133,7 +134,7 @@ class Run:
             return [self._model.encode(prompt) for prompt in request.prompts]
         return [self._model.encode_chat(request.messages, **request.template_options)]
 
-    def _take(self, completion: generator.Completion) -> None:
+    def _take(self, completion: request_lib.Completion) -> None:
         number, prompt = map(int, completion.request_id.split("."))
         pending = self._pending[number]
         pending.completions[prompt] = completion

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nanoflow_jax import generator
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.openai.requests import ApiRequest, Endpoint
@@ -45,7 +44,7 @@ class Writer:
         self._texts = TokenTexts(words)
 
     def body(
-        self, request: ApiRequest, completions: Sequence[generator.Completion], head: Head
+        self, request: ApiRequest, completions: Sequence[request_lib.Completion], head: Head
     ) -> dict[str, Any]:
         """The answer to a request.
 
@@ -65,7 +64,7 @@ class Writer:
         return self._chat(request, completions[0], head)
 
     def _completion(
-        self, request: ApiRequest, completions: Sequence[generator.Completion], head: Head
+        self, request: ApiRequest, completions: Sequence[request_lib.Completion], head: Head
     ) -> dict[str, Any]:
         return {
             "id": f"cmpl-{head.response_id}",
@@ -87,8 +86,8 @@ class Writer:
         self,
         request: ApiRequest,
         number: int,
-        completion: generator.Completion,
-        choice: generator.Choice,
+        completion: request_lib.Completion,
+        choice: request_lib.Choice,
     ) -> dict[str, Any]:
         prompt = self._echoed(request, number) if request.show.echo else ""
         shown: dict[str, Any] = {
@@ -115,8 +114,8 @@ class Writer:
     def _completion_logprobs(
         self,
         request: ApiRequest,
-        completion: generator.Completion,
-        choice: generator.Choice,
+        completion: request_lib.Completion,
+        choice: request_lib.Choice,
         prompt: str,
     ) -> dict[str, Any] | None:
         if choice.logprobs is None or request.params.logprobs is None:
@@ -166,7 +165,7 @@ class Writer:
         return offsets
 
     def _chat(
-        self, request: ApiRequest, completion: generator.Completion, head: Head
+        self, request: ApiRequest, completion: request_lib.Completion, head: Head
     ) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "id": f"chatcmpl-{head.response_id}",
@@ -182,7 +181,7 @@ class Writer:
             shown["prompt_token_ids"] = list(completion.prompt_ids)
         return shown
 
-    def _chat_choice(self, request: ApiRequest, choice: generator.Choice) -> dict[str, Any]:
+    def _chat_choice(self, request: ApiRequest, choice: request_lib.Choice) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -212,7 +211,7 @@ class Writer:
         }
 
     def _prompt_logprobs(
-        self, request: ApiRequest, completion: generator.Completion
+        self, request: ApiRequest, completion: request_lib.Completion
     ) -> list[dict[str, Any] | None]:
         """In vLLM's form: by token id, the token that stands there first."""
         count = request.show.prompt_logprobs
@@ -241,11 +240,11 @@ class Writer:
         return self._texts.text(token, as_id=request.show.tokens_as_ids)
 
 
-def _ending(choice: generator.Choice) -> dict[str, Any]:
+def _ending(choice: request_lib.Choice) -> dict[str, Any]:
     return {"finish_reason": str(choice.finish_reason), "stop_reason": choice.stop_reason}
 
 
-def _usage(completions: Sequence[generator.Completion]) -> dict[str, int]:
+def _usage(completions: Sequence[request_lib.Completion]) -> dict[str, int]:
     prompt = sum(len(completion.prompt_ids) for completion in completions)
     output = sum(len(c.token_ids) for completion in completions for c in completion.choices)
     return {

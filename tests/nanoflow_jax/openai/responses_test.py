@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from golden import cases
 
-from nanoflow_jax import generator
+from nanoflow_jax import request as request_lib
 from nanoflow_jax.openai import errors, requests, responses
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.request import FinishReason, TokenLogprobs
@@ -28,21 +28,25 @@ def _entry(token: int, logprob: float, *top: tuple[int, float], rank: int = 1) -
     return TokenLogprobs(token_id=token, logprob=logprob, rank=rank, top=top)
 
 
-def _choice(text: str, index: int = 0, **fields: Any) -> generator.Choice:
+def _choice(text: str, index: int = 0, **fields: Any) -> request_lib.Choice:
     merged = {"token_ids": _ids(text), "finish_reason": FinishReason.LENGTH, **fields}
-    return generator.Choice(index=index, text=text, **merged)
+    return request_lib.Choice(index=index, text=text, **merged)
 
 
-def _done(*choices: generator.Choice, prompt: str = "ab", **fields: Any) -> generator.Completion:
-    return generator.Completion(request_id="r", prompt_ids=_ids(prompt), choices=choices, **fields)
+def _done(
+    *choices: request_lib.Choice, prompt: str = "ab", **fields: Any
+) -> request_lib.Completion:
+    return request_lib.Completion(
+        request_id="r", prompt_ids=_ids(prompt), choices=choices, **fields
+    )
 
 
-def _completion(body: dict[str, Any], *done: generator.Completion, words: Any = ...) -> Any:
+def _completion(body: dict[str, Any], *done: request_lib.Completion, words: Any = ...) -> Any:
     request = requests.parse(Endpoint.COMPLETIONS, {"prompt": "ab", **body}, {})
     return responses.Writer(_words() if words is ... else words).body(request, done, _HEAD)
 
 
-def _chat(body: dict[str, Any], done: generator.Completion) -> Any:
+def _chat(body: dict[str, Any], done: request_lib.Completion) -> Any:
     messages = [{"role": "user", "content": "x"}]
     request = requests.parse(Endpoint.CHAT, {"messages": messages, **body}, {})
     return responses.Writer(_words()).body(request, [done], _HEAD)
@@ -204,7 +208,7 @@ def test_text_offsets_end_where_a_stop_string_cut_the_text() -> None:
 
 
 def test_a_prompt_that_failed_while_running_is_an_error_of_ours() -> None:
-    failed = generator.Completion(request_id="r", prompt_ids=(1,), choices=(), error="not finite")
+    failed = request_lib.Completion(request_id="r", prompt_ids=(1,), choices=(), error="not finite")
     with pytest.raises(errors.ApiError, match="not finite") as refused:
         _completion({}, _done(_choice("a")), failed)
     assert refused.value.status_code == 500
