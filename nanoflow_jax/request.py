@@ -16,6 +16,7 @@ MAX_STOP_LEN = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
 MAX_CHOICES = 128
+MAX_GRAMMAR_LEN = 65536
 
 
 class FinishReason(enum.StrEnum):
@@ -25,6 +26,27 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class GrammarKind(enum.StrEnum):
+    """How a grammar is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """What the text of a choice must look like.
+
+    Attributes:
+        kind: The language of `text`.
+        text: A JSON schema, a regular expression, or a grammar in llguidance's kind of Lark.
+    """
+
+    kind: GrammarKind
+    text: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +78,7 @@ class SamplingParams:
         n: Independent choices for one prompt.
         seed: Fixes the result whatever else is in the batch; None draws one.
         skip_special_tokens: Leave special tokens out of the text.
+        grammar: Only tokens that keep the text within this grammar are chosen.
     """
 
     max_tokens: int | None = 16
@@ -78,6 +101,7 @@ class SamplingParams:
     n: int = 1
     seed: int | None = None
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -148,6 +172,10 @@ def _complaints(p: SamplingParams) -> list[str]:
     for name in ("include_stop", "ignore_eos", "skip_special_tokens"):
         want(isinstance(getattr(p, name), bool), name, "true or false")
     found.extend(_list_complaints(p))
+    if p.grammar is not None and len(p.grammar.text) > MAX_GRAMMAR_LEN:
+        found.append(
+            f"grammar has {len(p.grammar.text)} characters; at most {MAX_GRAMMAR_LEN} are taken"
+        )
     if not found and p.max_tokens is not None and p.min_tokens > p.max_tokens:
         found.append(f"min_tokens={p.min_tokens} is more than max_tokens={p.max_tokens}")
     return found
