@@ -33,12 +33,14 @@ class Counters:
 
     Attributes:
         steps: Steps launched.
-        prompt_tokens: Prompt tokens computed, recomputed ones included.
+        decode_tokens: Decode rows run.
+        prompt_tokens: Tokens of chunks run: prompts, recomputed ones included.
         generated_tokens: Tokens given to requests.
         surplus_tokens: Tokens sampled for requests that had already ended.
     """
 
     steps: int = 0
+    decode_tokens: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     surplus_tokens: int = 0
@@ -103,6 +105,11 @@ class Engine:
     def num_preemptions(self) -> int:
         """How often a request lost its pages."""
         return self._scheduler.num_preemptions
+
+    @property
+    def num_pages_used(self) -> int:
+        """Pages of the cache that requests hold."""
+        return self._scheduler.num_pages_used
 
     @property
     def num_late_compiles(self) -> int:
@@ -172,6 +179,7 @@ class Engine:
     def _launch(self, plan: scheduler.StepPlan) -> _InFlight:
         launched = self._runner.launch(self._inputs.build(plan, self._sequences))
         self.counters.steps += 1
+        self.counters.decode_tokens += len(plan.decode)
         self.counters.prompt_tokens += sum(row.length for row in plan.chunks)
         return _InFlight(plan=plan, launched=launched)
 

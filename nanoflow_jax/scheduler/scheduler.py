@@ -168,6 +168,11 @@ class Scheduler:
         return self._num_preemptions
 
     @property
+    def num_pages_used(self) -> int:
+        """Pages held by running requests."""
+        return self._pages.num_pages - self._pages.num_free
+
+    @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._entries)

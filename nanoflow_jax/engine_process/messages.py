@@ -1,0 +1,167 @@
+"""What the front process and the engine process say to each other.
+
+Both ends run the same version of this file: the front starts the engine's process.
+"""
+
+import msgspec
+
+from nanoflow_jax import config as config_lib
+from nanoflow_jax import request as request_lib
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The first message to the engine: load this and compile."""
+
+    config: config_lib.EngineConfig
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request.
+
+    Attributes:
+        request_id: Never used before on this socket.
+        prompt_ids: Token ids.
+        params: Its seed is set.
+        priority: Lower runs first.
+        stream: Whether tokens are wanted as they come; without, only the finished request is.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: request_lib.SamplingParams
+    priority: int
+    stream: bool
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Drops a request, if it is still there. Nothing more is said of it, or little."""
+
+    request_id: str
+
+
+class StartTrace(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Begins to record what the device does, for xprof."""
+
+    folder: str
+
+
+class StopTrace(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Writes what was recorded."""
+
+
+ToEngine = Start | Submit | Abort | StartTrace | StopTrace
+
+
+class Said(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A line for people about the start: loading, settings, compiling."""
+
+    text: str
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine takes requests from now on.
+
+    Attributes:
+        device: Its name.
+        dtype: Number format the model runs in.
+        vocab_size: V.
+        max_context_len: Most tokens of one request.
+        max_requests: Most requests in one step.
+        dense_batch: Tokens in a full step.
+        num_pages: Pages of the cache.
+        page_size: Tokens in one page.
+    """
+
+    device: str
+    dtype: str
+    vocab_size: int
+    max_context_len: int
+    max_requests: int
+    dense_batch: int
+    num_pages: int
+    page_size: int
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request was not taken in; the message is for its sender."""
+
+    request_id: str
+    message: str
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How busy the engine is after a step; counts are totals since it started.
+
+    Attributes:
+        running: Requests in the dense batch.
+        waiting: Requests that wait for room.
+        pages_used: Pages held.
+        decode_tokens: Decode rows of the step.
+        prefill_tokens: Tokens of prompt chunks of the step.
+        steps: Steps launched.
+        preemptions: How often a request lost its pages.
+        late_compiles: Programs compiled inside a step; anything but 0 is a defect.
+        cpu_s: Processor time of the engine's process.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    decode_tokens: int = 0
+    prefill_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    late_compiles: int = 0
+    cpu_s: float = 0.0
+
+
+class Times(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """When a request's tokens came, in seconds since it arrived in the engine.
+
+    Attributes:
+        first_token_s: Its first token, of any choice.
+        end_s: Its last.
+    """
+
+    first_token_s: float
+    end_s: float
+
+
+class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What one step gave.
+
+    Attributes:
+        scored: Prompts whose log-probabilities are complete.
+        deltas: New tokens of requests that stream.
+        completions: Finished requests, without their prompt ids; those that stream without
+            choices and prompt log-probabilities too, since deltas told these.
+        times: Of each completion, in the same order.
+        load: How busy the engine is.
+    """
+
+    scored: tuple[request_lib.ScoredPrompt, ...]
+    deltas: tuple[request_lib.Delta, ...]
+    completions: tuple[request_lib.Completion, ...]
+    times: tuple[Times, ...]
+    load: Load
+
+
+class Traced(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A recording began or was written; `error` says why not."""
+
+    error: str | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine cannot go on and its process ends.
+
+    Attributes:
+        message: What happened and what to change.
+        is_input: Whether the same start can only fail again: a wrong flag or model.
+    """
+
+    message: str
+    is_input: bool
+
+
+FromEngine = Said | Ready | Refused | Stepped | Traced | Failed

@@ -1,0 +1,228 @@
+"""The loop of the engine's process: messages in, steps, what they gave out."""
+
+import dataclasses
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+
+from nanoflow_jax import llm, start_up
+from nanoflow_jax import request as request_lib
+from nanoflow_jax.engine import build
+from nanoflow_jax.engine_process import messages, wire
+
+
+def run(sock: socket.socket) -> int:
+    """Serves the front at the other end of a socket until it is gone.
+
+    Returns:
+        The exit code of the process.
+    """
+    connection = Connection(sock)
+    first = connection.take(wait=True)
+    if not first or not isinstance(first[0], messages.Start):
+        return 0
+    try:
+        model, ready = _start(first[0], connection.send)
+    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        is_input = isinstance(error, ValueError)
+        connection.send(messages.Failed(message=str(error) or repr(error), is_input=is_input))
+        return 1
+    with model:
+        connection.send(ready)
+        try:
+            Worker(model, connection).run(first[1:])
+        except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+            connection.send(messages.Failed(message=str(error) or repr(error), is_input=False))
+            return 1
+    return 0
+
+
+def _start(
+    start: messages.Start, send: Callable[[messages.FromEngine], None]
+) -> tuple[llm.LLM, messages.Ready]:
+    chosen: list[build.Settings] = []
+    reports = start_up.reports(
+        lambda text: send(messages.Said(text=text)), also_settings=chosen.append
+    )
+    model = llm.LLM.from_config(start.config, reports)
+    settings = chosen[0]
+    return model, messages.Ready(
+        device=settings.device,
+        dtype=settings.dtype,
+        vocab_size=model.engine.limits.vocab_size,
+        max_context_len=settings.max_context_len,
+        max_requests=settings.max_requests,
+        dense_batch=settings.dense_batch,
+        num_pages=settings.num_pages,
+        page_size=settings.page_size,
+    )
+
+
+class Connection:
+    """Messages to and from the front; a thread reads, so that the loop never waits for input."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._codec = wire.Codec(messages.ToEngine)
+        self._inbox: queue.SimpleQueue[messages.ToEngine | None] = queue.SimpleQueue()
+        self.is_closed = False
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def _read(self) -> None:
+        while (data := wire.read_frame(self._sock)) is not None:
+            self._inbox.put(self._codec.decode(data))
+        self._inbox.put(None)
+
+    def take(self, *, wait: bool) -> list[messages.ToEngine]:
+        """Messages that have arrived; with `wait` at least one, unless the front is gone."""
+        found: list[messages.ToEngine] = []
+        while not self.is_closed and (not self._inbox.empty() or (wait and not found)):
+            message = self._inbox.get()
+            if message is None:
+                self.is_closed = True
+            else:
+                found.append(message)
+        return found
+
+    def send(self, message: messages.FromEngine) -> None:
+        """Sends a message; nothing if the front is gone."""
+        try:
+            self._sock.sendall(self._codec.frame(message))
+        except ConnectionError:
+            self.is_closed = True
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Served:
+    """A request in the engine, as the loop needs to know it."""
+
+    stream: bool
+    arrived_s: float
+    first_token_s: float | None = None
+
+
+class Worker:
+    """Feeds one model from one connection.
+
+    Invariant: `served` holds the requests that the generator holds.
+    """
+
+    def __init__(
+        self,
+        model: llm.LLM,
+        connection: Connection,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = model.engine
+        self._generator = model.generator
+        self._connection = connection
+        self._clock = clock
+        self._served: dict[str, _Served] = {}
+
+    def run(self, first: list[messages.ToEngine]) -> None:
+        """Works until the front is gone.
+
+        Args:
+            first: Messages that arrived during the start.
+        """
+        inbox = first
+        while not self._connection.is_closed:
+            for message in inbox:
+                self._handle(message)
+            if self._engine.has_work:
+                self._step()
+            inbox = self._connection.take(wait=not self._engine.has_work)
+
+    def _handle(self, message: messages.ToEngine) -> None:
+        match message:
+            case messages.Submit():
+                self._submit(message)
+            case messages.Abort():
+                self._served.pop(message.request_id, None)
+                self._generator.abort(message.request_id)
+                if not self._engine.has_work:
+                    self._say_load()
+            case messages.StartTrace():
+                self._trace(lambda: jax.profiler.start_trace(message.folder))
+            case messages.StopTrace():
+                self._trace(jax.profiler.stop_trace)
+            case messages.Start():
+                raise AssertionError("the engine was started twice")
+
+    def _submit(self, message: messages.Submit) -> None:
+        try:
+            self._generator.submit(
+                message.request_id, message.prompt_ids, message.params, priority=message.priority
+            )
+        except ValueError as error:
+            refused = messages.Refused(request_id=message.request_id, message=str(error))
+            self._connection.send(refused)
+            return
+        self._served[message.request_id] = _Served(stream=message.stream, arrived_s=self._clock())
+
+    def _trace(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except (RuntimeError, OSError) as error:  # tracing already, not tracing, disk full
+            self._connection.send(messages.Traced(error=str(error)))
+        else:
+            self._connection.send(messages.Traced())
+
+    def _step(self) -> None:
+        result = self._generator.step()
+        now = self._clock()
+        for delta in result.deltas:
+            served = self._served[delta.request_id]
+            if served.first_token_s is None:
+                served.first_token_s = now - served.arrived_s
+        done = [self._served.pop(completion.request_id) for completion in result.completions]
+        streams = {c.request_id for c, s in zip(result.completions, done, strict=True) if s.stream}
+        streams |= {name for name, served in self._served.items() if served.stream}
+        self._connection.send(
+            messages.Stepped(
+                scored=tuple(s for s in result.scored if s.request_id in streams),
+                deltas=tuple(d for d in result.deltas if d.request_id in streams),
+                completions=tuple(
+                    _told(completion, served)
+                    for completion, served in zip(result.completions, done, strict=True)
+                ),
+                times=tuple(
+                    messages.Times(
+                        first_token_s=served.first_token_s or 0.0, end_s=now - served.arrived_s
+                    )
+                    for served in done
+                ),
+                load=self._load(),
+            )
+        )
+
+    def _say_load(self) -> None:
+        self._connection.send(
+            messages.Stepped(scored=(), deltas=(), completions=(), times=(), load=self._load())
+        )
+
+    def _load(self) -> messages.Load:
+        engine = self._engine
+        return messages.Load(
+            running=engine.num_running,
+            waiting=engine.num_waiting,
+            pages_used=engine.num_pages_used,
+            decode_tokens=engine.counters.decode_tokens,
+            prefill_tokens=engine.counters.prompt_tokens,
+            steps=engine.counters.steps,
+            preemptions=engine.num_preemptions,
+            late_compiles=engine.num_late_compiles,
+            cpu_s=time.process_time(),
+        )
+
+
+def _told(completion: request_lib.Completion, served: _Served) -> request_lib.Completion:
+    """A completion without what the front knows already."""
+    if served.stream:
+        return dataclasses.replace(completion, prompt_ids=(), choices=(), prompt_logprobs=None)
+    return dataclasses.replace(completion, prompt_ids=())
