@@ -1,4 +1,4 @@
-"""Every knob of the engine, written once; `flags` derives the command line from it."""
+"""Every knob of engine and server, written once; `flags` derives the command line from it."""
 
 import dataclasses
 import enum
@@ -143,27 +143,102 @@ class EngineConfig:
 
     @classmethod
     def from_knobs(cls, **knobs: Any) -> "EngineConfig":
-        """An engine configuration from flat names as on the command line.
+        """An engine configuration from flat names; see `from_knobs`."""
+        made: EngineConfig = from_knobs(cls, **knobs)
+        return made
 
-        Args:
-            knobs: Flag names without dashes, such as `cache_page_size=64`.
 
-        Raises:
-            ValueError: A name is no knob, or a value is out of bounds.
-        """
-        sections = {}
-        for field in dataclasses.fields(cls):
-            kind = section_type(field)
-            names = {f"{kind.PREFIX}{f.name}": f for f in dataclasses.fields(kind)}
-            taken = {names[k].name: knobs.pop(k) for k in list(knobs) if k in names}
-            if "dtype" in taken:
-                taken["dtype"] = parse_dtype(taken["dtype"])
-            sections[field.name] = kind(**taken)
-        if knobs:
-            raise ValueError(
-                f"{', '.join(sorted(knobs))}: no such knob; knobs are {', '.join(knob_names(cls))}"
-            )
-        return cls(**sections)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerSection:
+    """The HTTP server."""
+
+    PREFIX = ""
+
+    host: str = knob(
+        "127.0.0.1",
+        "Address to listen on. Everything but this machine is shut out unless it is changed; then "
+        "use --api_key_file, and a proxy with TLS in front.",
+    )
+    port: int = knob(8000, "Port to listen on. 0: any free one.", low=0, high=65535)
+    model_name: str = knob("", "Name under which clients ask for the model. Empty: the folder's.")
+    api_key_file: str = knob(
+        "",
+        "File of API keys, one in a line; every route but /health then needs one. The environment "
+        "variable NANOFLOW_API_KEY does the same for one key.",
+    )
+    allowed_hosts: str = knob(
+        "",
+        "Further host names, comma separated, by which clients may call the server. This machine's "
+        "own names and plain addresses always may.",
+    )
+    data_dir: str = knob(
+        "auto",
+        "Folder of uploaded files and batches. auto: nanoflow_jax under the user's state folder; "
+        "empty: no /v1/files and /v1/batches.",
+    )
+    max_file_bytes: int = knob(512 << 20, "Largest uploaded file.", low=1)
+    max_queue: int = knob(
+        1024, "Choices that are served or wait; one more is answered with 429.", low=1
+    )
+    max_body_bytes: int = knob(4 << 20, "Largest body of a request.", low=1024)
+    max_connections: int = knob(4096, "Open connections; more are closed at once.", low=1)
+    read_timeout_s: float = knob(
+        20.0, "A request whose head or body is not there after so long is refused.", low=0.1
+    )
+    write_timeout_s: float = knob(
+        60.0, "A client that takes nothing of its stream for so long is dropped.", low=0.1
+    )
+    request_timeout_s: float = knob(
+        3600.0, "Longest time from a request's arrival to its last token.", low=0.1
+    )
+    drain_seconds: float = knob(
+        30.0, "After SIGTERM, requests in work have so long to finish.", low=0.0
+    )
+    max_engine_restarts: int = knob(
+        3, "An engine that ends is started again, so often in ten minutes.", low=0
+    )
+    engine_stall_s: float = knob(
+        300.0, "An engine that has requests and is silent for so long is ended.", low=1.0
+    )
+    profile_dir: str = knob(
+        "", "Folder of xprof traces. Empty: no /start_profile and /stop_profile."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The knobs of a server, beside its engine's."""
+
+    server: ServerSection = dataclasses.field(default_factory=ServerSection)
+
+
+def from_knobs(config_type: Any, **knobs: Any) -> Any:
+    """A composed configuration from flat names as on the command line.
+
+    Args:
+        config_type: A dataclass whose fields are sections with a PREFIX.
+        knobs: Flag names without dashes, such as `cache_page_size=64`.
+
+    Raises:
+        ValueError: A name is no knob, or a value is out of bounds.
+    """
+    sections = {}
+    for field in dataclasses.fields(config_type):
+        kind = section_type(field)
+        names = {f"{kind.PREFIX}{f.name}": f for f in dataclasses.fields(kind)}
+        taken = {names[k].name: knobs.pop(k) for k in list(knobs) if k in names}
+        if "dtype" in taken:
+            taken["dtype"] = parse_dtype(taken["dtype"])
+        sections[field.name] = kind(**taken)
+    if knobs:
+        raise ValueError(
+            f"{', '.join(sorted(knobs))}: no such knob; knobs are "
+            f"{', '.join(knob_names(config_type))}"
+        )
+    return config_type(**sections)
 
 
 def parse_dtype(name: Any) -> Dtype:
@@ -174,7 +249,7 @@ def parse_dtype(name: Any) -> Dtype:
 
 
 def section_type(field: Any) -> Any:
-    """The dataclass of a section of EngineConfig."""
+    """The dataclass of a section of a composed configuration."""
     return field.default_factory
 
 

@@ -90,14 +90,15 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How busy the engine is after a step; counts are totals since it started.
+    """How busy the engine is after a step; tokens, steps and what follows count from its start.
 
     Attributes:
         running: Requests in the dense batch.
         waiting: Requests that wait for room.
         pages_used: Pages held.
-        decode_tokens: Decode rows of the step.
-        prefill_tokens: Tokens of prompt chunks of the step.
+        decode_tokens: Decode rows run.
+        prefill_tokens: Tokens of prompt chunks run.
+        generated_tokens: Tokens given to requests.
         steps: Steps launched.
         preemptions: How often a request lost its pages.
         late_compiles: Programs compiled inside a step; anything but 0 is a defect.
@@ -109,6 +110,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     pages_used: int = 0
     decode_tokens: int = 0
     prefill_tokens: int = 0
+    generated_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
     late_compiles: int = 0
@@ -116,15 +118,19 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """When a request's tokens came, in seconds since it arrived in the engine.
+    """How a request went, for statistics.
 
     Attributes:
-        first_token_s: Its first token, of any choice.
-        end_s: Its last.
+        first_token_s: From its arrival in the engine to its first token, of any choice.
+        end_s: From its arrival to its last.
+        num_tokens: Generated for all its choices.
+        reasons: Why each choice ended.
     """
 
     first_token_s: float
     end_s: float
+    num_tokens: int
+    reasons: tuple[str, ...]
 
 
 class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -192,10 +192,8 @@ class Worker:
                     for completion, served in zip(result.completions, done, strict=True)
                 ),
                 times=tuple(
-                    messages.Times(
-                        first_token_s=served.first_token_s or 0.0, end_s=now - served.arrived_s
-                    )
-                    for served in done
+                    _times(completion, served, now)
+                    for completion, served in zip(result.completions, done, strict=True)
                 ),
                 load=self._load(),
             )
@@ -214,6 +212,7 @@ class Worker:
             pages_used=engine.num_pages_used,
             decode_tokens=engine.counters.decode_tokens,
             prefill_tokens=engine.counters.prompt_tokens,
+            generated_tokens=engine.counters.generated_tokens,
             steps=engine.counters.steps,
             preemptions=engine.num_preemptions,
             late_compiles=engine.num_late_compiles,
@@ -226,3 +225,13 @@ def _told(completion: request_lib.Completion, served: _Served) -> request_lib.Co
     if served.stream:
         return dataclasses.replace(completion, prompt_ids=(), choices=(), prompt_logprobs=None)
     return dataclasses.replace(completion, prompt_ids=())
+
+
+def _times(completion: request_lib.Completion, served: _Served, now: float) -> messages.Times:
+    failed = (str(request_lib.FinishReason.ERROR),) if completion.error is not None else ()
+    return messages.Times(
+        first_token_s=served.first_token_s or 0.0,
+        end_s=now - served.arrived_s,
+        num_tokens=sum(len(choice.token_ids) for choice in completion.choices),
+        reasons=failed or tuple(str(choice.finish_reason) for choice in completion.choices),
+    )

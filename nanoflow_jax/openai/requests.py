@@ -45,6 +45,9 @@ _NO_EFFECT = (
     "prompt_cache_key",
     "prompt_cache_retention",
     "parallel_tool_calls",
+    "request_id",
+    "cache_salt",
+    "spaces_between_special_tokens",
 )
 # What OpenAI or vLLM know and we do not, with the values that ask for nothing.
 _NOT_YET: Mapping[str, tuple[Any, ...]] = {
@@ -65,7 +68,8 @@ _NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
-    "truncate_prompt_tokens": (),
+    "bad_words": ([],),
+    "continue_final_message": (False,),
     "use_beam_search": (False,),
 }
 
@@ -108,6 +112,12 @@ class ApiRequest:
         show: What the answer shows.
         stream: Whether the answer is wanted in pieces.
         include_usage: Whether a streamed answer ends with its usage.
+        usage_in_each: Whether each of its pieces tells the usage so far.
+        priority: Lower runs first.
+        timeout_s: Seconds from arrival to the last token, if the body sets any.
+        add_special_tokens: Whether a prompt that is text gets what the model wants around it;
+            None: as usual.
+        truncate_prompt_len: Of a longer prompt only so many last tokens are used.
     """
 
     endpoint: Endpoint
@@ -119,6 +129,11 @@ class ApiRequest:
     show: Show
     stream: bool = False
     include_usage: bool = False
+    usage_in_each: bool = False
+    priority: int = 0
+    timeout_s: float | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_len: int | None = None
 
 
 def parse(endpoint: Endpoint, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> ApiRequest:
@@ -290,8 +305,26 @@ def _common(fields: "_Fields") -> dict[str, Any]:
         raise ApiError(
             "stream_options is an object that goes with stream: true", param="stream_options"
         )
-    usage = (options or {}).get("include_usage")
-    return {"model": model, "stream": stream, "include_usage": usage is True}
+    return {
+        "model": model,
+        "stream": stream,
+        "include_usage": (options or {}).get("include_usage") is True,
+        "usage_in_each": (options or {}).get("continuous_usage_stats") is True,
+        "priority": fields.take_int("priority", -1000, 1000) or 0,
+        "timeout_s": _timeout(fields.take("timeout_s")),
+        "add_special_tokens": fields.take_optional_bool("add_special_tokens"),
+        "truncate_prompt_len": fields.take_int("truncate_prompt_tokens", 1, 2**31 - 1),
+    }
+
+
+def _timeout(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1e6:
+        raise ApiError(
+            f"timeout_s={value!r:.80} is not a number of seconds above 0", param="timeout_s"
+        )
+    return float(value)
 
 
 def _prompts(value: Any) -> tuple[Prompt, ...]:
@@ -345,13 +378,28 @@ class _Fields:
             raise ApiError(f"{name}={value!r:.80} is not true or false", param=name)
         return value
 
+    def take_optional_bool(self, name: str) -> bool | None:
+        """The value of a field that is true, false or not given."""
+        return None if self.take(name) is None else self.take_bool(name)
+
+    def take_int(self, name: str, low: int, high: int) -> int | None:
+        """The value of a field that is an integer within bounds, or not given."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if not _is_int(value) or not low <= value <= high:
+            raise ApiError(
+                f"{name}={value!r:.80} is not an integer from {low} to {high}", param=name
+            )
+        return int(value)
+
     def check_all_taken(self) -> None:
         """Refuses fields that nobody asked for, and those that we cannot serve yet."""
         for name, value in self.body.items():
             if name in _NOT_YET and value is not None and value not in _NOT_YET[name]:
                 raise _not_yet(name)
             if name not in self._known:
-                close = difflib.get_close_matches(name, sorted(self._known), n=1)
+                close = difflib.get_close_matches(name[:80], sorted(self._known), n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ApiError(
                     f"{name!r:.80} is no field of {self._endpoint}{hint}",

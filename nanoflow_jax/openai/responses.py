@@ -58,7 +58,7 @@ class Writer:
         """
         for completion in completions:
             if completion.error is not None:
-                raise ApiError(completion.error, code="generation_failed", status_code=500)
+                raise failed(completion.error)
         if request.endpoint is Endpoint.COMPLETIONS:
             return self._completion(request, completions, head)
         return self._chat(request, completions[0], head)
@@ -89,20 +89,21 @@ class Writer:
         completion: request_lib.Completion,
         choice: request_lib.Choice,
     ) -> dict[str, Any]:
-        prompt = self._echoed(request, number) if request.show.echo else ""
+        prompt = self.echoed(request, number) if request.show.echo else ""
         shown: dict[str, Any] = {
             "text": prompt + choice.text,
             "logprobs": self._completion_logprobs(request, completion, choice, prompt),
             **_ending(choice),
         }
         if request.show.prompt_logprobs is not None:
-            shown["prompt_logprobs"] = self._prompt_logprobs(request, completion)
+            shown["prompt_logprobs"] = self.prompt_logprobs(request, completion.prompt_logprobs)
         if request.show.token_ids:
             shown["prompt_token_ids"] = list(completion.prompt_ids)
             shown["token_ids"] = list(choice.token_ids)
         return shown
 
-    def _echoed(self, request: ApiRequest, number: int) -> str:
+    def echoed(self, request: ApiRequest, number: int) -> str:
+        """The text of a prompt, as an answer repeats it."""
         prompt = request.prompts[number]
         if isinstance(prompt, str):
             return prompt
@@ -125,10 +126,19 @@ class Writer:
         if request.show.echo:
             given: _PromptLogprobs = completion.prompt_logprobs or ()
             entries += zip(completion.prompt_ids, given, strict=True)
-            offsets += self._offsets(request, completion.prompt_ids, 0, len(prompt))
+            offsets += self.offsets(request, 0).take(completion.prompt_ids, len(prompt))
         entries += zip(choice.token_ids, choice.logprobs, strict=True)
         end = len(prompt) + len(choice.text)
-        offsets += self._offsets(request, choice.token_ids, len(prompt), end)
+        offsets += self.offsets(request, len(prompt)).take(choice.token_ids, end)
+        return self.token_logprobs(request, entries, offsets)
+
+    def token_logprobs(
+        self,
+        request: ApiRequest,
+        entries: Sequence[tuple[int, request_lib.TokenLogprobs | None]],
+        offsets: Sequence[int],
+    ) -> dict[str, Any]:
+        """The `logprobs` of a completion's tokens, or of some of them."""
         count = request.params.logprobs
         return {
             "tokens": [self._text(request, token) for token, _ in entries],
@@ -137,7 +147,7 @@ class Writer:
                 None if e is None else self._by_text(request, [*e.top[:count], _itself(e)])
                 for _, e in entries
             ],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def _by_text(
@@ -149,20 +159,9 @@ class Writer:
             found.setdefault(self._text(request, token), _finite(value))
         return found
 
-    def _offsets(
-        self, request: ApiRequest, token_ids: Iterable[int], start: int, end: int
-    ) -> list[int]:
-        """Where each token begins in the text that is shown; a cut text ends them all."""
-        if self._words is None:
-            return [start for _ in token_ids]
-        stream = detokenizer.Detokenizer(
-            self._words, skip_special_tokens=request.params.skip_special_tokens
-        )
-        offsets = []
-        for token in token_ids:
-            offsets.append(min(start, end))
-            start += len(stream.push(token))
-        return offsets
+    def offsets(self, request: ApiRequest, start: int) -> "Offsets":
+        """A counter of where tokens begin in a text that is shown, from `start` on."""
+        return Offsets(self._words, start, skip_special_tokens=request.params.skip_special_tokens)
 
     def _chat(
         self, request: ApiRequest, completion: request_lib.Completion, head: Head
@@ -176,7 +175,7 @@ class Writer:
             "usage": _usage([completion]),
         }
         if request.show.prompt_logprobs is not None:
-            shown["prompt_logprobs"] = self._prompt_logprobs(request, completion)
+            shown["prompt_logprobs"] = self.prompt_logprobs(request, completion.prompt_logprobs)
         if request.show.token_ids:
             shown["prompt_token_ids"] = list(completion.prompt_ids)
         return shown
@@ -189,11 +188,19 @@ class Writer:
             **_ending(choice),
         }
         if choice.logprobs is not None:
-            content = [self._chat_entry(request, entry) for entry in choice.logprobs]
-            shown["logprobs"] = {"content": content, "refusal": None}
+            shown["logprobs"] = self.chat_logprobs(request, choice.logprobs)
         if request.show.token_ids:
             shown["token_ids"] = list(choice.token_ids)
         return shown
+
+    def chat_logprobs(
+        self, request: ApiRequest, entries: Iterable[request_lib.TokenLogprobs]
+    ) -> dict[str, Any]:
+        """The `logprobs` of a chat's tokens, or of some of them."""
+        return {
+            "content": [self._chat_entry(request, entry) for entry in entries],
+            "refusal": None,
+        }
 
     def _chat_entry(self, request: ApiRequest, entry: request_lib.TokenLogprobs) -> dict[str, Any]:
         top = entry.top[: request.params.logprobs]
@@ -210,13 +217,13 @@ class Writer:
             "bytes": None if data is None else list(data),
         }
 
-    def _prompt_logprobs(
-        self, request: ApiRequest, completion: request_lib.Completion
+    def prompt_logprobs(
+        self, request: ApiRequest, entries: _PromptLogprobs | None
     ) -> list[dict[str, Any] | None]:
         """In vLLM's form: by token id, the token that stands there first."""
         count = request.show.prompt_logprobs
         found: list[dict[str, Any] | None] = []
-        for entry in completion.prompt_logprobs or ():
+        for entry in entries or ():
             if entry is None:
                 found.append(None)
                 continue
@@ -244,14 +251,48 @@ def _ending(choice: request_lib.Choice) -> dict[str, Any]:
     return {"finish_reason": str(choice.finish_reason), "stop_reason": choice.stop_reason}
 
 
-def _usage(completions: Sequence[request_lib.Completion]) -> dict[str, int]:
-    prompt = sum(len(completion.prompt_ids) for completion in completions)
-    output = sum(len(c.token_ids) for completion in completions for c in completion.choices)
+def failed(message: str) -> ApiError:
+    """What is said of a request that failed while it ran."""
+    return ApiError(message, code="generation_failed", status_code=500)
+
+
+def usage(prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+    """The `usage` of an answer; no prompt token is taken from a cache of earlier prompts yet."""
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": output,
-        "total_tokens": prompt + output,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
+
+
+def _usage(completions: Sequence[request_lib.Completion]) -> dict[str, Any]:
+    return usage(
+        sum(len(completion.prompt_ids) for completion in completions),
+        sum(len(c.token_ids) for completion in completions for c in completion.choices),
+    )
+
+
+class Offsets:
+    """Counts where tokens begin in a text that is shown."""
+
+    def __init__(
+        self, words: tokenizer.Tokenizer | None, start: int, *, skip_special_tokens: bool
+    ) -> None:
+        """Begin at character `start`."""
+        self._stream = None
+        if words is not None:
+            self._stream = detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
+        self._start = start
+
+    def take(self, token_ids: Iterable[int], end: int | None) -> list[int]:
+        """Where each of the next tokens begins; none beyond `end`, where a text was cut."""
+        found = []
+        for token in token_ids:
+            found.append(self._start if end is None else min(self._start, end))
+            if self._stream is not None:
+                self._start += len(self._stream.push(token))
+        return found
 
 
 def _itself(entry: request_lib.TokenLogprobs) -> tuple[int, float]:

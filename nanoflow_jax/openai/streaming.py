@@ -1,0 +1,168 @@
+"""Writes a streamed answer piece by piece, in the form that OpenAI's clients read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nanoflow_jax import request as request_lib
+from nanoflow_jax.openai import responses
+from nanoflow_jax.openai.requests import ApiRequest, Endpoint
+
+DONE = b"data: [DONE]\n\n"
+
+
+class StreamWriter:
+    """The pieces of one answer.
+
+    Invariant: the pieces of a choice, put together, are the choice of the answer not streamed.
+    """
+
+    def __init__(
+        self,
+        writer: responses.Writer,
+        request: ApiRequest,
+        head: responses.Head,
+        prompts: Sequence[Sequence[int]],
+    ) -> None:
+        """Begins an answer.
+
+        Args:
+            writer: Of the model.
+            request: What was asked.
+            head: Identity of the answer.
+            prompts: Token ids of each prompt.
+        """
+        self._writer = writer
+        self._request = request
+        self._prompts = prompts
+        self._is_chat = request.endpoint is Endpoint.CHAT
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        prefix = "chatcmpl" if self._is_chat else "cmpl"
+        self._head = {
+            "id": f"{prefix}-{head.response_id}",
+            "object": kind,
+            "created": head.created,
+            "model": head.model,
+        }
+        self._offsets: dict[int, responses.Offsets] = {}
+        self._begun: set[int] = set()
+        self._scores: dict[int, Sequence[request_lib.TokenLogprobs | None]] = {}
+        self._held: dict[int, list[request_lib.Delta]] = {}
+        self._output_tokens = 0
+
+    def begin(self) -> list[dict[str, Any]]:
+        """What can be said before the first token: who speaks, in a chat."""
+        if not self._is_chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(self._chat_choice(i, delta)) for i in range(self._request.params.n)]
+
+    def scored(self, number: int, scored: request_lib.ScoredPrompt) -> list[dict[str, Any]]:
+        """Takes the log-probabilities of a prompt."""
+        self._scores[number] = scored.prompt_logprobs
+        return [
+            piece for delta in self._held.pop(number, ()) for piece in self.delta(number, delta)
+        ]
+
+    def delta(self, number: int, delta: request_lib.Delta) -> list[dict[str, Any]]:
+        """The pieces for what was added to a choice of a prompt."""
+        wants_scores = self._request.params.prompt_logprobs is not None
+        if wants_scores and number not in self._scores and len(self._prompts[number]) > 1:
+            self._held.setdefault(number, []).append(delta)
+            return []
+        index = number * self._request.params.n + delta.index
+        self._output_tokens += len(delta.token_ids)
+        is_first = index not in self._begun
+        self._begun.add(index)
+        if self._is_chat:
+            return self._chat_delta(index, number, delta, is_first=is_first)
+        return self._completion_delta(index, number, delta, is_first=is_first)
+
+    def usage(self) -> list[dict[str, Any]]:
+        """The last piece, where asked for."""
+        if not self._request.include_usage:
+            return []
+        return [{**self._head, "choices": [], "usage": self._usage()}]
+
+    def _usage(self) -> dict[str, Any]:
+        return responses.usage(sum(map(len, self._prompts)), self._output_tokens)
+
+    def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
+        shown = {**self._head, "choices": [choice], **more}
+        if self._request.usage_in_each:
+            shown["usage"] = self._usage()
+        elif self._request.include_usage:
+            shown["usage"] = None
+        return shown
+
+    def _completion_delta(
+        self, index: int, number: int, delta: request_lib.Delta, *, is_first: bool
+    ) -> list[dict[str, Any]]:
+        request, show = self._request, self._request.show
+        if not (is_first or self._says_something(delta)):
+            return []
+        prompt_ids = self._prompts[number]
+        echoes = is_first and show.echo
+        text = self._writer.echoed(request, number) if echoes else ""
+        shown: dict[str, Any] = {"index": index, "text": text + delta.text, "logprobs": None}
+        if request.params.logprobs is not None:
+            entries: list[tuple[int, request_lib.TokenLogprobs | None]] = []
+            offsets: list[int] = []
+            if echoes:
+                scores = self._scores.get(number, (None,) * len(prompt_ids))
+                entries += zip(prompt_ids, scores, strict=True)
+                offsets += self._writer.offsets(request, 0).take(prompt_ids, len(text))
+            if is_first:
+                self._offsets[index] = self._writer.offsets(request, len(text))
+            entries += zip(delta.token_ids, delta.logprobs, strict=True)
+            offsets += self._offsets[index].take(delta.token_ids, None)
+            shown["logprobs"] = self._writer.token_logprobs(request, entries, offsets)
+        shown["finish_reason"] = _reason(delta)
+        shown["stop_reason"] = delta.stop_reason
+        if is_first and show.prompt_logprobs is not None:
+            scores = self._scores.get(number, (None,))
+            shown["prompt_logprobs"] = self._writer.prompt_logprobs(request, scores)
+        if show.token_ids:
+            if is_first:
+                shown["prompt_token_ids"] = list(prompt_ids)
+            shown["token_ids"] = list(delta.token_ids)
+        return [self._chunk(shown)]
+
+    def _chat_delta(
+        self, index: int, number: int, delta: request_lib.Delta, *, is_first: bool
+    ) -> list[dict[str, Any]]:
+        request, show = self._request, self._request.show
+        more: dict[str, Any] = {}
+        if is_first and show.prompt_logprobs is not None:
+            scores = self._scores.get(number, (None,))
+            more["prompt_logprobs"] = self._writer.prompt_logprobs(request, scores)
+        if is_first and show.token_ids:
+            more["prompt_token_ids"] = list(self._prompts[number])
+        if not (more or self._says_something(delta)):
+            return []
+        shown = self._chat_choice(index, {"content": delta.text} if delta.text else {})
+        if request.params.logprobs is not None:
+            shown["logprobs"] = self._writer.chat_logprobs(request, delta.logprobs)
+        shown["finish_reason"] = _reason(delta)
+        shown["stop_reason"] = delta.stop_reason
+        if show.token_ids:
+            shown["token_ids"] = list(delta.token_ids)
+        return [self._chunk(shown, **more)]
+
+    def _says_something(self, delta: request_lib.Delta) -> bool:
+        """Whether a client can see any difference; half a character is nothing to see."""
+        request = self._request
+        return bool(
+            delta.text
+            or delta.finish_reason is not None
+            or request.params.logprobs is not None
+            or request.show.token_ids
+            or request.usage_in_each
+        )
+
+    @staticmethod
+    def _chat_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _reason(delta: request_lib.Delta) -> str | None:
+    return None if delta.finish_reason is None else str(delta.finish_reason)

@@ -1,0 +1,67 @@
+"""Serves a model: `python -m nanoflow_jax.serve --flagfile=configs/serve.flags`.
+
+Exit codes: 0 stopped by a signal, 1 the engine ended for good, 2 wrong flags or files.
+"""
+
+import logging
+import pathlib
+import sys
+
+from absl import app, flags
+
+from nanoflow_jax import config as config_lib
+from nanoflow_jax import console
+from nanoflow_jax import flags as knob_flags
+from nanoflow_jax.engine import build
+from nanoflow_jax.serve import run
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _define(values: flags.FlagValues) -> None:
+    knob_flags.define_sections(config_lib.EngineConfig, values)
+    knob_flags.define_sections(config_lib.ServeConfig, values)
+    module = knob_flags.main_module()
+    common = {"flag_values": values, "module_name": module}
+    flags.DEFINE_boolean(
+        "access_log", True, "Write a line for each request, without its text.", **common
+    )
+    flags.DEFINE_boolean("debug", False, "Show where errors came from.", **common)
+
+
+def _run(values: flags.FlagValues, arguments: list[str]) -> int:
+    if arguments:
+        raise ValueError(f"unknown argument {arguments[0]!r}; flags begin with --")
+    engine = knob_flags.engine_config(values)
+    section = knob_flags.serve_config(values).server
+    source = build.open_model(engine.model)
+    folder = source.folder.path if source.folder is not None else None
+    name = section.model_name or _model_name(engine.model.model)
+    _log_to_stderr(access=values.access_log)
+    return run.serve(section, engine, folder=folder, model_name=name, say=_say)
+
+
+def _model_name(model: str) -> str:
+    return pathlib.Path(model).resolve().name if model else "nanoflow-embedded"
+
+
+def _log_to_stderr(*, access: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("nanoflow_jax")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    logging.getLogger("nanoflow_jax.access").setLevel(logging.INFO if access else logging.WARNING)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program; returns its exit code."""
+    return console.run(lambda: _run(flags.FLAGS, argv[1:]), say=_say, debug=flags.FLAGS.debug)
+
+
+if __name__ == "__main__":
+    _define(flags.FLAGS)
+    app.run(main)

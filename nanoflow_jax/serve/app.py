@@ -1,0 +1,91 @@
+"""Puts the application together: gate, routes, and errors in OpenAI's form."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import fastapi
+import starlette.exceptions
+from fastapi.exceptions import RequestValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.serve import completions, gate, keys, routes
+from nanoflow_jax.serve import service as service_lib
+
+_LOG = logging.getLogger(__name__)
+# What a client should wait before it tries again.
+_RETRY_AFTER_S = {429: "1", 503: "2"}
+
+
+def build_app(
+    service: service_lib.Service,
+    *,
+    api_keys: keys.ApiKeys,
+    more: Sequence[fastapi.APIRouter] = (),
+) -> gate.Gate:
+    """The ASGI application of a server.
+
+    Args:
+        service: What its routes share.
+        api_keys: Who may use it.
+        more: Routers of other parts: page, files, batches.
+    """
+    app = fastapi.FastAPI(
+        title="nanoflow_jax",
+        description="OpenAI-compatible server of one model.",
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.include_router(routes.router(service))
+    for router in more:
+        app.include_router(router)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(starlette.exceptions.HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(Exception, _on_crash)
+    names = [name for name in service.section.allowed_hosts.split(",") if name.strip()]
+    return gate.Gate(app, keys=api_keys, allowed_hosts=[*names, service.section.host])
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer to a request that cannot be served."""
+    headers = {}
+    if error.status_code in _RETRY_AFTER_S:
+        headers["retry-after"] = _RETRY_AFTER_S[error.status_code]
+    return completions.JsonResponse(error.body(), status_code=error.status_code, headers=headers)
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, starlette.exceptions.HTTPException)
+    made = error_response(
+        ApiError(
+            f"{request.method} {request.url.path:.200}: {error.detail}",
+            code="not_found" if error.status_code == 404 else "bad_request",
+            status_code=error.status_code,
+        )
+    )
+    made.headers.update(error.headers or {})
+    return made
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first: dict[str, Any] = dict(error.errors()[0]) if error.errors() else {}
+    place = ".".join(map(str, first.get("loc", ())))
+    return error_response(ApiError(f"{place}: {first.get('msg', 'is not valid')}", param=place))
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    _LOG.error("%s %.200s failed", request.method, request.url.path, exc_info=error)
+    return error_response(
+        ApiError("the server failed on this request", code="internal", status_code=500)
+    )

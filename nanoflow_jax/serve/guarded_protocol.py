@@ -1,0 +1,81 @@
+"""HTTP connections with bounds that uvicorn does not set: heads by size and time, their number."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEADERS = 100
+MAX_HEAD_BYTES = 64 << 10
+
+
+class _HeadTooLargeError(Exception):
+    """Ends the parsing of a head; uvicorn answers it with status 400."""
+
+
+def guarded_protocol(*, max_connections: int, read_timeout_s: float) -> type[HttpToolsProtocol]:
+    """The protocol class of a server with these bounds.
+
+    Args:
+        max_connections: Open connections; further ones are closed at once.
+        read_timeout_s: From a connection or the first byte of a request to the end of its head.
+    """
+
+    class GuardedProtocol(HttpToolsProtocol):
+        _deadline: asyncio.TimerHandle | None = None
+        _head_bytes = 0
+
+        def connection_made(self, transport: Any) -> None:
+            if len(self.connections) >= max_connections:
+                self.transport = transport
+                transport.abort()
+                return
+            super().connection_made(transport)
+            self._await_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end_wait()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if not self.transport.is_closing():
+                super().data_received(data)
+
+        def on_message_begin(self) -> None:
+            self._head_bytes = 0
+            if self._deadline is None:
+                self._await_head()
+            super().on_message_begin()
+
+        def on_url(self, url: bytes) -> None:
+            self._count(len(url))
+            super().on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            self._count(len(name) + len(value))
+            super().on_header(name, value)
+            if len(self.headers) > MAX_HEADERS:
+                raise _HeadTooLargeError
+
+        def on_headers_complete(self) -> None:
+            self._end_wait()
+            super().on_headers_complete()
+
+        def _count(self, count: int) -> None:
+            self._head_bytes += count
+            if self._head_bytes > MAX_HEAD_BYTES:
+                raise _HeadTooLargeError
+
+        def _await_head(self) -> None:
+            self._deadline = self.loop.call_later(read_timeout_s, self._give_up)
+
+        def _end_wait(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _give_up(self) -> None:
+            self._deadline = None
+            self.transport.abort()
+
+    return GuardedProtocol

@@ -1,0 +1,198 @@
+"""What the routes share: the model's words, its engine, who is let in, and the state of the server."""
+
+import asyncio
+import contextlib
+import dataclasses
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+
+from nanoflow_jax import config as config_lib
+from nanoflow_jax import request as request_lib
+from nanoflow_jax.engine_process import client as client_lib
+from nanoflow_jax.engine_process import tickets
+from nanoflow_jax.openai import requests, responses
+from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.serve import metrics as metrics_lib
+from nanoflow_jax.tokenizer import words as words_lib
+
+# Texts up to this length are encoded at once: a thread costs more.
+_SHORT_CHARS = 2000
+_ENCODERS = 2
+
+
+class Service:
+    """One server's state.
+
+    Invariant: `num_choices` counts the choices of requests between `admitted` and its end.
+    """
+
+    def __init__(
+        self,
+        section: config_lib.ServerSection,
+        *,
+        model_name: str,
+        words: words_lib.Words,
+        client: client_lib.EngineClient,
+        metrics: metrics_lib.Metrics,
+    ) -> None:
+        self.section = section
+        self.model_name = model_name
+        self.words = words
+        self.client = client
+        self.metrics = metrics
+        self.writer = responses.Writer(words.tokenizer)
+        self.started = int(time.time())
+        self.is_draining = False
+        self.num_choices = 0
+        self._encoders = asyncio.Semaphore(_ENCODERS)
+
+    @property
+    def status(self) -> str:
+        """starting, ready or draining."""
+        if self.is_draining:
+            return "draining"
+        return "ready" if self.client.state is client_lib.State.READY else "starting"
+
+    def head(self) -> responses.Head:
+        """Identity of a new answer."""
+        return responses.Head(
+            response_id=secrets.token_hex(12), created=int(time.time()), model=self.model_name
+        )
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses a request for a model that is not served.
+
+        Raises:
+            ApiError: With status 404.
+        """
+        if name and name != self.model_name:
+            raise ApiError(
+                f"the model {name!r:.200} is not served here; this server has {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+                status_code=404,
+            )
+
+    def check_ready(self) -> client_lib.messages.Ready:
+        """What the engine said of itself.
+
+        Raises:
+            ApiError: With status 503, while the server cannot take requests.
+        """
+        if self.status != "ready" or self.client.ready is None:
+            raise ApiError(
+                f"the server is {self.status}; try again in a moment",
+                code="unavailable",
+                status_code=503,
+            )
+        return self.client.ready
+
+    @contextlib.contextmanager
+    def admitted(self, num_choices: int) -> Iterator[None]:
+        """Holds places for choices while a request is served.
+
+        Raises:
+            ApiError: With status 429; the server has no room for them.
+        """
+        most = self.section.max_queue
+        if self.num_choices + num_choices > most and (self.num_choices or num_choices > most):
+            self.metrics.refused.inc()
+            raise ApiError(
+                f"the server is busy with {self.num_choices} choices and takes at most {most} "
+                "(--max_queue); try again in a moment",
+                code="queue_full",
+                status_code=429,
+            )
+        self.num_choices += num_choices
+        try:
+            yield
+        finally:
+            self.num_choices -= num_choices
+
+    async def encode(self, request: requests.ApiRequest, *, check: bool = True) -> list[list[int]]:
+        """Token ids of each prompt of a request.
+
+        Args:
+            request: Its prompts or its messages.
+            check: Refuse what the engine would refuse.
+
+        Raises:
+            ApiError: A prompt cannot be encoded or served.
+        """
+        ready = self.check_ready()
+        try:
+            if request.messages is None:
+                found = [await self._encode_prompt(request, p) for p in request.prompts]
+            else:
+                options = dict(request.template_options)
+                async with self._encoders:
+                    found = [
+                        await asyncio.to_thread(self.words.encode_chat, request.messages, **options)
+                    ]
+        except ValueError as error:
+            param = "prompt" if request.messages is None else "messages"
+            raise ApiError(str(error), param=param) from error
+        if request.truncate_prompt_len is not None:
+            found = [ids[-request.truncate_prompt_len :] for ids in found]
+        for ids in found if check else ():
+            self._check_prompt(ids, ready)
+        return found
+
+    async def _encode_prompt(
+        self, request: requests.ApiRequest, prompt: requests.Prompt
+    ) -> list[int]:
+        wanted = request.add_special_tokens is not False
+        if len(prompt) <= _SHORT_CHARS or not isinstance(prompt, str):
+            return self.words.encode(prompt, add_special_tokens=wanted)
+        async with self._encoders:
+            return await asyncio.to_thread(self.words.encode, prompt, add_special_tokens=wanted)
+
+    def _check_prompt(self, ids: Sequence[int], ready: client_lib.messages.Ready) -> None:
+        """Refuses early what the engine would refuse, before it is sent there."""
+        if len(ids) >= ready.max_context_len:
+            raise ApiError(
+                f"the prompt has {len(ids)} tokens and the context holds {ready.max_context_len}, "
+                "with room for at least one generated token; shorten the prompt",
+                code="context_length_exceeded",
+            )
+        wrong = next((token for token in ids if not 0 <= token < ready.vocab_size), None)
+        if wrong is not None:
+            raise ApiError(
+                f"prompt: {wrong!r:.40} is not a token id of this model, 0 to "
+                f"{ready.vocab_size - 1}",
+                param="prompt",
+            )
+
+    def submit(
+        self, request: requests.ApiRequest, prompts: Sequence[Sequence[int]]
+    ) -> list[tickets.Ticket]:
+        """Hands the prompts of a request to the engine.
+
+        Raises:
+            ApiError: With status 503; the engine is gone.
+        """
+        try:
+            return [
+                self.client.submit(
+                    ids,
+                    _with_seed(request.params),
+                    priority=request.priority,
+                    stream=request.stream,
+                )
+                for ids in prompts
+            ]
+        except tickets.EngineStoppedError as error:
+            raise stopped(error) from error
+
+
+def stopped(error: Exception) -> ApiError:
+    """What a request is told when the engine ended under it."""
+    return ApiError(str(error), code="engine_stopped", status_code=503)
+
+
+def _with_seed(params: request_lib.SamplingParams) -> request_lib.SamplingParams:
+    """The parameters with a seed; a drawn one where none was given."""
+    if params.seed is not None:
+        return params
+    return dataclasses.replace(params, seed=secrets.randbits(63))
