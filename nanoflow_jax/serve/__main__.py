@@ -6,6 +6,7 @@ Exit codes: 0 stopped by a signal, 1 the engine ended for good, 2 wrong flags or
 import logging
 import pathlib
 import sys
+from typing import Any
 
 from absl import app, flags
 
@@ -24,7 +25,7 @@ def _define(values: flags.FlagValues) -> None:
     knob_flags.define_sections(config_lib.EngineConfig, values)
     knob_flags.define_sections(config_lib.ServeConfig, values)
     module = knob_flags.main_module()
-    common = {"flag_values": values, "module_name": module}
+    common: dict[str, Any] = {"flag_values": values, "module_name": module}
     flags.DEFINE_boolean(
         "access_log", True, "Write a line for each request, without its text.", **common
     )
@@ -54,6 +55,7 @@ def _log_to_stderr(*, access: bool) -> None:
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("nanoflow_jax.access").setLevel(logging.INFO if access else logging.WARNING)
 
 

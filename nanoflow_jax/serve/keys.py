@@ -67,7 +67,8 @@ class ApiKeys:
             return False
         given = _digest(rest.strip())
         # Every key is compared, so that the time does not tell which was near.
-        return any([hmac.compare_digest(given, digest) for digest in self._digests])
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return any(matches)
 
 
 def _digest(key: bytes) -> bytes:

@@ -134,7 +134,7 @@ class _Server:
         self._service = service_lib.Service(
             section, model_name=model_name, words=words, client=self._client, metrics=counted
         )
-        app = app_lib.build_app(self._service, api_keys=api_keys, more=[page_routes.router()])
+        app = app_lib.build_app(self._service, api_keys=api_keys, more=[page_routes.make_router()])
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,

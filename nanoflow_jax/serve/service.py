@@ -1,4 +1,4 @@
-"""What the routes share: the model's words, its engine, who is let in, and the state of the server."""
+"""What the routes share: the words of the model, its engine, and who is let in."""
 
 import asyncio
 import contextlib
