@@ -1,15 +1,20 @@
-"""`python -m nanoflow_jax.bench throughput --workload=FILE [--model=DIR ...]`."""
+"""Benchmarks of an engine or of a server.
+
+`python -m nanoflow_jax.bench throughput --workload=FILE [--model=DIR ...]`
+`python -m nanoflow_jax.bench serving --workload=FILE --url=URL [--concurrency=64 --nostream]`
+"""
 
 import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 from absl import app
 from absl import flags as absl_flags
 
 from nanoflow_jax import config, flags
-from nanoflow_jax.bench import throughput
+from nanoflow_jax.bench import serving, throughput
 from nanoflow_jax.engine import build
 from nanoflow_jax.workload import file as workload_file
 
@@ -21,16 +26,30 @@ def _define() -> None:
     absl_flags.DEFINE_string("workload", None, "JSON file of request mixes.")
     absl_flags.DEFINE_string("mix", None, "Name of the mix in the file; all of them if empty.")
     absl_flags.DEFINE_integer("repeats", 3, "Runs of each mix.", lower_bound=1)
+    absl_flags.DEFINE_string("url", "http://127.0.0.1:8000", "Server to ask, for serving.")
+    absl_flags.DEFINE_integer("concurrency", 64, "Clients of the server.", lower_bound=1)
+    absl_flags.DEFINE_boolean("stream", True, "Ask the server for tokens as they come.")
+    absl_flags.DEFINE_string("api_key", "", "Key of the server.")
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
 
 
-def _throughput() -> None:
+def _mixes() -> dict[str, tuple[workload_file.WorkRequest, ...]]:
     if not _FLAGS.workload:
         raise ValueError("--workload=FILE is missing: a JSON file of request mixes")
     mixes = workload_file.load(pathlib.Path(_FLAGS.workload))
     if _FLAGS.mix and _FLAGS.mix not in mixes:
         raise ValueError(f"--mix={_FLAGS.mix} is not among {', '.join(mixes)}")
-    names = [_FLAGS.mix] if _FLAGS.mix else list(mixes)
+    return {_FLAGS.mix: mixes[_FLAGS.mix]} if _FLAGS.mix else mixes
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    if _FLAGS.json:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        pathlib.Path(_FLAGS.json).write_text(text, encoding="utf-8")
+
+
+def _throughput() -> None:
+    mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
     start = time.perf_counter()
     engine = build.build_engine(
@@ -41,19 +60,46 @@ def _throughput() -> None:
     compile_s = sum(engine.compile_seconds.values())
     print(f"start {time.perf_counter() - start:.1f} s, compile {compile_s:.1f} s of processor time")
     rows = []
-    for name in names:
-        throughput.run(engine, mixes[name][:2], name="warm-up")
+    for name, mix in mixes.items():
+        throughput.run(engine, mix[:2], name="warm-up")
         for repeat in range(_FLAGS.repeats):
-            result = throughput.run(engine, mixes[name], name=f"{name}-{repeat}")
+            result = throughput.run(engine, mix, name=f"{name}-{repeat}")
             print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
             rows.append({"mix": name, "output_per_s": result.output_per_s, **vars(result)})
     print(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
-    if _FLAGS.json:
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        pathlib.Path(_FLAGS.json).write_text(text, encoding="utf-8")
+    _write(rows)
 
 
-_BENCHMARKS = {"throughput": _throughput}
+def _serving() -> None:
+    target = serving.Target(
+        url=_FLAGS.url.rstrip("/"),
+        concurrency=_FLAGS.concurrency,
+        stream=_FLAGS.stream,
+        api_key=_FLAGS.api_key,
+    )
+    rows = []
+    for name, mix in _mixes().items():
+        serving.run(target, mix[:2])
+        for repeat in range(_FLAGS.repeats):
+            found = serving.run(target, mix)
+            result = found.result
+            print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
+            shown = ", ".join(f"{who} {seconds:.1f} s" for who, seconds in found.cpu_s.items())
+            print(f"processor time: {shown or 'the server does not tell'}")
+            rows.append(
+                {
+                    "mix": name,
+                    "stream": target.stream,
+                    "concurrency": target.concurrency,
+                    "output_per_s": result.output_per_s,
+                    "cpu_s": found.cpu_s,
+                    **vars(result),
+                }
+            )
+    _write(rows)
+
+
+_BENCHMARKS = {"throughput": _throughput, "serving": _serving}
 
 
 def main(argv: list[str]) -> int:
