@@ -72,8 +72,8 @@ def _arguments(given: Any, where: str) -> Mapping[str, Any]:
         except (ValueError, RecursionError) as error:
             raise _wrong(f"{where} is not JSON ({error}); it must be a JSON object") from error
     if not isinstance(found, Mapping):
-        raise _wrong(f"{where}={tools.shortened(given)} is not a JSON object")
-    tools.check_depth(found, where)
+        raise _wrong(f"{where}={tools.shortened(found)} is not a JSON object")
+    tools.check_depth(found, where, param="messages")
     return found
 
 

@@ -160,7 +160,7 @@ def _check_size(tools: Any) -> None:
         raise ApiError(
             f"tools has {len(tools)} entries; at most {MAX_TOOLS} are taken", param="tools"
         )
-    check_depth(tools, "tools")
+    check_depth(tools, "tools", param="tools")
     try:
         size = len(json.dumps(tools, allow_nan=False, ensure_ascii=False).encode())
     except ValueError as error:
@@ -235,7 +235,7 @@ def shortened(value: Any) -> str:
     return f"{reprlib.repr(value):.80}"
 
 
-def check_depth(value: Any, name: str) -> None:
+def check_depth(value: Any, name: str, *, param: str) -> None:
     """Refuses JSON that is nested too deep.
 
     Raises:
@@ -245,7 +245,7 @@ def check_depth(value: Any, name: str) -> None:
     while level := [v for v in level if isinstance(v, Mapping | list)]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise ApiError(f"{name} is nested deeper than {MAX_DEPTH} levels", param=name)
+            raise ApiError(f"{name} is nested deeper than {MAX_DEPTH} levels", param=param)
         level = [inner for v in level for inner in (v.values() if isinstance(v, Mapping) else v)]
 
 

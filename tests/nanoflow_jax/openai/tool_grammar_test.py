@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 from typing import Any
 
 import llguidance
@@ -26,7 +27,10 @@ _CITY = {
 _SCHEMAS: dict[str, dict[str, Any]] = {
     "get": {"type": "object", "properties": {}, "additionalProperties": False},
     "get_weather": _CITY,
-    "by-ref": {"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"q": {"const": 1}}}}},
+    "by-ref": {
+        "$ref": "#/$defs/a",
+        "$defs": {"a": {"properties": {"q": {"const": 1}}, "additionalProperties": False}},
+    },
 }
 _WEATHER = '{"city": "Paris", "days": 3}'
 
@@ -172,21 +176,22 @@ def test_schemas_of_any_text_stay_in_their_place() -> None:
     assert grammar.text.count("\n") == 5
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.randoms(use_true_random=False))
+@settings(max_examples=4, deadline=None)
+@given(st.integers(0, 2**32))
 @pytest.mark.parametrize("kind", ["literal", "special"])
 @pytest.mark.parametrize("tool_format", ToolFormat)
 def test_whatever_a_model_writes_under_the_grammar_is_read_as_calls(
-    kind: str, tool_format: ToolFormat, random: Any
+    kind: str, tool_format: ToolFormat, seed: int
 ) -> None:
     """The whole way: a model that draws tokens, its text, the calls of the message."""
+    draw = random.Random(seed)
 
     def choose(accepting: bool, allowed: list[int], words: tokenizer.Tokenizer) -> int:
-        if accepting and random.random() < 0.5:
+        if accepting and draw.random() < 0.5:
             return words.eos_id or 0
         # A quote or digit soon ends what is open.
         ending = [i for i in allowed if words.id_to_token(i) in ('"', "}", ",", '"}')]
-        return int(random.choice(ending if ending and random.random() < 0.5 else allowed))
+        return int(draw.choice(ending if ending and draw.random() < 0.5 else allowed))
 
     walk = _Walk(kind, tool_format, several=True)
     schemas = {name: _SCHEMAS[name] for name in _SCHEMAS}
@@ -198,7 +203,7 @@ def test_whatever_a_model_writes_under_the_grammar_is_read_as_calls(
     assert message["content"] is None
     for call in message["tool_calls"]:
         arguments = json.loads(call["function"]["arguments"])
-        assert set(arguments) <= {"city", "days", "q"} or call["function"]["name"] == "by-ref"
+        assert set(arguments) <= {"city", "days", "q"}
 
 
 def test_the_tokenizers_of_these_tests_have_what_their_names_say() -> None:

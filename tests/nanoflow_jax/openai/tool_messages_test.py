@@ -130,3 +130,18 @@ def test_conversations_in_openais_form_render_as_in_transformers(name: str) -> N
         assert text == row["rendered"]
     template.close()
     assert num_calls
+
+
+def test_our_own_ids_render_in_mistrals_template() -> None:
+    golden = cases.load("mistral")
+    messages = [
+        {"role": "user", "content": "x"},
+        _assistant(_call()),
+        {"role": "tool", "content": "1", "tool_call_id": _LONG},
+    ]
+    template = ChatTemplate.load(golden.path)
+    with pytest.raises(ValueError, match="length 9"):
+        template.render(tool_messages.prepare(messages, _HERMES))
+    text = template.render(tool_messages.prepare(messages, _MISTRAL))
+    template.close()
+    assert text.count(tool_messages.prepare(messages, _MISTRAL)[2]["tool_call_id"]) == 2
