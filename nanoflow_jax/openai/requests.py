@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanoflow_jax import request as request_lib
+from nanoflow_jax.openai import tool_messages
+from nanoflow_jax.openai import tools as tools_lib
 from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.openai.tool_formats import ToolStyle
 
 MAX_PROMPTS = 2048  # prompts times n of one body
 
@@ -118,6 +121,7 @@ class ApiRequest:
         add_special_tokens: Whether a prompt that is text gets what the model wants around it;
             None: as usual.
         truncate_prompt_len: Of a longer prompt only so many last tokens are used.
+        tools: What the model may call, if anything.
     """
 
     endpoint: Endpoint
@@ -134,9 +138,16 @@ class ApiRequest:
     timeout_s: float | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_len: int | None = None
+    tools: tools_lib.Tools | None = None
 
 
-def parse(endpoint: Endpoint, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> ApiRequest:
+def parse(
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    *,
+    tool_style: ToolStyle | None = None,
+) -> ApiRequest:
     """Reads a body.
 
     Args:
@@ -144,6 +155,7 @@ def parse(endpoint: Endpoint, body: Mapping[str, Any], defaults: Mapping[str, An
         body: As it came out of JSON.
         defaults: Fields of SamplingParams for what the body leaves out. Without one for
             `max_tokens`, OpenAI's hold: 16 for a completion, the whole context for a chat.
+        tool_style: How the model calls tools; without it a chat with tools is refused.
 
     Raises:
         ApiError: A field is unknown, not supported or wrong; the message names it.
@@ -152,7 +164,7 @@ def parse(endpoint: Endpoint, body: Mapping[str, Any], defaults: Mapping[str, An
     if endpoint is Endpoint.COMPLETIONS:
         found = _parse_completion(fields, defaults)
     else:
-        found = _parse_chat(fields, defaults)
+        found = _parse_chat(fields, defaults, tool_style)
     fields.check_all_taken()
     if len(found.prompts) * found.params.n > MAX_PROMPTS:
         raise ApiError(
@@ -185,7 +197,9 @@ def _parse_completion(fields: "_Fields", defaults: Mapping[str, Any]) -> ApiRequ
     )
 
 
-def _parse_chat(fields: "_Fields", defaults: Mapping[str, Any]) -> ApiRequest:
+def _parse_chat(
+    fields: "_Fields", defaults: Mapping[str, Any], tool_style: ToolStyle | None
+) -> ApiRequest:
     sampling = {"max_tokens": None, **_sampling(fields, defaults)}
     most = fields.take("max_completion_tokens")
     if most is not None:
@@ -221,11 +235,18 @@ def _parse_chat(fields: "_Fields", defaults: Mapping[str, Any]) -> ApiRequest:
             else f"messages={messages!r:.80} is not a list of objects with a role and a content",
             param="messages",
         )
+    params = _params(sampling)
+    parallel = fields.take_bool("parallel_tool_calls", default=True)
+    offered = tools_lib.read(fields.take("tools"), fields.take("tool_choice"), parallel, tool_style)
+    if offered is not None:
+        options["tools"] = offered.shown
+        params = offered.constrain(params)
     return ApiRequest(
         endpoint=Endpoint.CHAT,
-        messages=messages,
+        messages=tool_messages.prepare(messages, tool_style),
         template_options=options,
-        params=_params(sampling),
+        params=params,
+        tools=offered,
         show=_show(fields, echo=False, prompt_logprobs=sampling.get("prompt_logprobs")),
         **_common(fields),
     )
@@ -363,10 +384,12 @@ class _Fields:
         self.body = body
         self._endpoint = endpoint
         self._known = {*_NO_EFFECT, *_NOT_YET}
+        self._taken: set[str] = set()
 
     def take(self, name: str) -> Any:
         """The value of a field, None if it is null or not there."""
         self._known.add(name)
+        self._taken.add(name)
         return self.body.get(name)
 
     def take_bool(self, name: str, *, default: bool = False) -> bool:
@@ -396,6 +419,8 @@ class _Fields:
     def check_all_taken(self) -> None:
         """Refuses fields that nobody asked for, and those that we cannot serve yet."""
         for name, value in self.body.items():
+            if name in self._taken:
+                continue
             if name in _NOT_YET and value is not None and value not in _NOT_YET[name]:
                 raise _not_yet(name)
             if name not in self._known:

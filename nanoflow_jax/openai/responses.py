@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nanoflow_jax import request as request_lib
+from nanoflow_jax.openai import tools as tools_lib
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.openai.requests import ApiRequest, Endpoint
 from nanoflow_jax.openai.token_texts import TokenTexts
@@ -171,7 +172,7 @@ class Writer:
             "object": "chat.completion",
             "created": head.created,
             "model": head.model,
-            "choices": [self._chat_choice(request, choice) for choice in completion.choices],
+            "choices": [self._chat_choice(request, choice, head) for choice in completion.choices],
             "usage": _usage([completion]),
         }
         if request.show.prompt_logprobs is not None:
@@ -180,13 +181,22 @@ class Writer:
             shown["prompt_token_ids"] = list(completion.prompt_ids)
         return shown
 
-    def _chat_choice(self, request: ApiRequest, choice: request_lib.Choice) -> dict[str, Any]:
+    def _chat_choice(
+        self, request: ApiRequest, choice: request_lib.Choice, head: Head
+    ) -> dict[str, Any]:
+        message: dict[str, Any] = {"content": choice.text}
+        if request.tools is not None:
+            message = tools_lib.message_fields(
+                request.tools, choice.text, head.response_id, choice.index
+            )
         shown: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": {"role": "assistant", **message, "refusal": None},
             "logprobs": None,
             **_ending(choice),
         }
+        if "tool_calls" in message:
+            shown["finish_reason"] = tools_lib.finish_reason(choice.finish_reason, has_calls=True)
         if choice.logprobs is not None:
             shown["logprobs"] = self.chat_logprobs(request, choice.logprobs)
         if request.show.token_ids:

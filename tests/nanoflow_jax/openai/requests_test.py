@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoflow_jax.openai import errors, requests
+from nanoflow_jax.openai import errors, requests, tool_formats
 from nanoflow_jax.openai.requests import Endpoint
 
 _CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -226,6 +226,32 @@ def test_a_wrong_completion_is_refused(body: dict[str, Any], message: str) -> No
 def test_a_wrong_chat_is_refused(body: dict[str, Any], message: str) -> None:
     with pytest.raises(errors.ApiError, match=message):
         _chat(**body)
+
+
+def test_a_chat_offers_its_tools_to_template_sampler_and_answer() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    called = {"id": "i", "function": {"name": "f", "arguments": "{}"}}
+    body = {
+        "messages": [{"role": "assistant", "tool_calls": [called]}],
+        "tools": [tool],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
+    style = tool_formats.ToolStyle(format=tool_formats.ToolFormat.HERMES)
+    found = requests.parse(Endpoint.CHAT, body, {}, tool_style=style)
+    assert found.template_options["tools"] == [tool]
+    assert found.params.grammar is not None
+    assert found.tools is not None and not found.tools.several
+    assert found.messages == [
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "i", "function": {"name": "f", "arguments": {}}}],
+        }
+    ]
+    hidden = requests.parse(Endpoint.CHAT, {**body, "tool_choice": "none"}, {}, tool_style=style)
+    assert hidden.tools is None and "tools" not in hidden.template_options
+    with pytest.raises(errors.ApiError, match="parallel_tool_calls=1 is not true or false"):
+        _chat(parallel_tool_calls=1)
 
 
 def test_an_error_has_openais_form() -> None:

@@ -7,7 +7,7 @@ import pytest
 from golden import cases
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.openai import errors, requests, responses
+from nanoflow_jax.openai import errors, requests, responses, tool_formats, tools
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.request import FinishReason, TokenLogprobs
 from nanoflow_jax.tokenizer import tokenizer
@@ -89,6 +89,32 @@ def test_a_chat_has_openais_fields() -> None:
         ],
         "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
     }
+
+
+def test_a_chat_that_calls_tools_says_so() -> None:
+    style = tool_formats.ToolStyle(format=tool_formats.ToolFormat.HERMES)
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+    request = requests.parse(Endpoint.CHAT, body, {}, tool_style=style)
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    done = _done(
+        _choice(text, finish_reason=FinishReason.STOP),
+        _choice("no", 1, finish_reason=FinishReason.STOP),
+    )
+    calls, plain = responses.Writer(_words()).body(request, [done], _HEAD)["choices"]
+    assert calls["finish_reason"] == "tool_calls"
+    assert calls["message"]["content"] is None
+    assert calls["message"]["tool_calls"] == [
+        {
+            "id": tools.call_id("x-1", 0, 0),
+            "type": "function",
+            "function": {"name": "f", "arguments": '{"a": 1}'},
+        }
+    ]
+    assert (plain["finish_reason"], plain["message"]["content"]) == ("stop", "no")
+    assert "tool_calls" not in plain["message"]
 
 
 def test_choices_of_several_prompts_are_numbered_through() -> None:
