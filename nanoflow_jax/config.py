@@ -65,6 +65,12 @@ class ModelSection:
         0, "Most tokens of one request, prompt included. 0: the model's own limit.", low=0
     )
 
+    tool_format: str = knob(
+        "",
+        "How the model writes calls of tools: hermes (Qwen too), llama3, mistral or mistral_args. "
+        "Empty: as its chat template does.",
+    )
+
     def __post_init__(self) -> None:
         check_bounds(self, self.PREFIX)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.openai import responses
+from nanoflow_jax.openai import responses, tool_parser, tools
 from nanoflow_jax.openai.requests import ApiRequest, Endpoint
 
 DONE = b"data: [DONE]\n\n"
@@ -47,6 +47,8 @@ class StreamWriter:
         self._begun: set[int] = set()
         self._scores: dict[int, Sequence[request_lib.TokenLogprobs | None]] = {}
         self._held: dict[int, list[request_lib.Delta]] = {}
+        self._response_id = head.response_id
+        self._parsers: dict[int, tool_parser.ToolParser] = {}
         self._output_tokens = 0
 
     def begin(self) -> list[dict[str, Any]]:
@@ -137,22 +139,45 @@ class StreamWriter:
             more["prompt_logprobs"] = self._writer.prompt_logprobs(request, scores)
         if is_first and show.token_ids:
             more["prompt_token_ids"] = list(self._prompts[number])
-        if not (more or self._says_something(delta)):
+        said = self._said(index, delta)
+        if not (more or said or self._says_something(delta)):
             return []
-        shown = self._chat_choice(index, {"content": delta.text} if delta.text else {})
+        choices = [self._chat_choice(index, part) for part in said or [{}]]
+        first, last = choices[0], choices[-1]
         if request.params.logprobs is not None:
-            shown["logprobs"] = self._writer.chat_logprobs(request, delta.logprobs)
-        shown["finish_reason"] = _reason(delta)
-        shown["stop_reason"] = delta.stop_reason
+            first["logprobs"] = self._writer.chat_logprobs(request, delta.logprobs)
         if show.token_ids:
-            shown["token_ids"] = list(delta.token_ids)
-        return [self._chunk(shown, **more)]
+            first["token_ids"] = list(delta.token_ids)
+        last["finish_reason"] = self._chat_reason(index, delta)
+        last["stop_reason"] = delta.stop_reason
+        return [self._chunk(choice, **more) for choice in choices]
+
+    def _said(self, index: int, delta: request_lib.Delta) -> list[dict[str, Any]]:
+        """What new text is to a chat: content, or parts of calls."""
+        if self._request.tools is None:
+            return [{"content": delta.text}] if delta.text else []
+        parser = self._parser(index)
+        pieces = parser.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += parser.finish()
+        return [tools.delta(piece) for piece in pieces]
+
+    def _parser(self, index: int) -> tool_parser.ToolParser:
+        assert self._request.tools is not None
+        if index not in self._parsers:
+            self._parsers[index] = self._request.tools.parser(self._response_id, index)
+        return self._parsers[index]
+
+    def _chat_reason(self, index: int, delta: request_lib.Delta) -> str | None:
+        if delta.finish_reason is None or self._request.tools is None:
+            return _reason(delta)
+        return tools.finish_reason(delta.finish_reason, has_calls=self._parser(index).num_calls > 0)
 
     def _says_something(self, delta: request_lib.Delta) -> bool:
         """Whether a client can see any difference; half a character is nothing to see."""
         request = self._request
         return bool(
-            delta.text
+            (delta.text and not self._is_chat)
             or delta.finish_reason is not None
             or request.params.logprobs is not None
             or request.show.token_ids

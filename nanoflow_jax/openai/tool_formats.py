@@ -13,6 +13,7 @@ import enum
 from collections.abc import Mapping
 
 from nanoflow_jax.tokenizer import tokenizer
+from nanoflow_jax.tokenizer import words as words_lib
 
 
 class ToolFormat(enum.StrEnum):
@@ -104,6 +105,25 @@ class ToolStyle:
         elif self.format is ToolFormat.MISTRAL_ARGS:
             used.add(MISTRAL_ARGUMENTS)
         return not used.isdisjoint(self.special)
+
+
+def style_of(words: words_lib.Words, chosen: str) -> ToolStyle:
+    """How a model calls tools.
+
+    Args:
+        words: Its tokenizer and its template, if it has them.
+        chosen: A form's name, which goes before the template; empty for none.
+
+    Raises:
+        ValueError: There is no form of that name.
+    """
+    if chosen and chosen not in list(ToolFormat):
+        raise ValueError(f"--tool_format={chosen} is not one of {', '.join(ToolFormat)}")
+    return ToolStyle.of_model(
+        words.template.sources if words.template is not None else {},
+        words.tokenizer,
+        chosen=ToolFormat(chosen) if chosen else None,
+    )
 
 
 def detect(template: str) -> ToolFormat | None:

@@ -45,7 +45,7 @@ async def answer(
     fields = await body.read_object(
         http, most_bytes=section.max_body_bytes, timeout_s=section.read_timeout_s
     )
-    request = requests.parse(endpoint, fields, {})
+    request = requests.parse(endpoint, fields, {}, tool_style=service.tool_style)
     service.check_model(request.model)
     num_choices = max(1, len(request.prompts)) * request.params.n
     deadline = began + min(section.request_timeout_s, request.timeout_s or float("inf"))

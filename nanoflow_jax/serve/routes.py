@@ -48,7 +48,7 @@ def router(service: service_lib.Service) -> fastapi.APIRouter:
     async def tokenize(http: Request) -> Response:
         """Token ids of a text or of a conversation."""
         fields = await _read(service, http)
-        request, with_texts = _tokenize_request(fields)
+        request, with_texts = _tokenize_request(service, fields)
         ready = service.check_ready()
         ids = await service.encode(request, check=False)
         shown: dict[str, Any] = {
@@ -129,7 +129,9 @@ async def _read(service: service_lib.Service, http: Request) -> dict[str, Any]:
     return fields
 
 
-def _tokenize_request(fields: dict[str, Any]) -> tuple[requests.ApiRequest, bool]:
+def _tokenize_request(
+    service: service_lib.Service, fields: dict[str, Any]
+) -> tuple[requests.ApiRequest, bool]:
     with_texts = fields.pop("return_token_strs", None)
     if with_texts not in (None, True, False):
         raise ApiError(
@@ -141,7 +143,8 @@ def _tokenize_request(fields: dict[str, Any]) -> tuple[requests.ApiRequest, bool
     if not is_chat and not isinstance(fields["prompt"], str):
         raise ApiError(f"prompt={fields['prompt']!r:.80} is not text", param="prompt")
     endpoint = requests.Endpoint.CHAT if is_chat else requests.Endpoint.COMPLETIONS
-    return requests.parse(endpoint, fields, {}), bool(with_texts)
+    request = requests.parse(endpoint, fields, {}, tool_style=service.tool_style)
+    return request, bool(with_texts)
 
 
 def _detokenized(service: service_lib.Service, fields: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import uvicorn
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console
 from nanoflow_jax.engine_process import client as client_lib
+from nanoflow_jax.openai import tool_formats
 from nanoflow_jax.serve import app as app_lib
 from nanoflow_jax.serve import guarded_protocol, keys, metrics, page_routes
 from nanoflow_jax.serve import service as service_lib
@@ -54,6 +55,7 @@ def serve(
     """
     api_keys = keys.ApiKeys.load(section.api_key_file)
     words = words_lib.Words.load(folder)
+    tool_style = tool_formats.style_of(words, engine.model.tool_format)
     with contextlib.closing(words), contextlib.closing(_bind(section)) as listener:
         if section.host not in ("127.0.0.1", "::1", "localhost") and not api_keys.are_needed:
             say(
@@ -61,7 +63,7 @@ def serve(
                 "--api_key_file: everybody who can reach the port can use the server"
             )
         return asyncio.run(
-            _Server(section, engine, words, model_name, listener, api_keys, say).run()
+            _Server(section, engine, words, tool_style, model_name, listener, api_keys, say).run()
         )
 
 
@@ -114,6 +116,7 @@ class _Server:
         section: config_lib.ServerSection,
         engine: config_lib.EngineConfig,
         words: words_lib.Words,
+        tool_style: tool_formats.ToolStyle,
         model_name: str,
         listener: socket.socket,
         api_keys: keys.ApiKeys,
@@ -132,7 +135,12 @@ class _Server:
         )
         counted.watch(self._client)
         self._service = service_lib.Service(
-            section, model_name=model_name, words=words, client=self._client, metrics=counted
+            section,
+            model_name=model_name,
+            words=words,
+            client=self._client,
+            metrics=counted,
+            tool_style=tool_style,
         )
         app = app_lib.build_app(self._service, api_keys=api_keys, more=[page_routes.make_router()])
         self._uvicorn = _Uvicorn(

@@ -11,7 +11,7 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine_process import client as client_lib
 from nanoflow_jax.engine_process import tickets
-from nanoflow_jax.openai import requests, responses
+from nanoflow_jax.openai import requests, responses, tool_formats
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.serve import metrics as metrics_lib
 from nanoflow_jax.tokenizer import words as words_lib
@@ -35,8 +35,10 @@ class Service:
         words: words_lib.Words,
         client: client_lib.EngineClient,
         metrics: metrics_lib.Metrics,
+        tool_style: tool_formats.ToolStyle,
     ) -> None:
         self.section = section
+        self.tool_style = tool_style
         self.model_name = model_name
         self.words = words
         self.client = client

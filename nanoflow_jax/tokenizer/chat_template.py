@@ -82,6 +82,11 @@ class ChatTemplate:
             templates, special_tokens=files.special_tokens(folder), limits=limits, clock=clock
         )
 
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """The templates as they are written, by name."""
+        return self._templates
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
