@@ -96,7 +96,8 @@ class BatchRunner:
         try:
             while True:
                 changed.clear()
-                for work in await asyncio.to_thread(self._due, loop):
+                waiting = await asyncio.to_thread(self._store.unended)
+                for work in self._due(waiting, loop):
                     task = loop.create_task(self._run(work, pool, changed))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
@@ -109,10 +110,9 @@ class BatchRunner:
             await asyncio.gather(*tasks)
             pool.shutdown(wait=False)
 
-    def _due(self, loop: asyncio.AbstractEventLoop) -> list[_Work]:
+    def _due(self, waiting: list[batches.Batch], loop: asyncio.AbstractEventLoop) -> list[_Work]:
         """What can start now, the oldest first; nudges what should stop."""
         due = []
-        waiting = [batch for batch in reversed(self._store.all()) if not batch.status.is_ended]
         for batch in sorted(waiting, key=lambda batch: batch.status is Status.VALIDATING):
             wants_end = batch.status is Status.CANCELLING or batch.ending is not None
             if batch.id in self._running:

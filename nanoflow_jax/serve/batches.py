@@ -235,6 +235,10 @@ class BatchStore:
             known = list(self._known.values())
         return sorted(known, key=lambda batch: (batch.created_at, batch.id), reverse=True)
 
+    def unended(self) -> list[Batch]:
+        """Batches that are not at their end, the oldest first."""
+        return [batch for batch in reversed(self.all()) if not batch.status.is_ended]
+
     def cancel(self, batch_id: str) -> Batch:
         """Asks for the end of a batch; its finished rows are kept.
 
