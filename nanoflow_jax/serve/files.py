@@ -248,14 +248,18 @@ class FileStore:
                     code="file_in_use",
                     status_code=409,
                 )
-            try:
-                # In this order: a kill in between leaves bytes without a name, not the reverse.
-                (self._folder / f"{info.id}.json").unlink()
-                del self._known[file_id]
-                atomic.sync_folder(self._folder)
-                (self._folder / info.id).unlink()
-            except OSError as error:
-                raise data_dir.storage_error(error) from error
+            del self._known[file_id]
+        place, known = self._folder / info.id, self._folder / f"{info.id}.json"
+        try:
+            # In this order: a kill in between leaves bytes without a name, not the reverse.
+            known.unlink()
+            atomic.sync_folder(self._folder)
+            place.unlink()
+        except OSError as error:
+            if known.exists():
+                with self._lock:
+                    self._known[file_id] = info
+            raise data_dir.storage_error(error) from error
 
 
 class Upload:
