@@ -311,7 +311,8 @@ def test_a_full_disk_makes_a_batch_wait_and_go_on(
 
     def write(descriptor: int, data: Any) -> int:
         nonlocal num_refused
-        if 0 < num_refused <= 3 or b"batch_req" in bytes(data) and num_refused == 0:
+        begins = num_refused == 0 and b"batch_req" in bytes(data)
+        if begins or 0 < num_refused <= 3:
             num_refused += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(descriptor, data)
@@ -397,9 +398,11 @@ def test_an_input_in_use_is_not_deleted_even_after_a_restart(tmp_path: pathlib.P
     with served_batches.open_store(tmp_path) as store:
         file_id = served_batches.put(store, served_batches.rows(1))
         store.create(Endpoint.COMPLETIONS, file_id, {})
-    with served_batches.open_store(tmp_path) as store:
-        with pytest.raises(ApiError, match="a batch still reads"):
-            store.files.delete(file_id)
+    with (
+        served_batches.open_store(tmp_path) as store,
+        pytest.raises(ApiError, match="a batch still reads"),
+    ):
+        store.files.delete(file_id)
 
 
 def test_batches_that_wait_are_bounded_and_old_ones_are_forgotten(tmp_path: pathlib.Path) -> None:
@@ -407,7 +410,8 @@ def test_batches_that_wait_are_bounded_and_old_ones_are_forgotten(tmp_path: path
 
     async def scenario(store: BatchStore, engine: served_batches.Adder) -> None:
         file_id = served_batches.put(store, served_batches.rows(1))
-        first, _ = (store.create(Endpoint.COMPLETIONS, file_id, {}) for _ in range(2))
+        for _ in range(2):
+            store.create(Endpoint.COMPLETIONS, file_id, {})
         with pytest.raises(ApiError, match="2 batches wait or run, which is the most") as caught:
             store.create(Endpoint.COMPLETIONS, file_id, {})
         assert caught.value.status_code == 429
