@@ -63,6 +63,12 @@ class Adder:
         """Waits for the engine."""
         await self.up.wait()
 
+    async def hold(self, *, num_active: int) -> None:
+        """Lets nothing more finish and waits until so many requests are stuck."""
+        self.flow.clear()
+        await asyncio.sleep(0.05)  # What was about to finish does so.
+        await until(lambda: len(self.active) == num_active)
+
     def lose(self) -> None:
         """Ends with all that it has; `up` says when there is another."""
         self.up.clear()

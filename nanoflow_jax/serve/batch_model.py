@@ -197,9 +197,9 @@ class EngineModel:
                 await asyncio.sleep(_BUSY_S)
             except ValueError as error:
                 return run.Failure(request_id=name, error=ApiError(str(error)))
-        error = ApiError(
+        given_up = ApiError(
             f"the engine ended {_MAX_LOST} times while it answered this row",
             code="engine_lost",
             status_code=500,
         )
-        return run.Failure(request_id=name, error=error)
+        return run.Failure(request_id=name, error=given_up)

@@ -89,7 +89,11 @@ class BatchRunner:
         """Runs until it is cancelled; batches are then left as they are, to go on later."""
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
-        self._store.on_change(lambda: loop.call_soon_threadsafe(changed.set))
+
+        def on_change() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        self._store.on_change(on_change)
         most = self._settings.max_running + _ENDERS
         pool = futures.ThreadPoolExecutor(most, thread_name_prefix="batch")
         tasks: set[asyncio.Task[None]] = set()

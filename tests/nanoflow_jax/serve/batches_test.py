@@ -190,8 +190,7 @@ def test_cancel_keeps_the_finished_rows(tmp_path: pathlib.Path) -> None:
             file_id = served_batches.put(store, [*served_batches.rows(300), "bad"])
             made = store.create(Endpoint.COMPLETIONS, file_id, {})
             await served_batches.until(lambda: store.get(made.id).completed >= 5)
-            engine.flow.clear()
-            await served_batches.until(lambda: len(engine.active) == 4)
+            await engine.hold(num_active=4)
             assert store.cancel(made.id).status is Status.CANCELLING
             assert store.cancel(made.id).status is Status.CANCELLING
             (batch,) = await served_batches.ended(store, made.id)
@@ -263,8 +262,7 @@ def test_rows_go_on_with_the_next_engine(tmp_path: pathlib.Path) -> None:
         async with served_batches.running(store, engine, lookahead=4):
             made = store.create(Endpoint.COMPLETIONS, file_id, {})
             await served_batches.until(lambda: store.get(made.id).completed >= 5)
-            engine.flow.clear()
-            await served_batches.until(lambda: len(engine.active) == 4)
+            await engine.hold(num_active=4)
             engine.lose()
             await served_batches.until(lambda: not engine.active)
             engine.up.set()
