@@ -15,7 +15,7 @@ from typing import Any
 import served_batches
 
 from nanoflow_jax.openai.requests import Endpoint
-from nanoflow_jax.serve.batches import Status
+from nanoflow_jax.serve.batch_record import Status
 
 NUM_ROWS = 6
 _KILLED = 77

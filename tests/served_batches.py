@@ -15,6 +15,7 @@ from nanoflow_jax.batch import record
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.serve import batch_model, batch_routes, batch_runner, batches, data_dir, files
+from nanoflow_jax.serve.batch_record import Batch
 
 IDENTITY = record.ModelIdentity(
     name="adder", model="sums", tokenizer="letters", dtype="int", max_context_len=64
@@ -188,7 +189,7 @@ async def running(
             await task
 
 
-async def ended(store: batches.BatchStore, *batch_ids: str) -> list[batches.Batch]:
+async def ended(store: batches.BatchStore, *batch_ids: str) -> list[Batch]:
     """Waits for the end of batches."""
     while True:
         found = [store.get(batch_id) for batch_id in batch_ids]

@@ -14,12 +14,13 @@ from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.serve import batch_schemas as schemas
 from nanoflow_jax.serve import batches, files, multipart
+from nanoflow_jax.serve.batch_record import Batch
 
 _CHUNK_BYTES = 1 << 18
 _MAX_BODY_BYTES = 1 << 18
 _BATCH_FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 
-_Item = TypeVar("_Item", files.FileInfo, batches.Batch)
+_Item = TypeVar("_Item", files.FileInfo, Batch)
 _Responses = dict[int | str, dict[str, Any]]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from nanoflow_jax.batch import record, resume, rows, run, source
 from nanoflow_jax.serve import batch_model, batches
-from nanoflow_jax.serve.batches import Problem, Status
+from nanoflow_jax.serve.batch_record import Batch, Problem, Status
 
 _MAX_RETRY_S = 60.0
 _ENDERS = 2  # Threads for batches that only want their end, which wait for no turn.
@@ -114,7 +114,7 @@ class BatchRunner:
             await asyncio.gather(*tasks)
             pool.shutdown(wait=False)
 
-    def _due(self, waiting: list[batches.Batch], loop: asyncio.AbstractEventLoop) -> list[_Work]:
+    def _due(self, waiting: list[Batch], loop: asyncio.AbstractEventLoop) -> list[_Work]:
         """What can start now, the oldest first; nudges what should stop."""
         due = []
         for batch in sorted(waiting, key=lambda batch: batch.status is Status.VALIDATING):
@@ -186,7 +186,7 @@ class BatchRunner:
                 self._store.finalize(batch.id, found)
         self._store.end(batch.id)
 
-    def _try_answer(self, batch: batches.Batch, work: _Work) -> Problem | Status | None:
+    def _try_answer(self, batch: Batch, work: _Work) -> Problem | Status | None:
         """Answers the rows that are left; None if the server stops before the last one."""
         try:
             return self._answer(batch, work)
@@ -206,7 +206,7 @@ class BatchRunner:
                 "server's log says more",
             )
 
-    def _answer(self, batch: batches.Batch, work: _Work) -> Problem | Status | None:
+    def _answer(self, batch: Batch, work: _Work) -> Problem | Status | None:
         store = self._store
         if not store.files.has(batch.input_file_id):
             return Problem(code="file_not_found", message="the input file is no longer there")

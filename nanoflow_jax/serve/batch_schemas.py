@@ -5,7 +5,7 @@ from typing import Literal
 import pydantic
 
 from nanoflow_jax.serve import batches, files
-from nanoflow_jax.serve.batches import Status
+from nanoflow_jax.serve.batch_record import Batch, Status
 
 
 class FileObject(pydantic.BaseModel):
@@ -100,7 +100,7 @@ class BatchObject(pydantic.BaseModel):
     metadata: dict[str, str] | None
 
     @classmethod
-    def of(cls, batch: batches.Batch) -> "BatchObject":
+    def of(cls, batch: Batch) -> "BatchObject":
         """A batch as it is shown; its result files once they are there."""
         problems = [
             BatchProblem(code=problem.code, message=problem.message, line=problem.line)

@@ -6,10 +6,7 @@ split into the two result files, whose ids the record got before.
 """
 
 import dataclasses
-import enum
-import hashlib
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,30 +17,13 @@ from checkpoints import files as atomic
 from nanoflow_jax.batch import resume
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.openai.requests import Endpoint
-from nanoflow_jax.serve import data_dir, files
+from nanoflow_jax.serve import batch_record, data_dir, files
+from nanoflow_jax.serve.batch_record import Batch, Problem, Status
 
 MAX_METADATA = 16
 MAX_KEY_LEN = 64
 MAX_VALUE_LEN = 512
 WINDOW = "24h"
-_ID = re.compile(r"batch_[0-9a-f]{24}")
-
-
-class Status(enum.StrEnum):
-    """OpenAI's words for how far a batch is."""
-
-    VALIDATING = "validating"
-    IN_PROGRESS = "in_progress"
-    FINALIZING = "finalizing"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLING = "cancelling"
-    CANCELLED = "cancelled"
-
-    @property
-    def is_ended(self) -> bool:
-        """Whether nothing more happens to the batch."""
-        return self in (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,66 +37,6 @@ class Limits:
 
     max_waiting: int = 100
     max_batches: int = 10_000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Why a batch failed.
-
-    Attributes:
-        code: A word that programs can act on.
-        message: For people.
-        line: Of the input, from 1, if one is at fault.
-    """
-
-    code: str
-    message: str
-    line: int | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """A batch.
-
-    Attributes:
-        id: Drawn by the store.
-        endpoint: Where its rows go.
-        input_file_id: The rows.
-        metadata: The client's own.
-        status: How far it is.
-        ending: The status to come when the result files are there.
-        times: By status, seconds since 1970, when it was reached.
-        total: Rows, as far as known.
-        completed: Rows answered.
-        failed: Rows that became errors.
-        output_file_id: Answers; decided before the file is made.
-        error_file_id: Errors; likewise.
-        problems: Why it failed.
-    """
-
-    id: str
-    endpoint: Endpoint
-    input_file_id: str
-    metadata: Mapping[str, str]
-    status: Status
-    ending: Status | None = None
-    times: Mapping[str, int]
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    problems: tuple[Problem, ...] = ()
-
-    @property
-    def created_at(self) -> int:
-        """When it was made, seconds since 1970."""
-        return self.times[Status.VALIDATING]
-
-    @property
-    def seed(self) -> int:
-        """For rows that have none: the same after a restart."""
-        return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:7], "little")
 
 
 class BatchStore:
@@ -152,7 +72,7 @@ class BatchStore:
         self._lock = threading.Lock()
         self._on_change: Callable[[], None] = lambda: None
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._known = {b.id: b for b in map(_read_batch, sorted(folder.glob("batch_*.json")))}
+        self._known = {b.id: b for b in map(batch_record.read, sorted(folder.glob("batch_*.json")))}
         for path in folder.glob(".batch_*.json.partial"):
             path.unlink()
         for batch in self._known.values():
@@ -353,8 +273,7 @@ class BatchStore:
         return moved
 
     def _write(self, batch: Batch) -> None:
-        data = json.dumps(dataclasses.asdict(batch)).encode()
-        atomic.write_atomic(self._folder / f"{batch.id}.json", data)
+        atomic.write_atomic(self._folder / f"{batch.id}.json", batch.encode())
         self._known[batch.id] = batch
 
     def _forget_old(self) -> None:
@@ -390,24 +309,3 @@ def _read_rows(path: Path) -> Iterator[tuple[bytes, bool]]:
 def _count_rows(path: Path) -> tuple[int, int]:
     found = [is_error for _, is_error in _read_rows(path)]
     return found.count(False), found.count(True)
-
-
-def _read_batch(path: Path) -> Batch:
-    try:
-        value = json.loads(path.read_bytes())
-        batch = Batch(
-            **{
-                **value,
-                "endpoint": Endpoint(value["endpoint"]),
-                "status": Status(value["status"]),
-                "ending": None if value["ending"] is None else Status(value["ending"]),
-                "problems": tuple(Problem(**problem) for problem in value["problems"]),
-            }
-        )
-        if _ID.fullmatch(batch.id) is None or path.name != f"{batch.id}.json":
-            raise ValueError(f"it speaks of {batch.id!r:.80}")
-        return batch
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); move it out of --data_dir and start again"
-        ) from error

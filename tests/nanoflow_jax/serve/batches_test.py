@@ -20,7 +20,8 @@ from nanoflow_jax.batch import record
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.serve import batch_runner, batches, files
-from nanoflow_jax.serve.batches import Batch, BatchStore, Status
+from nanoflow_jax.serve.batch_record import Batch, Status
+from nanoflow_jax.serve.batches import BatchStore
 
 _Scenario = Callable[[BatchStore, served_batches.Adder], Coroutine[Any, Any, Any]]
 
