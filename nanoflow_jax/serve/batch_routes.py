@@ -272,7 +272,8 @@ def _parse_batch(data: bytes) -> dict[str, Any]:
         if name not in _BATCH_FIELDS:
             raise ApiError(
                 f"{name!r:.80} is no field of a batch, which has {', '.join(_BATCH_FIELDS)}",
-                param=name[:80],
+                # A lone surrogate could not be sent back.
+                param=name[:80].encode(errors="replace").decode(),
                 code="unknown_parameter",
             )
     file_id, endpoint = body.get("input_file_id"), body.get("endpoint")
