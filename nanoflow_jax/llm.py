@@ -192,6 +192,32 @@ class LLM:
         conversations: Any = [messages] if one else messages
         return self._run([self.encode_chat(c, **options) for c in conversations], params, progress)
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated since the start."""
+        return self.engine.counters.generated_tokens
+
+    def submit(self, name: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Takes a request in, for callers that run the steps themselves, as a batch job does.
+
+        Args:
+            name: Unique among unfinished requests.
+            prompt_ids: Token ids.
+            params: Its seed must be set.
+
+        Raises:
+            ValueError: This request cannot be served; others are not affected.
+        """
+        self.generator.submit(name, prompt_ids, params)
+
+    def abort(self, name: str) -> None:
+        """Drops a request; nothing more is reported of it."""
+        self.generator.abort(name)
+
+    def step(self) -> Sequence[Completion]:
+        """Runs one step; the requests that it finished."""
+        return self.generator.step().completions
+
     def _run(
         self,
         prompts: list[list[int]],

@@ -7,37 +7,24 @@ import jax
 
 from checkpoints import conversion
 from nanoflow_jax import config as config_lib
-from nanoflow_jax.batch import record, rows, source
+from nanoflow_jax.batch import record
 from nanoflow_jax.engine import build
 
 
-def identity(
-    section: config_lib.ModelSection,
-    model: build.ModelSource,
-    lines: source.JsonlSource,
-    defaults: rows.Defaults,
-    *,
-    shard: str,
-) -> record.Identity:
-    """All that the answers of a job depend on.
+def of_model(section: config_lib.ModelSection, model: build.ModelSource) -> record.ModelIdentity:
+    """All of a model that the answers of a job depend on.
 
     Args:
         section: The model's knobs.
         model: The opened model.
-        lines: The input.
-        defaults: Of rows that do not say.
-        shard: `K of N` processes.
     """
     is_auto = section.dtype == config_lib.Dtype.AUTO
-    return record.Identity(
-        input=f"{lines.num_bytes} bytes with sha256 {lines.sha256}",
+    return record.ModelIdentity(
+        name=model_name(section),
         model=_model(section, model),
         tokenizer=_texts(model),
         dtype=f"auto on {jax.default_backend()}" if is_auto else str(section.dtype),
         max_context_len=section.max_context_len,
-        sampling=dict(defaults.sampling),
-        seed=defaults.seed,
-        shard=shard,
     )
 
 

@@ -23,6 +23,37 @@ _MEANINGS = {
 }
 
 
+class JobChangedError(ValueError):
+    """A job that was begun and would now give other answers.
+
+    Attributes:
+        changes: What changed, in words.
+    """
+
+    def __init__(self, message: str, *, changes: str) -> None:
+        super().__init__(message)
+        self.changes = changes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """What a job must know of a model; see `fingerprint.of_model`, which makes it.
+
+    Attributes:
+        name: What answers call it.
+        model: As in `Identity`, like the rest.
+        tokenizer: Likewise.
+        dtype: Likewise.
+        max_context_len: Likewise.
+    """
+
+    name: str
+    model: str
+    tokenizer: str
+    dtype: str
+    max_context_len: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Identity:
     """All that the answers depend on. Batch and page sizes are not among it.
@@ -85,15 +116,16 @@ class JobRecord:
         """Refuses to go on with a job that would now give other answers.
 
         Raises:
-            ValueError: Something changed; the message says what.
+            JobChangedError: Something changed; the message says what.
         """
         then, now = dataclasses.asdict(self.identity), dataclasses.asdict(identity)
         for name, meaning in _MEANINGS.items():
             if then[name] != now[name]:
-                raise ValueError(
-                    f"{output} was begun with other settings: {meaning} changed "
-                    f"({_differences(then[name], now[name])}). Go back to what it was, give "
-                    "another --output, or delete what is there and begin again with --restart"
+                changes = f"{meaning} changed ({_differences(then[name], now[name])})"
+                raise JobChangedError(
+                    f"{output} was begun with other settings: {changes}. Go back to what it was, "
+                    "give another --output, or delete what is there and begin again with --restart",
+                    changes=changes,
                 )
 
 

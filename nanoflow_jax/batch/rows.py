@@ -55,8 +55,44 @@ class Defaults:
     seed: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accepts:
+    """Which rows a job serves.
+
+    Attributes:
+        endpoint: Rows for another one fail.
+        models: Rows that name another model fail.
+    """
+
+    endpoint: requests.Endpoint
+    models: frozenset[str]
+
+    def check(self, request: requests.ApiRequest) -> None:
+        """Raises ApiError for a request that is not served."""
+        if request.endpoint is not self.endpoint:
+            raise ApiError(
+                f"the row is for {request.endpoint} and the batch for {self.endpoint}; make a "
+                "batch for each endpoint",
+                param="url",
+                code="invalid_url",
+            )
+        if request.model is not None and request.model not in self.models:
+            raise ApiError(
+                f"the model {request.model!r:.80} is not served here; use one of "
+                f"{', '.join(sorted(self.models))}",
+                param="model",
+                code="model_not_found",
+                status_code=404,
+            )
+
+
 def read(
-    number: int, data: bytes, defaults: Defaults, *, repeats: int | None = None
+    number: int,
+    data: bytes,
+    defaults: Defaults,
+    *,
+    repeats: int | None = None,
+    accepts: Accepts | None = None,
 ) -> Row | BadRow:
     """Reads a line.
 
@@ -65,6 +101,7 @@ def read(
         data: Its bytes.
         defaults: For what it leaves out.
         repeats: The line that had the same custom_id before, if there is one.
+        accepts: Which rows are served; None for all.
     """
     custom_id = f"row-{number}"
     try:
@@ -80,6 +117,8 @@ def read(
             )
         endpoint, body = _body(found)
         request = requests.parse(endpoint, body, defaults.sampling)
+        if accepts is not None:
+            accepts.check(request)
         if request.stream:
             raise ApiError(
                 "a batch job writes whole answers; leave out stream, or set it to false",

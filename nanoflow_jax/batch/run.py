@@ -2,14 +2,60 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-from nanoflow_jax import llm
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.batch import output, record, rows
 from nanoflow_jax.openai import requests, responses
 from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.tokenizer import tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A request that got no completion: refused after it was taken in, or given up.
+
+    Attributes:
+        request_id: As submitted.
+        error: Why.
+    """
+
+    request_id: str
+    error: ApiError
+
+
+class Model(Protocol):
+    """What answers the rows: `llm.LLM`, or a server's engine seen from one of its threads."""
+
+    tokenizer: tokenizer.Tokenizer | None
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far, for the speed that is shown."""
+        ...
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt; ValueError if it has none."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation; ValueError if it has none."""
+        ...
+
+    def submit(
+        self, name: str, prompt_ids: Sequence[int], params: request_lib.SamplingParams
+    ) -> None:
+        """Takes a request in; ValueError if it cannot be served."""
+        ...
+
+    def abort(self, name: str) -> None:
+        """Drops a request, finished or not; nothing more is reported of it."""
+        ...
+
+    def step(self) -> Sequence[request_lib.Completion | Failure]:
+        """What became finished since the last call; may wait a moment for it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +97,14 @@ class Run:
     """One run over the rows that are left.
 
     Invariant: every prompt of a pending row that is not in its `completions` is a request of the
-    generator, named by `_name`.
+    model, named by `_name`.
     """
 
     def __init__(
         self,
         job_record: record.JobRecord,
         answers: output.OutputFile,
-        model: llm.LLM,
+        model: Model,
         *,
         state: State,
         report: Callable[[State], None],
@@ -73,13 +119,13 @@ class Run:
         self._num_choices = 0
         self._other_model: str | None = None
         self._began = time.monotonic()
-        self._tokens_before = model.engine.counters.generated_tokens
+        self._tokens_before = model.num_generated
 
     def state(self) -> State:
         """How far the run is."""
         return dataclasses.replace(
             self._first_state,
-            tokens=self._model.engine.counters.generated_tokens - self._tokens_before,
+            tokens=self._model.num_generated - self._tokens_before,
             seconds=time.monotonic() - self._began,
             other_model=self._other_model,
         )
@@ -93,17 +139,20 @@ class Run:
     ) -> None:
         """Runs until no row is left, or it should stop."""
         while not should_stop() and self._feed(left, lookahead):
-            for completion in self._model.generator.step().completions:
-                self._take(completion)
+            for found in self._model.step():
+                if isinstance(found, Failure):
+                    self._take_failure(found)
+                else:
+                    self._take(found)
             self._report(self.state())
 
     def drop_pending(self) -> None:
-        """Takes rows that are not finished out of the generator."""
+        """Takes rows that are not finished out of the model."""
         for pending in list(self._pending.values()):
             self._drop(pending)
 
     def _feed(self, left: Iterator[rows.Row | rows.BadRow], lookahead: int) -> bool:
-        """Hands rows to the generator; False if nothing is left to do."""
+        """Hands rows to the model; False if nothing is left to do."""
         while self._num_choices < lookahead:
             row = next(left, None)
             if row is None:
@@ -124,7 +173,7 @@ class Run:
         try:
             for i, prompt in enumerate(self._encode(row.request)):
                 params = dataclasses.replace(row.request.params, seed=row.seeds[i])
-                self._model.generator.submit(_name(row.number, i), prompt, params)
+                self._model.submit(_name(row.number, i), prompt, params)
         except ValueError as error:
             self._drop(pending)
             self._write_error(row.number, row.custom_id, ApiError(str(error)))
@@ -135,18 +184,28 @@ class Run:
         return [self._model.encode_chat(request.messages, **request.template_options)]
 
     def _take(self, completion: request_lib.Completion) -> None:
-        number, prompt = map(int, completion.request_id.split("."))
-        pending = self._pending[number]
+        number, prompt = _parse_name(completion.request_id)
+        pending = self._pending.get(number)
+        if pending is None:  # Another prompt of the row failed in the same step.
+            return
         pending.completions[prompt] = completion
         if len(pending.completions) == pending.num_prompts:
             self._drop(pending)
             self._write(pending)
 
+    def _take_failure(self, failure: Failure) -> None:
+        """Ends the row of a request that failed; of several such requests the first counts."""
+        number = _parse_name(failure.request_id)[0]
+        pending = self._pending.get(number)
+        if pending is not None:
+            self._drop(pending)
+            self._write_error(number, pending.row.custom_id, failure.error)
+
     def _drop(self, pending: _Pending) -> None:
         del self._pending[pending.row.number]
         self._num_choices -= pending.num_prompts * pending.row.request.params.n
         for i in range(pending.num_prompts):
-            self._model.generator.abort(_name(pending.row.number, i))
+            self._model.abort(_name(pending.row.number, i))
 
     def _write(self, pending: _Pending) -> None:
         row = pending.row
@@ -197,3 +256,8 @@ class Run:
 
 def _name(number: int, prompt: int) -> str:
     return f"{number}.{prompt}"
+
+
+def _parse_name(name: str) -> tuple[int, int]:
+    number, prompt = map(int, name.split("."))
+    return number, prompt

@@ -12,7 +12,7 @@ from absl import flags
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console, llm, meter, start_up
-from nanoflow_jax.batch import job, rows
+from nanoflow_jax.batch import job, resume, rows
 from nanoflow_jax.batch import run as run_lib
 from nanoflow_jax.engine import build
 from nanoflow_jax.generate import command_line
@@ -45,7 +45,7 @@ def run(
         ValueError: The job cannot begin.
         RunError: It failed while it ran.
     """
-    options = job.Options(
+    options = resume.Options(
         input=command_line.input_path(values.input),
         output=pathlib.Path(values.output),
         defaults=rows.Defaults(sampling=sampling, seed=values.seed),
@@ -77,7 +77,7 @@ def run(
 
 
 def _answer(
-    opened: job.Job, config: config_lib.EngineConfig, say: Callable[[str], None], stream: TextIO
+    opened: resume.Job, config: config_lib.EngineConfig, say: Callable[[str], None], stream: TextIO
 ) -> run_lib.State:
     chosen: list[build.Settings] = []
     reports = start_up.reports(say, also_settings=chosen.append)

@@ -11,7 +11,7 @@ import batch_runs
 import pytest
 
 from nanoflow_jax import config, llm
-from nanoflow_jax.batch import job, rows, run
+from nanoflow_jax.batch import job, resume, rows, run
 
 _SECTION = config.ModelSection(model=str(batch_runs.FOLDER), max_context_len=128)
 _GREEDY = {"temperature": 0, "max_tokens": 6}
@@ -28,19 +28,19 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def _options(folder: pathlib.Path, **changes: Any) -> job.Options:
+def _options(folder: pathlib.Path, **changes: Any) -> resume.Options:
     merged = {
         "input": folder / "in.jsonl",
         "output": folder / "out.jsonl",
         "defaults": rows.Defaults(sampling={}, seed=0),
         **changes,
     }
-    return job.Options(**merged)
+    return resume.Options(**merged)
 
 
 def _run(
     model: llm.LLM,
-    options: job.Options,
+    options: resume.Options,
     *,
     stop_after: int | None = None,
     lookahead: int = 16,

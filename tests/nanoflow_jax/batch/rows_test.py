@@ -113,3 +113,35 @@ def test_the_second_use_of_a_custom_id_is_a_bad_row() -> None:
     assert isinstance(found, rows.BadRow)
     assert str(found.error) == ("custom_id 'a' was used before, in line 3; give each row its own")
     assert found.error.code == "duplicate_custom_id"
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "status", "message"),
+    [
+        ({"prompt": "x", "model": "mine"}, None, None, None),
+        ({"prompt": "x"}, None, None, None),
+        (
+            {"messages": [{"role": "user", "content": "x"}]},
+            "invalid_url",
+            400,
+            "the row is for /v1/chat/completions and the batch for /v1/completions",
+        ),
+        (
+            {"prompt": "x", "model": "theirs"},
+            "model_not_found",
+            404,
+            "the model 'theirs' is not served here; use one of alias, mine",
+        ),
+    ],
+)
+def test_a_job_may_accept_one_endpoint_and_some_models(
+    row: dict[str, Any], code: str | None, status: int | None, message: str | None
+) -> None:
+    accepts = rows.Accepts(endpoint=Endpoint.COMPLETIONS, models=frozenset({"mine", "alias"}))
+    found = _read(row, accepts=accepts)
+    if message is None:
+        assert isinstance(found, rows.Row)
+        return
+    assert isinstance(found, rows.BadRow)
+    assert (found.error.code, found.error.status_code) == (code, status)
+    assert message in str(found.error)
