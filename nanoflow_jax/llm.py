@@ -20,7 +20,8 @@ from nanoflow_jax import generator
 from nanoflow_jax.engine import build
 from nanoflow_jax.engine import engine as engine_lib
 from nanoflow_jax.request import Choice, Completion, FinishReason, SamplingParams, TokenLogprobs
-from nanoflow_jax.tokenizer import chat_template, tokenizer
+from nanoflow_jax.tokenizer import tokenizer, tool_formats
+from nanoflow_jax.tokenizer import words as words_lib
 
 __all__ = ["LLM", "Choice", "FinishReason", "Result", "SamplingParams", "TokenLogprobs"]
 
@@ -107,19 +108,34 @@ class LLM:
 
     def _start(self, config: config_lib.EngineConfig, reports: build.Reports | None) -> None:
         self._source = build.open_model(config.model)
-        self.tokenizer = self._load_tokenizer()
+        self.words = self._load_words(config.model.tool_format)
         self.engine: engine_lib.Engine = build.build_engine(config, self._source, reports)
-        self.generator = generator.Generator(self.engine, self.tokenizer)
-        self._template: chat_template.ChatTemplate | None = None
+        self.generator = generator.Generator(self.engine, self.words.tokenizer)
         self._num_requests = 0
 
-    def _load_tokenizer(self) -> tokenizer.Tokenizer | None:
+    def _load_words(self, tool_format: str) -> words_lib.Words:
         folder = self._source.folder
-        if folder is None:
-            return None
-        words = tokenizer.Tokenizer.load(folder.path)
-        words.check_fits(self._source.config.vocab_size)
+        words = words_lib.Words.load(
+            folder.path if folder is not None else None, tool_format=tool_format
+        )
+        if words.tokenizer is not None:
+            words.tokenizer.check_fits(self._source.config.vocab_size)
         return words
+
+    @property
+    def source(self) -> build.ModelSource:
+        """The model's files."""
+        return self._source
+
+    @property
+    def tokenizer(self) -> tokenizer.Tokenizer | None:
+        """The model's tokenizer, None for a model of random weights without a folder."""
+        return self.words.tokenizer
+
+    @property
+    def tool_style(self) -> tool_formats.ToolStyle:
+        """How the model calls tools."""
+        return self.words.tool_style
 
     @property
     def max_context_len(self) -> int:
@@ -132,11 +148,7 @@ class LLM:
         Raises:
             ValueError: The prompt is text and the model has no tokenizer.
         """
-        if not isinstance(prompt, str):
-            return _plain_ids(prompt)
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer; give the prompt as token ids")
-        return self.tokenizer.encode(prompt)
+        return self.words.encode(prompt if isinstance(prompt, str) else _plain_ids(prompt))
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """Token ids of a conversation, by the model's chat template.
@@ -148,12 +160,7 @@ class LLM:
         Raises:
             ValueError: The model has no template, or the template refuses the messages.
         """
-        if self.tokenizer is None or self._source.folder is None:
-            raise ValueError("this model has no tokenizer, so it cannot chat")
-        if self._template is None:
-            self._template = chat_template.ChatTemplate.load(self._source.folder.path)
-        text = self._template.render(messages, **options)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.words.encode_chat(messages, **options)
 
     def generate(
         self,
@@ -255,8 +262,7 @@ class LLM:
     def close(self) -> None:
         """Lets go of the device and of the template's process."""
         self.engine.close()
-        if self._template is not None:
-            self._template.close()
+        self.words.close()
 
     def __enter__(self) -> "LLM":
         return self

@@ -197,7 +197,9 @@ class Job:
         """
         current = run.Run(self._record, self._answers, model, state=self.state(), report=report)
         try:
-            current.work(self._read_rows(), lookahead=lookahead, should_stop=should_stop)
+            current.work(
+                self._read_rows(model.tool_style), lookahead=lookahead, should_stop=should_stop
+            )
         except Exception:
             current.drop_pending()
             raise
@@ -205,7 +207,7 @@ class Job:
         self._answers.sync()
         return current.state()
 
-    def _read_rows(self) -> Iterator[rows.Row | rows.BadRow]:
+    def _read_rows(self, tool_style: tool_formats.ToolStyle) -> Iterator[rows.Row | rows.BadRow]:
         """The rows that are left, read one at a time when they are needed."""
         k, n = self._options.process_index, self._options.process_count
         # By random access: a job that goes on does not read what is done. Element i of the shard
@@ -219,6 +221,7 @@ class Job:
                 self._options.defaults,
                 repeats=self._repeats.get(line),
                 accepts=self._options.accepts,
+                tool_style=tool_style,
             )
 
 

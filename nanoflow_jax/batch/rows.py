@@ -12,6 +12,7 @@ from typing import Any
 from nanoflow_jax.batch import source
 from nanoflow_jax.openai import requests
 from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.tokenizer import tool_formats
 
 _ENVELOPE = ("custom_id", "method", "url", "body")
 
@@ -93,6 +94,7 @@ def read(
     *,
     repeats: int | None = None,
     accepts: Accepts | None = None,
+    tool_style: tool_formats.ToolStyle | None = None,
 ) -> Row | BadRow:
     """Reads a line.
 
@@ -102,6 +104,7 @@ def read(
         defaults: For what it leaves out.
         repeats: The line that had the same custom_id before, if there is one.
         accepts: Which rows are served; None for all.
+        tool_style: How the model calls tools; without it rows with tools are refused.
     """
     custom_id = f"row-{number}"
     try:
@@ -116,7 +119,7 @@ def read(
                 code="duplicate_custom_id",
             )
         endpoint, body = _body(found)
-        request = requests.parse(endpoint, body, defaults.sampling)
+        request = requests.parse(endpoint, body, defaults.sampling, tool_style=tool_style)
         if accepts is not None:
             accepts.check(request)
         if request.stream:

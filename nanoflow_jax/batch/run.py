@@ -9,7 +9,7 @@ from nanoflow_jax import request as request_lib
 from nanoflow_jax.batch import output, record, rows
 from nanoflow_jax.openai import requests, responses
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.tokenizer import tokenizer
+from nanoflow_jax.tokenizer import tokenizer, tool_formats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,15 @@ class Failure:
 class Model(Protocol):
     """What answers the rows: `llm.LLM`, or a server's engine seen from one of its threads."""
 
-    tokenizer: tokenizer.Tokenizer | None
+    @property
+    def tokenizer(self) -> tokenizer.Tokenizer | None:
+        """The model's tokenizer, if it has one."""
+        ...
+
+    @property
+    def tool_style(self) -> tool_formats.ToolStyle:
+        """How the model calls tools."""
+        ...
 
     @property
     def num_generated(self) -> int:

@@ -76,6 +76,7 @@ class EngineClient:
         self.ready: messages.Ready | None = None
         self.load = messages.Load()
         self.num_starts = 0
+        self._is_ready = asyncio.Event()
 
     @property
     def num_pending(self) -> int:
@@ -86,6 +87,12 @@ class EngineClient:
     def pid(self) -> int | None:
         """The engine's process, if there is one."""
         return self._process.pid if self._process is not None else None
+
+    async def wait_ready(self) -> messages.Ready:
+        """Waits until the engine takes requests; what it said of itself."""
+        await self._is_ready.wait()
+        assert self.ready is not None
+        return self.ready
 
     def submit(
         self,
@@ -219,6 +226,7 @@ class EngineClient:
                 await self._read(reader)
             finally:
                 watch.cancel()
+                self._is_ready.clear()
                 if self.state is State.READY:
                     self.state = State.STARTING
                 self._drop_tickets("the engine stopped while it worked on this; try again")
@@ -280,6 +288,7 @@ class EngineClient:
             case messages.Ready():
                 self.ready = message
                 self.state = State.READY
+                self._is_ready.set()
             case messages.Traced():
                 told = self._traces.popleft()
                 if not told.done():

@@ -7,6 +7,7 @@ import msgspec
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import request as request_lib
+from nanoflow_jax.batch import record
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -70,6 +71,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         dense_batch: Tokens in a full step.
         num_pages: Pages of the cache.
         page_size: Tokens in one page.
+        identity: What a batch job must know of the model.
     """
 
     device: str
@@ -80,6 +82,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dense_batch: int
     num_pages: int
     page_size: int
+    identity: record.ModelIdentity
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -11,6 +11,7 @@ import jax
 
 from nanoflow_jax import llm, start_up
 from nanoflow_jax import request as request_lib
+from nanoflow_jax.batch import fingerprint
 from nanoflow_jax.engine import build
 from nanoflow_jax.engine_process import messages, wire
 
@@ -59,6 +60,7 @@ def _start(
         dense_batch=settings.dense_batch,
         num_pages=settings.num_pages,
         page_size=settings.page_size,
+        identity=fingerprint.of_model(start.config.model, model.source),
     )
 
 

@@ -15,7 +15,7 @@ from nanoflow_jax import request as request_lib
 from nanoflow_jax.openai import tool_messages
 from nanoflow_jax.openai import tools as tools_lib
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.openai.tool_formats import ToolStyle
+from nanoflow_jax.tokenizer.tool_formats import ToolStyle
 
 MAX_PROMPTS = 2048  # prompts times n of one body
 

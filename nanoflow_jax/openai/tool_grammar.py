@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.openai.tool_formats import (
+from nanoflow_jax.tokenizer.tool_formats import (
     HERMES_END,
     MISTRAL_ARGUMENTS,
     ToolFormat,

@@ -8,7 +8,7 @@ from typing import Any
 
 from nanoflow_jax.openai import tools
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.openai.tool_formats import ToolStyle
+from nanoflow_jax.tokenizer.tool_formats import ToolStyle
 
 MAX_CALLS = 128  # of one message
 

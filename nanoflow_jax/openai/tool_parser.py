@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from nanoflow_jax.openai.tool_call_reader import SPACE, CallReader, Opens, State
-from nanoflow_jax.openai.tool_formats import HERMES_END, ToolFormat
+from nanoflow_jax.tokenizer.tool_formats import HERMES_END, ToolFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

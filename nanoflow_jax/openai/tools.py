@@ -16,8 +16,8 @@ from typing import Any
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.openai import tool_grammar
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.openai.tool_formats import ToolStyle
 from nanoflow_jax.openai.tool_parser import Arguments, CallStart, Content, Piece, ToolParser
+from nanoflow_jax.tokenizer.tool_formats import ToolStyle
 
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 256 * 1024

@@ -4,7 +4,6 @@ Exit codes: 0 stopped by a signal, 1 the engine ended for good, 2 wrong flags or
 """
 
 import logging
-import pathlib
 import sys
 from typing import Any
 
@@ -13,6 +12,7 @@ from absl import app, flags
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console
 from nanoflow_jax import flags as knob_flags
+from nanoflow_jax.batch import fingerprint
 from nanoflow_jax.engine import build
 from nanoflow_jax.serve import run
 
@@ -39,13 +39,9 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> int:
     section = knob_flags.serve_config(values).server
     source = build.open_model(engine.model)
     folder = source.folder.path if source.folder is not None else None
-    name = section.model_name or _model_name(engine.model.model)
+    name = section.model_name or fingerprint.model_name(engine.model)
     _log_to_stderr(access=values.access_log)
     return run.serve(section, engine, folder=folder, model_name=name, say=_say)
-
-
-def _model_name(model: str) -> str:
-    return pathlib.Path(model).resolve().name if model else "nanoflow-embedded"
 
 
 def _log_to_stderr(*, access: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.batch import run
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.tokenizer import tokenizer
+from nanoflow_jax.tokenizer import tokenizer, tool_formats
 
 _WAIT_S = 0.5  # Between two looks at whether the batch should stop, which also wakes the thread.
 _BUSY_S = 1.0
@@ -55,7 +55,15 @@ class Engine(Protocol):
 class Texts(Protocol):
     """Text to token ids. Its methods are called from several threads at once."""
 
-    tokenizer: tokenizer.Tokenizer | None
+    @property
+    def tokenizer(self) -> tokenizer.Tokenizer | None:
+        """As `llm.LLM.tokenizer`."""
+        ...
+
+    @property
+    def tool_style(self) -> tool_formats.ToolStyle:
+        """As `llm.LLM.tool_style`."""
+        ...
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """As `llm.LLM.encode`."""
@@ -92,6 +100,7 @@ class EngineModel:
             priority: Of all requests.
         """
         self.tokenizer = texts.tokenizer
+        self.tool_style = texts.tool_style
         self._engine = engine
         self._texts = texts
         self._loop = loop

@@ -45,7 +45,7 @@ async def answer(
     fields = await body.read_object(
         http, most_bytes=section.max_body_bytes, timeout_s=section.read_timeout_s
     )
-    request = requests.parse(endpoint, fields, {}, tool_style=service.tool_style)
+    request = requests.parse(endpoint, fields, {}, tool_style=service.words.tool_style)
     service.check_model(request.model)
     num_choices = max(1, len(request.prompts)) * request.params.n
     deadline = began + min(section.request_timeout_s, request.timeout_s or float("inf"))
@@ -117,7 +117,7 @@ class _Work:
                 completions = []
                 for ticket in tickets:
                     completion = await self._bounded(ticket.completion())
-                    self._count(ticket, completion)
+                    service.count(ticket)
                     completions.append(completion)
             return service.writer.body(self._request, completions, service.head())
 
@@ -186,7 +186,7 @@ class _Work:
                 self._note(event)
                 return _events(writer.delta(number, event))
             case request_lib.Completion():
-                self._count(tickets[number], event)
+                self._service.count(tickets[number])
                 if event.error is not None:
                     raise responses.failed(event.error)
         return b""
@@ -217,17 +217,6 @@ class _Work:
                     (now - self._heard_at) / len(delta.token_ids)
                 )
         self._heard_at = now
-
-    def _count(self, ticket: tickets_lib.Ticket, completion: request_lib.Completion) -> None:
-        times = ticket.times
-        assert times is not None
-        self._service.metrics.finish(
-            prompt_tokens=len(ticket.prompt_ids),
-            output_tokens=times.num_tokens,
-            reasons=times.reasons,
-            first_token_s=times.first_token_s if times.num_tokens else None,
-            total_s=times.end_s,
-        )
 
 
 async def _pump(

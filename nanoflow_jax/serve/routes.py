@@ -143,7 +143,7 @@ def _tokenize_request(
     if not is_chat and not isinstance(fields["prompt"], str):
         raise ApiError(f"prompt={fields['prompt']!r:.80} is not text", param="prompt")
     endpoint = requests.Endpoint.CHAT if is_chat else requests.Endpoint.COMPLETIONS
-    request = requests.parse(endpoint, fields, {}, tool_style=service.tool_style)
+    request = requests.parse(endpoint, fields, {}, tool_style=service.words.tool_style)
     return request, bool(with_texts)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -15,9 +16,18 @@ import uvicorn
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console
 from nanoflow_jax.engine_process import client as client_lib
-from nanoflow_jax.openai import tool_formats
 from nanoflow_jax.serve import app as app_lib
-from nanoflow_jax.serve import guarded_protocol, keys, metrics, page_routes
+from nanoflow_jax.serve import (
+    batch_routes,
+    batch_runner,
+    batches,
+    data_dir,
+    files,
+    guarded_protocol,
+    keys,
+    metrics,
+    page_routes,
+)
 from nanoflow_jax.serve import service as service_lib
 from nanoflow_jax.tokenizer import words as words_lib
 
@@ -54,16 +64,19 @@ def serve(
         RunError: The engine is gone for good.
     """
     api_keys = keys.ApiKeys.load(section.api_key_file)
-    words = words_lib.Words.load(folder)
-    tool_style = tool_formats.style_of(words, engine.model.tool_format)
-    with contextlib.closing(words), contextlib.closing(_bind(section)) as listener:
+    words = words_lib.Words.load(folder, tool_format=engine.model.tool_format)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(words))
+        listener = stack.enter_context(contextlib.closing(_bind(section)))
+        place = state_folder(section.data_dir)
+        jobs = _batches(section, stack.enter_context(data_dir.opened(place))) if place else None
         if section.host not in ("127.0.0.1", "::1", "localhost") and not api_keys.are_needed:
             say(
                 f"warning: --host={section.host} lets other machines in and there is no "
                 "--api_key_file: everybody who can reach the port can use the server"
             )
         return asyncio.run(
-            _Server(section, engine, words, tool_style, model_name, listener, api_keys, say).run()
+            _Server(section, engine, words, model_name, listener, api_keys, jobs, say).run()
         )
 
 
@@ -116,10 +129,10 @@ class _Server:
         section: config_lib.ServerSection,
         engine: config_lib.EngineConfig,
         words: words_lib.Words,
-        tool_style: tool_formats.ToolStyle,
         model_name: str,
         listener: socket.socket,
         api_keys: keys.ApiKeys,
+        jobs: batches.BatchStore | None,
         say: Callable[[str], None],
     ) -> None:
         self._section = section
@@ -140,9 +153,12 @@ class _Server:
             words=words,
             client=self._client,
             metrics=counted,
-            tool_style=tool_style,
         )
-        app = app_lib.build_app(self._service, api_keys=api_keys, more=[page_routes.make_router()])
+        self._jobs = jobs
+        more = [page_routes.make_router()]
+        if jobs is not None:
+            more.append(batch_routes.make_router(jobs))
+        app = app_lib.build_app(self._service, api_keys=api_keys, more=more)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -164,6 +180,7 @@ class _Server:
         )
         self._num_signals = 0
         self._drained: asyncio.Task[None] | None = None
+        self._batching: asyncio.Task[None]
 
     async def run(self) -> int:
         """Serves until a signal, or until the engine is gone.
@@ -174,19 +191,38 @@ class _Server:
         engine = asyncio.create_task(self._client.run())
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
         announcing = asyncio.create_task(self._announce())
+        self._batching = asyncio.create_task(self._run_batches())
         try:
             await asyncio.wait({engine, serving}, return_when=asyncio.FIRST_COMPLETED)
             self._uvicorn.should_exit = True
             await serving
         finally:
-            for task in (announcing, engine):
+            for task in (announcing, self._batching):
                 task.cancel()
+            await asyncio.gather(announcing, self._batching, return_exceptions=True)
+            engine.cancel()
             results = await asyncio.gather(engine, return_exceptions=True)
         if isinstance(results[0], client_lib.EngineLostError):
             raise console.RunError(str(results[0])) from results[0]
         if isinstance(results[0], Exception):
             raise results[0]
         return 0
+
+    async def _run_batches(self) -> None:
+        """Goes on with batches, from the first time that the engine is ready."""
+        if self._jobs is None:
+            return
+        ready = await self._client.wait_ready()
+        runner = batch_runner.BatchRunner(
+            self._jobs,
+            service_lib.BatchEngine(self._service),
+            self._service.words,
+            dataclasses.replace(ready.identity, name=self._service.model_name),
+            batch_runner.Settings(
+                models=frozenset({self._service.model_name}), lookahead=2 * ready.max_requests
+            ),
+        )
+        await runner.run()
 
     async def _announce(self) -> None:
         while self._service.status != "ready":
@@ -199,6 +235,7 @@ class _Server:
         self._num_signals += 1
         if self._num_signals == 1:
             self._service.is_draining = True
+            self._batching.cancel()
             left = self._client.num_pending
             if left:
                 self._say(
@@ -219,6 +256,12 @@ class _Server:
                     await asyncio.sleep(_POLL_S)
         self._client.drop_all("the server is stopping")
         self._uvicorn.should_exit = True
+
+
+def _batches(section: config_lib.ServerSection, place: pathlib.Path) -> batches.BatchStore:
+    limits = files.Limits(max_file_bytes=section.max_file_bytes)
+    store = files.FileStore(place / "files", limits)
+    return batches.BatchStore(place / "batches", store)
 
 
 def state_folder(knob: str) -> pathlib.Path | None:

@@ -11,8 +11,9 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine_process import client as client_lib
 from nanoflow_jax.engine_process import tickets
-from nanoflow_jax.openai import requests, responses, tool_formats
+from nanoflow_jax.openai import requests, responses
 from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.serve import batch_model
 from nanoflow_jax.serve import metrics as metrics_lib
 from nanoflow_jax.tokenizer import words as words_lib
 
@@ -35,10 +36,8 @@ class Service:
         words: words_lib.Words,
         client: client_lib.EngineClient,
         metrics: metrics_lib.Metrics,
-        tool_style: tool_formats.ToolStyle,
     ) -> None:
         self.section = section
-        self.tool_style = tool_style
         self.model_name = model_name
         self.words = words
         self.client = client
@@ -166,6 +165,18 @@ class Service:
                 param="prompt",
             )
 
+    def count(self, ticket: tickets.Ticket) -> None:
+        """Adds a finished request to the statistics."""
+        times = ticket.times
+        assert times is not None
+        self.metrics.finish(
+            prompt_tokens=len(ticket.prompt_ids),
+            output_tokens=times.num_tokens,
+            reasons=times.reasons,
+            first_token_s=times.first_token_s if times.num_tokens else None,
+            total_s=times.end_s,
+        )
+
     def submit(
         self, request: requests.ApiRequest, prompts: Sequence[Sequence[int]]
     ) -> list[tickets.Ticket]:
@@ -186,6 +197,36 @@ class Service:
             ]
         except tickets.EngineStoppedError as error:
             raise stopped(error) from error
+
+
+class BatchEngine:
+    """The engine as batches use it: beside live requests, and not counted among them."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def ready(self) -> None:
+        """Returns once the engine takes requests."""
+        await self._service.client.wait_ready()
+
+    async def complete(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: request_lib.SamplingParams,
+        *,
+        priority: int,
+    ) -> request_lib.Completion:
+        """Runs one request to its end; see `batch_model.Engine`."""
+        client = self._service.client
+        try:
+            ticket = client.submit(prompt_ids, params, priority=priority)
+            with client.aborting([ticket]):
+                completion = await ticket.completion()
+        except tickets.EngineStoppedError as error:
+            raise batch_model.EngineLostError(str(error)) from error
+        self._service.count(ticket)
+        return completion
 
 
 def stopped(error: Exception) -> ApiError:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from nanoflow_jax.tokenizer import chat_template, tokenizer
+from nanoflow_jax.tokenizer import chat_template, tokenizer, tool_formats
 
 Prompt = str | Sequence[int]
 
@@ -17,28 +17,40 @@ class Words:
     Attributes:
         tokenizer: None for a model of random weights.
         template: None if the model is not made for chat.
-        no_template: Why it has none, for those who chat nevertheless.
+        tool_style: How it calls tools.
+        no_template: Why it has no template, for those who chat nevertheless.
     """
 
     tokenizer: tokenizer.Tokenizer | None
     template: chat_template.ChatTemplate | None
+    tool_style: tool_formats.ToolStyle
     no_template: str = ""
 
     @classmethod
-    def load(cls, folder: pathlib.Path | None) -> "Words":
-        """Reads those of a model folder; None for a model without one.
+    def load(cls, folder: pathlib.Path | None, *, tool_format: str = "") -> "Words":
+        """Reads those of a model folder.
+
+        Args:
+            folder: None for a model without one.
+            tool_format: Name of the form of its calls; empty for what its template writes.
 
         Raises:
-            ValueError: The tokenizer is missing or damaged.
+            ValueError: The tokenizer is missing or damaged, or there is no form of that name.
         """
-        if folder is None:
-            return cls(tokenizer=None, template=None, no_template="this model has no tokenizer")
-        words = tokenizer.Tokenizer.load(folder)
-        try:
-            template = chat_template.ChatTemplate.load(folder)
-        except ValueError as error:
-            return cls(tokenizer=words, template=None, no_template=str(error))
-        return cls(tokenizer=words, template=template)
+        words, template, no_template = None, None, "this model has no tokenizer, so it cannot chat"
+        if folder is not None:
+            words = tokenizer.Tokenizer.load(folder)
+            try:
+                template = chat_template.ChatTemplate.load(folder)
+            except ValueError as error:
+                no_template = str(error)
+        sources = template.sources if template is not None else {}
+        return cls(
+            tokenizer=words,
+            template=template,
+            tool_style=tool_formats.ToolStyle.of_model(sources, words, chosen=tool_format),
+            no_template=no_template,
+        )
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt.

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoflow_jax.openai import errors, requests, tool_formats
+from nanoflow_jax.openai import errors, requests
+from nanoflow_jax.tokenizer import tool_formats
 from nanoflow_jax.openai.requests import Endpoint
 
 _CHAT = {"messages": [{"role": "user", "content": "hi"}]}

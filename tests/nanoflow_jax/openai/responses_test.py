@@ -7,7 +7,8 @@ import pytest
 from golden import cases
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.openai import errors, requests, responses, tool_formats, tools
+from nanoflow_jax.openai import errors, requests, responses, tools
+from nanoflow_jax.tokenizer import tool_formats
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.request import FinishReason, TokenLogprobs
 from nanoflow_jax.tokenizer import tokenizer

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import checkpoints
 from nanoflow_jax.openai import tool_grammar
-from nanoflow_jax.openai.tool_formats import ToolFormat, ToolStyle
+from nanoflow_jax.tokenizer.tool_formats import ToolFormat, ToolStyle
 from nanoflow_jax.openai.tools import Tools, message_fields
 from nanoflow_jax.tokenizer import tokenizer
 

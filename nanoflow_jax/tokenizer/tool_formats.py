@@ -13,7 +13,6 @@ import enum
 from collections.abc import Mapping
 
 from nanoflow_jax.tokenizer import tokenizer
-from nanoflow_jax.tokenizer import words as words_lib
 
 
 class ToolFormat(enum.StrEnum):
@@ -76,16 +75,26 @@ class ToolStyle:
         templates: Mapping[str, str],
         words: tokenizer.Tokenizer | None,
         *,
-        chosen: ToolFormat | None = None,
+        chosen: str = "",
     ) -> "ToolStyle":
         """The style of a model.
 
         Args:
             templates: Sources of its chat templates by name, as `ChatTemplate` takes them.
             words: Its tokenizer, if it has one.
-            chosen: What the user wants instead of what the template says.
+            chosen: Name of the form that the user wants instead of what the template says; empty
+                for none.
+
+        Raises:
+            ValueError: There is no form of that name.
         """
-        found = chosen or detect(templates.get("tool_use", templates.get("default", "")))
+        if chosen and chosen not in list(ToolFormat):
+            raise ValueError(f"--tool_format={chosen} is not one of {', '.join(ToolFormat)}")
+        found = (
+            ToolFormat(chosen)
+            if chosen
+            else detect(templates.get("tool_use", templates.get("default", "")))
+        )
         ids = {m: words.token_to_id(m) for m in _MARKERS} if words is not None else {}
         known = {marker: token for marker, token in ids.items() if token is not None}
         special = words.special_ids if words is not None else frozenset()
@@ -105,25 +114,6 @@ class ToolStyle:
         elif self.format is ToolFormat.MISTRAL_ARGS:
             used.add(MISTRAL_ARGUMENTS)
         return not used.isdisjoint(self.special)
-
-
-def style_of(words: words_lib.Words, chosen: str) -> ToolStyle:
-    """How a model calls tools.
-
-    Args:
-        words: Its tokenizer and its template, if it has them.
-        chosen: A form's name, which goes before the template; empty for none.
-
-    Raises:
-        ValueError: There is no form of that name.
-    """
-    if chosen and chosen not in list(ToolFormat):
-        raise ValueError(f"--tool_format={chosen} is not one of {', '.join(ToolFormat)}")
-    return ToolStyle.of_model(
-        words.template.sources if words.template is not None else {},
-        words.tokenizer,
-        chosen=ToolFormat(chosen) if chosen else None,
-    )
 
 
 def detect(template: str) -> ToolFormat | None:
