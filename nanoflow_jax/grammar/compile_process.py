@@ -91,10 +91,10 @@ class CompileProcess:
             raise ValueError(f"the {name} cannot be used: {message.strip():.{_MESSAGE_LEN}}")
         if answer.get("limit") is not None:
             what = {
-                "clock": f"more than {limits.cpu_seconds:g} s to compile",
-                "memory": f"more than {limits.memory_bytes} bytes to compile",
+                "clock": f"it takes more than {limits.cpu_seconds:g} s to compile",
+                "memory": "compiling it needs too much memory or is nested too deeply",
             }[answer["limit"]]
-            raise ValueError(f"the {name} is too costly: it takes {what}; simplify it")
+            raise ValueError(f"the {name} is too costly: {what}; simplify it")
         if answer["bytes"] > limits.grammar_bytes:
             raise ValueError(
                 f"the {name} is too costly: compiled it keeps {answer['bytes']} bytes, more than "

@@ -22,6 +22,8 @@ from typing import Any, BinaryIO
 import llguidance
 import numpy as np
 
+_STACK_BYTES = 1 << 20
+
 
 def make_tokenizer(text: str, *, vocab_size: int, eos_ids: Sequence[int]) -> llguidance.LLTokenizer:
     """The vocabulary as llguidance wants it: a tree of the bytes of all tokens.
@@ -136,4 +138,6 @@ if __name__ == "__main__":
     _limit = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (_limit, _limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Chains of $ref recurse; what fits here fits into any thread of the engine.
+    resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, _STACK_BYTES))
     main(sys.stdin.buffer, sys.stdout.buffer, seconds=float(sys.argv[2]))

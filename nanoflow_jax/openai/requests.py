@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanoflow_jax import request as request_lib
+from nanoflow_jax.openai import structured
 from nanoflow_jax.openai.errors import ApiError
 
 MAX_PROMPTS = 2048  # prompts times n of one body
@@ -48,7 +49,6 @@ _NO_EFFECT = (
 )
 # What OpenAI or vLLM know and we do not, with the values that ask for nothing.
 _NOT_YET: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -60,11 +60,6 @@ _NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -247,6 +242,9 @@ def _sampling(fields: "_Fields", defaults: Mapping[str, Any]) -> dict[str, Any]:
     bias = fields.take("logit_bias")
     if bias is not None:
         found["logit_bias"] = _bias(bias)
+    grammar = structured.take(fields.take)
+    if grammar is not None:
+        found["grammar"] = grammar
     return found
 
 

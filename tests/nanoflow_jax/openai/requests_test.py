@@ -165,7 +165,7 @@ _BAD_ANYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"model": 3}, "model=3 is not text"),
     ({"stream": "yes"}, "stream='yes' is not true or false"),
     ({"stream_options": {}}, "stream_options is an object that goes with stream: true"),
-    ({"response_format": {"type": "json_object"}}, "response_format is not supported yet"),
+    ({"response_format": {"type": "xml"}}, "response_format=.* is not an object whose type is"),
     ({"tools": [{"type": "function"}]}, "tools is not supported yet"),
     ({"temprature": 1}, "'temprature' is no field of .*; did you mean temperature?"),
     ({"qqqq": 1}, "'qqqq' is no field of"),
