@@ -59,7 +59,7 @@ def compile_grammar(
     mask = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
     if matcher.is_error():
-        reason = matcher.stop_reason()
+        reason = matcher.get_error()
         raise ValueError("no text can follow it" if "NoExtension" in reason else reason)
     return matcher
 
