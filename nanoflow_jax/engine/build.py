@@ -15,6 +15,7 @@ import numpy as np
 from checkpoints import folder as checkpoint_folder
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import compiler, engine, inputs, programs, runner
+from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.models import architecture, huggingface, loading, presets, transformer
@@ -226,7 +227,16 @@ def build_engine(
             max_context_len=context,
             eos_ids=source.eos_ids,
         ),
+        grammars=_grammars(source),
         run_ahead=config.batch.async_scheduling,
+    )
+
+
+def _grammars(source: ModelSource) -> grammars.Grammars | None:
+    if source.folder is None or not (source.folder.path / "tokenizer.json").is_file():
+        return None
+    return grammars.Grammars(
+        source.folder.path, vocab_size=source.config.vocab_size, eos_ids=source.eos_ids
     )
 
 

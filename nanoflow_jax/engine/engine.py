@@ -9,6 +9,8 @@ from jaxtyping import Int32
 
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import inputs, runner, sequence
+from nanoflow_jax.grammar import grammars as grammars_lib
+from nanoflow_jax.grammar import matcher as matcher_lib
 from nanoflow_jax.scheduler import scheduler
 
 
@@ -67,12 +69,14 @@ class Engine:
         builder: inputs.InputBuilder,
         limits: Limits,
         *,
+        grammars: grammars_lib.Grammars | None,
         run_ahead: bool,
     ) -> None:
         self._runner = step_runner
         self._scheduler = step_scheduler
         self._inputs = builder
         self._limits = limits
+        self._grammars = grammars
         self._run_ahead = run_ahead
         self._sequences: dict[str, sequence.Sequence] = {}
         self._keys: dict[str, str] = {}
@@ -134,6 +138,7 @@ class Engine:
             vocab_size=self._limits.vocab_size,
             max_context_len=self._limits.max_context_len,
             eos_ids=self._limits.eos_ids,
+            matcher=self._try_matcher(request.params.grammar),
         )
         # A name of our own: a step in flight may still carry an ended request of the same id.
         key = str(self._num_added)
@@ -143,11 +148,21 @@ class Engine:
             limit=made.limit,
             priority=request.priority,
             uses_penalties=made.params.uses_penalties,
-            ends_at_limit=not made.ends and not made.params.stop,
+            ends_at_limit=not made.ends and not made.params.stop and made.matcher is None,
         )
         self._num_added += 1
         self._keys[request.request_id] = key
         self._sequences[key] = made
+
+    def _try_matcher(self, grammar: request_lib.Grammar | None) -> matcher_lib.Matcher | None:
+        if grammar is None:
+            return None
+        if self._grammars is None:
+            raise ValueError(
+                "this model has no tokenizer, so it cannot follow a grammar; leave grammar out, or "
+                "serve a folder with a tokenizer.json"
+            )
+        return self._grammars.matcher(grammar)
 
     def abort(self, request_id: str, *, output_len: int | None = None) -> None:
         """Ends a request; nothing more is reported of it.
@@ -169,19 +184,33 @@ class Engine:
         """One turn. While the device runs step i, the host plans step i + 1."""
         with self._runner.watch.forbid():
             plan = self._scheduler.plan()
-            launched = self._launch(plan) if plan else None
-            updates = self._commit()
+            forwarded = self._forward(plan) if plan else None
+            updates = self._commit() if plan and self._needs_tokens(plan) else []
+            launched = self._sample(plan, forwarded) if plan and forwarded else None
+            updates += self._commit()
             self._in_flight = launched
             if not self._run_ahead:
                 updates += self._commit()
             return updates
 
-    def _launch(self, plan: scheduler.StepPlan) -> _InFlight:
-        launched = self._runner.launch(self._inputs.build(plan, self._sequences))
+    def _forward(self, plan: scheduler.StepPlan) -> runner.Forwarded:
+        forwarded = self._runner.forward(self._inputs.build(plan, self._sequences))
         self.counters.steps += 1
         self.counters.decode_tokens += len(plan.decode)
         self.counters.prompt_tokens += sum(row.length for row in plan.chunks)
-        return _InFlight(plan=plan, launched=launched)
+        return forwarded
+
+    def _needs_tokens(self, plan: scheduler.StepPlan) -> bool:
+        """Whether a grammar must see a token that is still on the device before the next draw."""
+        rows = ((row, self._sequences[row.request_id]) for row in plan.rows if row.samples)
+        return any(
+            made.matcher is not None and len(made.token_ids) < row.start + row.length
+            for row, made in rows
+        )
+
+    def _sample(self, plan: scheduler.StepPlan, forwarded: runner.Forwarded) -> _InFlight:
+        vectors = self._inputs.build_sample(plan, self._sequences)
+        return _InFlight(plan=plan, launched=self._runner.sample(forwarded, vectors))
 
     def _commit(self) -> list[request_lib.RequestUpdate]:
         """Waits for the step in flight and hands its tokens to their requests."""
@@ -206,30 +235,34 @@ class Engine:
     ) -> request_lib.RequestUpdate:
         request_id = made.request.request_id
         token, is_ok = int(row[0]), bool(row[1])
-        if not is_ok:
+        if is_ok and made.matcher is not None and token not in made.ends:
+            made.matcher.advance(token)
+        error = _error(made, is_ok=is_ok)
+        if error is not None:
             self._end(key, output_len=None)
             return request_lib.RequestUpdate(
                 request_id=request_id,
                 finish_reason=request_lib.FinishReason.ERROR,
-                error="no token could be drawn: the logits were not finite, or every token was "
-                "banned by logit_bias, allowed_token_ids or min_tokens",
+                error=error,
             )
         made.token_ids.append(token)
         self.counters.generated_tokens += 1
         reason = None
-        if token in made.ends:
+        if token in made.ends or made.meets_grammar:
             reason = request_lib.FinishReason.STOP
             self._end(key, output_len=made.num_generated)
         elif len(made.token_ids) >= made.limit:
             reason = request_lib.FinishReason.LENGTH
             self._end(key, output_len=None)
         wanted = made.params.logprobs
+        # A grammar that may end takes an end-of-text token though the request ignores it.
+        is_end = token in made.ends or (made.matcher is not None and token in self._limits.eos_ids)
         return request_lib.RequestUpdate(
             request_id=request_id,
             token_ids=(token,),
             logprobs=() if wanted is None else (_logprobs(token, row[2:], wanted),),
             finish_reason=reason,
-            stop_token_id=token if reason is request_lib.FinishReason.STOP else None,
+            stop_token_id=token if reason is request_lib.FinishReason.STOP and is_end else None,
         )
 
     def _prompt_updates(self, collected: runner.Collected) -> list[request_lib.RequestUpdate]:
@@ -260,6 +293,20 @@ class Engine:
         """Lets go of the device; the engine cannot be used afterwards."""
         self._commit()
         self._runner.close()
+        if self._grammars is not None:
+            self._grammars.close()
+
+
+def _error(made: sequence.Sequence, *, is_ok: bool) -> str | None:
+    """Why a request cannot go on after a draw; None if it can."""
+    if made.matcher is not None and made.matcher.error is not None:
+        return made.matcher.error
+    if is_ok:
+        return None
+    return (
+        "no token could be drawn: the logits were not finite, or every token was banned by "
+        "logit_bias, allowed_token_ids, min_tokens or the grammar"
+    )
 
 
 def _logprobs(token: int, row: Int32[np.ndarray, "X"], wanted: int) -> request_lib.TokenLogprobs:

@@ -29,22 +29,16 @@ class InputBuilder:
 
     def build(
         self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
-    ) -> runner.StepInputs:
-        """The vectors of one step.
+    ) -> runner.ForwardInputs:
+        """What a step's forward reads.
 
         Args:
             plan: What to run.
             sequences: The requests in it, by the scheduler's id.
         """
-        sampling_rows = [row for row in plan.rows if row.samples]
-        variant = self._variant(sampling_rows, sequences)
-        return runner.StepInputs(
+        return runner.ForwardInputs(
             bucket=plan.bucket,
-            forward=self._forward(plan, sequences),
-            variant=variant,
-            sample=None
-            if variant is None
-            else self._sample(plan, sampling_rows, sequences, variant),
+            vector=self._forward(plan, sequences),
             resets=[
                 self._reset(row, sequences[row.request_id])
                 for row in plan.rows
@@ -53,11 +47,25 @@ class InputBuilder:
             prompt_slices=self._prompt_slices(plan, sequences),
         )
 
-    def _variant(
-        self, rows: Sequence[scheduler.Row], sequences: Mapping[str, TokenSequence]
-    ) -> sampling.SamplerVariant | None:
-        wanted = {sequences[row.request_id].variant_at(row.start + row.length) for row in rows}
-        return max(wanted, key=_VARIANT_ORDER.index, default=None)
+    def build_sample(
+        self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
+    ) -> runner.SampleInputs | None:
+        """What a step's sample reads; None when no row samples.
+
+        Args:
+            plan: What runs.
+            sequences: The requests in it. One that ended since the forward was launched may be
+                missing: its row draws some token, which nobody reads.
+        """
+        rows = [(i, row) for i, row in enumerate(r for r in plan.rows if r.samples)]
+        rows = [(i, row) for i, row in rows if row.request_id in sequences]
+        if not rows:
+            return None
+        wanted = {sequences[row.request_id].variant_at(row.start + row.length) for _, row in rows}
+        variant = max(wanted, key=_VARIANT_ORDER.index)
+        return runner.SampleInputs(
+            variant=variant, vector=self._sample(plan, rows, sequences, variant)
+        )
 
     def _forward(
         self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
@@ -112,13 +120,13 @@ class InputBuilder:
     def _sample(
         self,
         plan: scheduler.StepPlan,
-        rows: Sequence[scheduler.Row],
+        rows: Sequence[tuple[int, scheduler.Row]],
         sequences: Mapping[str, TokenSequence],
         variant: sampling.SamplerVariant,
     ) -> runner.Vector:
         size = self._sizes.padded_rows(plan.bucket)
         vector, views = self._sample_packing(rows=size, variant=variant).new()
-        for i, row in enumerate(rows):
+        for i, row in rows:
             views["slots"][i] = row.slot
             if variant is sampling.SamplerVariant.GREEDY:
                 continue
@@ -153,8 +161,8 @@ class InputBuilder:
         views["bias_values"][i, : len(ids)] = values
         views["bias_ids"][i, len(ids) : len(ids) + len(bans)] = bans
         views["bias_values"][i, len(ids) : len(ids) + len(bans)] = -np.inf
-        if sequence.allowed is not None:
-            views["allowed"][i] = sequence.allowed
+        if sequence.is_masked:
+            sequence.fill_mask(views["allowed"][i], position=row.start + row.length)
             views["has_allowed"][i] = 1
         if p.logprobs is not None:
             views["wants_logprobs"][...] = 1

@@ -34,23 +34,41 @@ class PromptSlice:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepInputs:
-    """Everything the host sends for one step. No array here is written after launch.
+class ForwardInputs:
+    """What the host sends for a forward. No array here is written after launch.
 
     Attributes:
         bucket: Which forward program.
-        forward: Its vector.
-        variant: Which sample program; None when no row samples.
-        sample: Its vector.
+        vector: What it reads.
         resets: Penalty table rows to hand to their new owners first.
         prompt_slices: Prompt positions to report on.
     """
 
     bucket: buckets.Bucket
-    forward: Vector
-    variant: sampling.SamplerVariant | None
-    sample: Vector | None
+    vector: Vector
     resets: Sequence[Vector]
+    prompt_slices: Sequence[PromptSlice]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleInputs:
+    """What the host sends for a sample; not written after launch either.
+
+    Attributes:
+        variant: Which sample program.
+        vector: What it reads.
+    """
+
+    variant: sampling.SamplerVariant
+    vector: Vector
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forwarded:
+    """A forward on the device, of which nothing has been sampled yet."""
+
+    logits: jax.Array
+    hidden: jax.Array | None
     prompt_slices: Sequence[PromptSlice]
 
 
@@ -182,28 +200,38 @@ class Runner:
         """Time each program took to compile, or to fetch from the compilation cache."""
         return {name: program.seconds for name, program in self._programs.items()}
 
-    def launch(self, inputs: StepInputs) -> Launched:
-        """Hands a step to the device and returns at once."""
+    def forward(self, inputs: ForwardInputs) -> Forwarded:
+        """Hands a forward to the device and returns at once."""
         for vector in inputs.resets:
             self._table = self._programs["reset_penalties"].call(self._table, vector)
         result = self._programs[f"forward {inputs.bucket}"].call(
-            self._caches, self._last_tokens, self._weights, inputs.forward
+            self._caches, self._last_tokens, self._weights, inputs.vector
         )
         self._caches = result.caches
-        sampled = None
-        if inputs.variant is not None:
-            sampled = self._launch_sample(inputs, result.logits)
+        return Forwarded(
+            logits=result.logits, hidden=result.hidden, prompt_slices=inputs.prompt_slices
+        )
+
+    def sample(self, forwarded: Forwarded, inputs: SampleInputs | None) -> Launched:
+        """Hands the rest of a step to the device and returns at once.
+
+        Args:
+            forwarded: The newest forward.
+            inputs: None when no row samples.
+        """
+        sampled = None if inputs is None else self._launch_sample(inputs, forwarded.logits)
         prompt_rows = []
-        for part in inputs.prompt_slices:
-            rows = self._programs["prompt_logprobs"].call(self._weights, result.hidden, part.vector)
+        for part in forwarded.prompt_slices:
+            rows = self._programs["prompt_logprobs"].call(
+                self._weights, forwarded.hidden, part.vector
+            )
             rows.copy_to_host_async()
             prompt_rows.append((part, rows))
         return Launched(sampled=sampled, prompt_rows=prompt_rows)
 
-    def _launch_sample(self, inputs: StepInputs, logits: jax.Array) -> jax.Array:
-        assert inputs.variant is not None
+    def _launch_sample(self, inputs: SampleInputs, logits: jax.Array) -> jax.Array:
         name = f"sample {logits.shape[0]} {inputs.variant.value}"
-        result = self._programs[name].call(self._last_tokens, self._table, logits, inputs.sample)
+        result = self._programs[name].call(self._last_tokens, self._table, logits, inputs.vector)
         self._last_tokens, self._table = result.last_tokens, result.table
         result.out.copy_to_host_async()
         return result.out

@@ -9,6 +9,7 @@ from jaxtyping import Float32, Int32
 
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import sampling
+from nanoflow_jax.grammar import matcher as matcher_lib
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -24,6 +25,8 @@ class Sequence:
         seed: 32 bits, from the request's seed.
         bias: Token ids and what is added to their logits.
         allowed: Bitmask over the vocabulary, if only some tokens are allowed.
+        matcher: Follows the grammar through the generated tokens that have arrived, if the
+            request has one.
         prompt_logprobs_done: Prompt positions already reported.
     """
 
@@ -35,6 +38,7 @@ class Sequence:
     seed: int
     bias: tuple[Int32[np.ndarray, "B"], Float32[np.ndarray, "B"]]
     allowed: Int32[np.ndarray, "W"] | None
+    matcher: matcher_lib.Matcher | None
     prompt_logprobs_done: int = 0
 
     @property
@@ -56,6 +60,36 @@ class Sequence:
         """Tokens banned when the token at `position` is drawn."""
         return self.bans if position - self.prompt_len < self.params.min_tokens else ()
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether only some tokens may be drawn."""
+        return self.allowed is not None or self.matcher is not None
+
+    def fill_mask(self, out: Int32[np.ndarray, "W"], *, position: int) -> None:
+        """Writes which tokens may be drawn at a position.
+
+        Args:
+            out: Overwritten.
+            position: Of a request with a grammar, that of the first token not known.
+        """
+        if self.matcher is None:
+            assert self.allowed is not None
+            out[:] = self.allowed
+            return
+        assert position == len(self.token_ids), "the grammar is not where the request is"
+        self.matcher.fill_mask(out)
+        if self.allowed is not None:
+            out &= self.allowed
+
+    @property
+    def meets_grammar(self) -> bool:
+        """Whether its text is complete, so that nothing may follow."""
+        return (
+            self.matcher is not None
+            and self.matcher.is_finished
+            and self.num_generated >= self.params.min_tokens
+        )
+
     def variant_at(self, position: int) -> sampling.SamplerVariant:
         """The least sampler that serves the token at `position`."""
         p = self.params
@@ -63,7 +97,7 @@ class Sequence:
             p.uses_penalties
             or p.logprobs is not None
             or len(self.bias[0])
-            or self.allowed is not None
+            or self.is_masked
             or self.bans_at(position)
         ):
             return sampling.SamplerVariant.FULL
@@ -78,6 +112,7 @@ def make_sequence(
     vocab_size: int,
     max_context_len: int,
     eos_ids: Collection[int],
+    matcher: matcher_lib.Matcher | None = None,
 ) -> Sequence:
     """Checks a request against the model and prepares it.
 
@@ -86,6 +121,7 @@ def make_sequence(
         vocab_size: V.
         max_context_len: Most tokens of one request.
         eos_ids: The model's end-of-text tokens.
+        matcher: Of the request's grammar, if it has one.
 
     Raises:
         ValueError: The prompt is empty, too long or holds an id outside the vocabulary, or a
@@ -111,6 +147,7 @@ def make_sequence(
             np.fromiter(p.logit_bias.values(), np.float32),
         ),
         allowed=_bitmask(p.allowed_token_ids, vocab_size),
+        matcher=matcher,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.openai import tool_messages
+from nanoflow_jax.openai import structured, tool_messages
 from nanoflow_jax.openai import tools as tools_lib
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.tokenizer.tool_formats import ToolStyle
@@ -51,10 +51,11 @@ _NO_EFFECT = (
     "request_id",
     "cache_salt",
     "spaces_between_special_tokens",
+    "reasoning_effort",
+    "verbosity",
 )
 # What OpenAI or vLLM know and we do not, with the values that ask for nothing.
 _NOT_YET: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -63,14 +64,7 @@ _NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
     "web_search_options": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "bad_words": ([],),
     "continue_final_message": (False,),
     "use_beam_search": (False,),
@@ -283,6 +277,9 @@ def _sampling(fields: "_Fields", defaults: Mapping[str, Any]) -> dict[str, Any]:
     bias = fields.take("logit_bias")
     if bias is not None:
         found["logit_bias"] = _bias(bias)
+    grammar = structured.take(fields.take)
+    if grammar is not None:
+        found["grammar"] = grammar
     return found
 
 

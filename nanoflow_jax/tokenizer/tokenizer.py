@@ -129,6 +129,11 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of one tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     def check_fits(self, vocab_size_of_model: int) -> None:
         """Refuse a tokenizer that can produce ids the model has no embedding for.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from golden import cases
 
-from nanoflow_jax import config
+from nanoflow_jax import config, request
 from nanoflow_jax.engine import build
 from nanoflow_jax.llm import LLM, FinishReason, SamplingParams, with_seed
 
@@ -233,3 +233,11 @@ def test_ids_in_an_array_are_as_good_as_in_a_list(llm, rows):
         found = llm.generate(prompts, _GREEDY)
         assert [result.token_ids for result in found] == [r.token_ids for r in wanted]
     assert llm.generate(np.asarray([5, 6]), _GREEDY)[0].token_ids == wanted[0].token_ids
+
+
+def test_a_grammar_shapes_every_choice(llm):
+    grammar = request.Grammar(kind=request.GrammarKind.REGEX, text="(yes|no)")
+    params = SamplingParams(grammar=grammar, n=4, max_tokens=9, seed=1)
+    (result,) = llm.generate([5, 6, 7], params)
+    assert {choice.finish_reason for choice in result.choices} == {FinishReason.STOP}
+    assert {choice.text.strip() for choice in result.choices} <= {"yes", "no"}

@@ -495,3 +495,15 @@ def test_a_process_number_outside_the_count_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"--process_index={index} is not from 0 to"):
         _options(folder, process_index=index, process_count=count)
+
+
+def test_a_row_with_a_grammar_is_answered_in_its_form_and_a_bad_one_fails_alone(
+    model: llm.LLM, folder: pathlib.Path
+) -> None:
+    lines = [
+        batch_runs.batch_row("a", prompt="x", structured_outputs={"choice": ["red", "blue"]}),
+        batch_runs.batch_row("b", prompt="x", guided_regex="("),
+    ]
+    good, bad = _answers(model, folder, lines)
+    assert _body(good)["choices"][0]["text"].strip() in ("red", "blue")
+    assert "the regular expression cannot be used" in str(bad)

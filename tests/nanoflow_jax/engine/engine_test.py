@@ -12,7 +12,7 @@ from plain_model import PlainModel
 
 from checkpoints import safetensors_file
 from checkpoints.folder import ModelFolder
-from nanoflow_jax.engine import sequence
+from nanoflow_jax.engine import runner, sequence
 from nanoflow_jax.request import FinishReason
 
 _CASE = cases.load("llama")
@@ -164,7 +164,7 @@ def test_a_request_with_no_token_left_to_draw_fails_alone(engine):
     assert failed.token_ids == []
     assert failed.error == (
         "no token could be drawn: the logits were not finite, or every token was banned by "
-        "logit_bias, allowed_token_ids or min_tokens"
+        "logit_bias, allowed_token_ids, min_tokens or the grammar"
     )
     assert fine.token_ids == _greedy(6, 6)
 
@@ -346,19 +346,30 @@ def test_a_compilation_in_a_step_is_counted(engine, monkeypatch):
 
 
 def _vectors(inputs):
-    given = [inputs.forward, *inputs.resets, *(part.vector for part in inputs.prompt_slices)]
-    return given if inputs.sample is None else [*given, inputs.sample]
+    if isinstance(inputs, runner.SampleInputs):
+        return [inputs.vector]
+    return [inputs.vector, *inputs.resets, *(part.vector for part in inputs.prompt_slices)]
 
 
 def test_a_vector_handed_to_a_step_is_never_written_again(engine, monkeypatch):
     wanted = [output.token_ids for output in run(engine, _busy_requests())]
-    launch, given = engine._runner.launch, []
+    launches, given = engine._runner, []
+    forward, sample = launches.forward, launches.sample
 
     def remember(inputs):
         given.extend((vector, vector.copy()) for vector in _vectors(inputs))
-        return launch(inputs)
 
-    monkeypatch.setattr(engine._runner, "launch", remember)
+    def remember_forward(inputs):
+        remember(inputs)
+        return forward(inputs)
+
+    def remember_sample(forwarded, inputs):
+        if inputs is not None:
+            remember(inputs)
+        return sample(forwarded, inputs)
+
+    monkeypatch.setattr(launches, "forward", remember_forward)
+    monkeypatch.setattr(launches, "sample", remember_sample)
     assert [output.token_ids for output in run(engine, _busy_requests())] == wanted
     assert len(given) > 20
     for i, (vector, then) in enumerate(given):
@@ -390,11 +401,11 @@ def _scramble(made):
 def test_changing_what_the_host_knows_after_launch_changes_nothing(monkeypatch):
     stepwise = build_small(_CASE.path, **_KNOBS, async_scheduling=False)
     wanted = [output.token_ids for output in run(stepwise, _busy_requests())]
-    runner, undo = stepwise._runner, []
-    launch, collect = runner.launch, runner.collect
+    launches, undo = stepwise._runner, []
+    sample, collect = launches.sample, launches.collect
 
-    def launch_and_scramble(inputs):
-        launched = launch(inputs)
+    def sample_and_scramble(forwarded, inputs):
+        launched = sample(forwarded, inputs)
         undo.extend(_scramble(made) for made in stepwise._sequences.values())
         return launched
 
@@ -404,8 +415,8 @@ def test_changing_what_the_host_knows_after_launch_changes_nothing(monkeypatch):
             undo.pop()()
         return collected
 
-    monkeypatch.setattr(runner, "launch", launch_and_scramble)
-    monkeypatch.setattr(runner, "collect", collect_and_restore)
+    monkeypatch.setattr(launches, "sample", sample_and_scramble)
+    monkeypatch.setattr(launches, "collect", collect_and_restore)
     assert [output.token_ids for output in run(stepwise, _busy_requests())] == wanted
     stepwise.close()
 

@@ -69,13 +69,10 @@ def test_a_step_worked_by_hand(builder):
         "rest": _sequence([50, 51]),
     }
     step = builder.build(plan, sequences)
-    assert (step.bucket, step.variant, step.resets, step.prompt_slices) == (
-        _BUCKET,
-        SamplerVariant.GREEDY,
-        [],
-        [],
-    )
-    found = _views(programs.forward_packing(_SIZES, _BUCKET), step.forward)
+    sample = builder.build_sample(plan, sequences)
+    assert (step.bucket, step.resets, step.prompt_slices) == (_BUCKET, [], [])
+    assert sample.variant is SamplerVariant.GREEDY
+    found = _views(programs.forward_packing(_SIZES, _BUCKET), step.vector)
     pad = [0] * 6
     assert found["token_ids"].tolist() == [0, 21, 34, 35, 36, 37, 38, 39, 50, 51, *pad]
     assert found["token_slots"].tolist() == [3, *[4] * 15]
@@ -93,7 +90,7 @@ def test_a_step_worked_by_hand(builder):
     assert positions == [4, 8, 0, 0]
     assert rows == [0, 0, 1, 0]
     slots = _views(
-        programs.sample_packing(_SIZES, rows=4, variant=SamplerVariant.GREEDY), step.sample
+        programs.sample_packing(_SIZES, rows=4, variant=SamplerVariant.GREEDY), sample.vector
     )
     assert slots["slots"].tolist() == [3, 0, 2, 4]
 
@@ -116,9 +113,9 @@ def _sampled(builder, *sequences_):
         chunks=(),
         bucket=Bucket(tokens=4, decode_rows=4, prefill_rows=0),
     )
-    step = builder.build(plan, dict(zip(names, sequences_, strict=True)))
+    step = builder.build_sample(plan, dict(zip(names, sequences_, strict=True)))
     pack = programs.sample_packing(_SIZES, rows=4, variant=step.variant)
-    return step, _views(pack, step.sample)
+    return step, _views(pack, step.vector)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +177,20 @@ def test_each_rows_settings_reach_its_row(builder):
     assert found["has_allowed"].tolist() == [0, 1, 0, 0]
     assert found["allowed"][1].tolist() == [1 - 2**31, 1, 32]
     assert found["wants_logprobs"] == 1
+
+
+def test_a_row_whose_request_has_ended_asks_for_nothing(builder):
+    rows = [_row("gone", 1, 1, 3, (0,)), _row("left", 1, 1, 2, (1,))]
+    bucket = Bucket(tokens=4, decode_rows=4, prefill_rows=0)
+    plan = StepPlan(decode=tuple(rows), chunks=(), bucket=bucket)
+    left = _sequence([1, 2], temperature=0.5)
+    sample = builder.build_sample(plan, {"left": left})
+    pack = programs.sample_packing(_SIZES, rows=4, variant=SamplerVariant.FILTERED)
+    found = _views(pack, sample.vector)
+    assert sample.variant is SamplerVariant.FILTERED
+    assert found["slots"].tolist() == [4, 2, 4, 4]
+    assert found["temperature"].tolist() == [0, 0.5, 0, 0]
+    assert builder.build_sample(plan, {}) is None
 
 
 def test_the_penalty_row_of_a_new_owner_holds_its_prompt_and_its_output(builder):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoflow_jax.openai import errors, requests
-from nanoflow_jax.tokenizer import tool_formats
 from nanoflow_jax.openai.requests import Endpoint
+from nanoflow_jax.tokenizer import tool_formats
 
 _CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -166,7 +166,7 @@ _BAD_ANYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"model": 3}, "model=3 is not text"),
     ({"stream": "yes"}, "stream='yes' is not true or false"),
     ({"stream_options": {}}, "stream_options is an object that goes with stream: true"),
-    ({"response_format": {"type": "json_object"}}, "response_format is not supported yet"),
+    ({"response_format": {"type": "xml"}}, "response_format=.* is not an object whose type is"),
     ({"tools": [{"type": "function"}]}, "tools is not supported yet"),
     ({"temprature": 1}, "'temprature' is no field of .*; did you mean temperature?"),
     ({"qqqq": 1}, "'qqqq' is no field of"),

@@ -8,10 +8,9 @@ from golden import cases
 
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.openai import errors, requests, responses, tools
-from nanoflow_jax.tokenizer import tool_formats
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.request import FinishReason, TokenLogprobs
-from nanoflow_jax.tokenizer import tokenizer
+from nanoflow_jax.tokenizer import tokenizer, tool_formats
 
 _FOLDER = pathlib.Path(cases.__file__).parent
 _HEAD = responses.Head(response_id="x-1", created=123, model="m")

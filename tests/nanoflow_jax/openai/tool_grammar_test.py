@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import checkpoints
 from nanoflow_jax.openai import tool_grammar
-from nanoflow_jax.tokenizer.tool_formats import ToolFormat, ToolStyle
 from nanoflow_jax.openai.tools import Tools, message_fields
 from nanoflow_jax.tokenizer import tokenizer
+from nanoflow_jax.tokenizer.tool_formats import ToolFormat, ToolStyle
 
 _EMBEDDED = pathlib.Path(checkpoints.__file__).parent / "embedded"
 _CITY = {

@@ -10,8 +10,8 @@ from golden import cases
 
 from nanoflow_jax.openai import tool_messages
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.tokenizer.tool_formats import ToolFormat, ToolStyle
 from nanoflow_jax.tokenizer.chat_template import ChatTemplate
+from nanoflow_jax.tokenizer.tool_formats import ToolFormat, ToolStyle
 
 _HERMES = ToolStyle(format=ToolFormat.HERMES)
 _MISTRAL = ToolStyle(format=ToolFormat.MISTRAL)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoflow_jax.tokenizer.tool_formats import ToolFormat
 from nanoflow_jax.openai.tool_parser import Arguments, CallStart, Content, Piece, ToolParser
+from nanoflow_jax.tokenizer.tool_formats import ToolFormat
 
 _NAMES = ("get_weather", "get", "t-1")
 

@@ -8,9 +8,9 @@ import pytest
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.openai import tools
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.tokenizer.tool_formats import ToolFormat, ToolStyle
 from nanoflow_jax.openai.tool_parser import Arguments, CallStart, Content
 from nanoflow_jax.request import FinishReason
+from nanoflow_jax.tokenizer.tool_formats import ToolFormat, ToolStyle
 
 _STYLE = ToolStyle(format=ToolFormat.HERMES)
 

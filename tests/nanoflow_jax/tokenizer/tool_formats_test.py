@@ -5,9 +5,8 @@ import pathlib
 import pytest
 from golden import cases
 
-from nanoflow_jax.tokenizer import tool_formats
+from nanoflow_jax.tokenizer import tokenizer, tool_formats
 from nanoflow_jax.tokenizer.tool_formats import ToolFormat, ToolStyle
-from nanoflow_jax.tokenizer import tokenizer
 
 _GOLDEN = pathlib.Path(cases.__file__).parent
 
