@@ -73,7 +73,9 @@ def test_a_file_that_did_not_change_is_not_sent_again(address: str) -> None:
 def test_head_has_the_headers_alone(address: str) -> None:
     response, data = _ask(address, "/", method="HEAD")
     assert response.status == 200 and data == b""
-    assert response.headers["content-length"] == str(len(_FOLDER.joinpath("index.html").read_bytes()))
+    assert response.headers["content-length"] == str(
+        len(_FOLDER.joinpath("index.html").read_bytes())
+    )
 
 
 def test_nothing_beside_the_files_is_served(address: str) -> None:
