@@ -27,8 +27,8 @@ REFUSAL = "temperature=9 is outside [0, 2]"
 NO_TEMPLATE = "the model has no chat template: it is not made for chat; use /v1/completions"
 
 PROSE = (
-    "A page table maps the tokens of a request to pages of a fixed size, as an operating system maps "
-    "addresses to frames. The cache can then be filled in any order:\n\n"
+    "A page table maps the tokens of a request to pages of a fixed size, as an operating system "
+    "maps addresses to frames. The cache can then be filled in any order:\n\n"
     "1. A request takes a page when its last one is full.\n"
     "2. It gives all of them back when it ends.\n"
     "3. Nothing is moved, and at most one page a request is partly empty."

@@ -7,11 +7,11 @@ const TOP = 10;
 const BOTTOM = 18;
 const RIGHT = 6;
 
-/** The least of 1, 2, 2.5, 5, 10, 20, ... that is not below the value. */
+/** The least round number (1, 1.5, 2, ... 10, 15, ...) that is not below the value. */
 export function niceTop(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 2.5, 5, 10].map((step) => step * power).find((step) => step >= value * 0.999);
+  return [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= value * 0.999);
 }
 
 /** A chart of the last seconds: lines, or areas stacked on each other. */
@@ -74,7 +74,9 @@ export class TimeChart {
     const { windowS, least } = this._options;
     const shown = this._points.filter((point) => point.at >= this._now - windowS - 2);
     const known = shown.filter((point) => !point.gap);
-    const top = niceTop(Math.max(least, this._limit?.value ?? 0, ...known.map((p) => this._sum(p))));
+    const most = Math.max(least, ...known.map((point) => this._sum(point)));
+    const limit = this._limit?.value ?? 0;
+    const top = most <= limit ? limit : niceTop(most); // A capacity is the top: so full looks full.
     const left = 8 + 6.4 * count(top).length;
     this._x = (at) => width - RIGHT - ((this._now - at) / windowS) * (width - left - RIGHT);
     this._y = (value) => TOP + (1 - value / top) * (HEIGHT - TOP - BOTTOM);

@@ -8,11 +8,13 @@ const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed", "n"];
 const WORDS = {
   chat: {
     label: "Message",
+    send: "Send",
     hint: "Enter sends, Shift+Enter starts a line.",
     welcome: "Say something to the model. The conversation stays in this tab.",
   },
   completion: {
     label: "Prompt",
+    send: "Run",
     hint: "Enter runs, Shift+Enter starts a line.",
     welcome: "Write the beginning of a text. The model goes on from its last character.",
   },
@@ -95,7 +97,8 @@ export class Playground {
     setText(byId("text-hint"), words.hint);
     setText(byId("welcome"), words.welcome);
     byId("system-field").hidden = this._mode !== "chat";
-    this._text.rows = this._mode === "chat" ? 2 : 5;
+    setText(byId("send"), words.send);
+    this._text.classList.toggle("long", this._mode === "completion");
     for (const entry of this._log.children) entry.hidden = entry.dataset.mode !== this._mode;
     this._showWelcome();
   }
@@ -291,7 +294,8 @@ class Answer {
     this._figures = make("p", { class: "figures-line" }, "waiting for the first token");
     this.element = message(mode, "assistant", mode === "chat" ? "Model" : "Completion");
     this.element.classList.add("running");
-    this.element.append(this._figures);
+    this._foot = make("div", { class: "foot" }, this._figures);
+    this.element.append(this._foot);
   }
 
   get isEmpty() {
@@ -335,7 +339,9 @@ class Answer {
     else if (failure) parts.push("broken off");
     else parts.push(...this._reasons());
     setText(this._figures, parts.join(" · "));
-    for (const { node, box } of this._choices.values()) box.append(this._buttons(node));
+    for (const { node, box } of this._choices.values()) {
+      (this._choices.size > 1 ? box : this._foot).append(this._buttons(node));
+    }
     if (this._choices.size > 1 && this._mode === "chat") {
       this._figures.append(" · the chat goes on from choice 1");
     }
