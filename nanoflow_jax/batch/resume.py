@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from nanoflow_jax.batch import output, record, rows, run, source
+from nanoflow_jax.tokenizer import tool_formats
 
 # Of all lines those of process k of n, in order, each with its number.
 Lines = Sequence[tuple[int, bytes]] | source.JsonlSource

@@ -68,7 +68,12 @@ def test_a_completion_has_openais_fields() -> None:
                 "stop_reason": "\n",
             }
         ],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 2,
+            "total_tokens": 4,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -87,7 +92,12 @@ def test_a_chat_has_openais_fields() -> None:
                 "stop_reason": None,
             }
         ],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 2,
+            "total_tokens": 4,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
