@@ -16,6 +16,7 @@ from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.serve import batch_model, batch_routes, batch_runner, batches, data_dir, files
 from nanoflow_jax.serve.batch_record import Batch
+from nanoflow_jax.tokenizer import tool_formats
 
 IDENTITY = record.ModelIdentity(
     name="adder", model="sums", tokenizer="letters", dtype="int", max_context_len=64
@@ -27,6 +28,7 @@ class Letters:
     """Text to token ids: its characters' numbers."""
 
     tokenizer = None
+    tool_style = tool_formats.ToolStyle(format=tool_formats.ToolFormat.HERMES)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids as they are, text by character."""
