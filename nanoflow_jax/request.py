@@ -172,7 +172,9 @@ def _complaints(p: SamplingParams) -> list[str]:
     for name in ("include_stop", "ignore_eos", "skip_special_tokens"):
         want(isinstance(getattr(p, name), bool), name, "true or false")
     found.extend(_list_complaints(p))
-    if p.grammar is not None and len(p.grammar.text) > MAX_GRAMMAR_LEN:
+    if p.grammar is not None and not isinstance(p.grammar, Grammar):
+        found.append(f"grammar={p.grammar!r:.80} is not a Grammar")
+    elif p.grammar is not None and len(p.grammar.text) > MAX_GRAMMAR_LEN:
         found.append(
             f"grammar has {len(p.grammar.text)} characters; at most {MAX_GRAMMAR_LEN} are taken"
         )
