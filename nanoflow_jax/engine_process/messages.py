@@ -66,6 +66,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         device: Its name.
         dtype: Number format the model runs in.
         vocab_size: V.
+        eos_ids: End-of-text tokens.
         max_context_len: Most tokens of one request.
         max_requests: Most requests in one step.
         dense_batch: Tokens in a full step.
@@ -77,6 +78,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device: str
     dtype: str
     vocab_size: int
+    eos_ids: tuple[int, ...]
     max_context_len: int
     max_requests: int
     dense_batch: int

@@ -55,6 +55,7 @@ def _start(
         device=settings.device,
         dtype=settings.dtype,
         vocab_size=model.engine.limits.vocab_size,
+        eos_ids=tuple(sorted(model.engine.limits.eos_ids)),
         max_context_len=settings.max_context_len,
         max_requests=settings.max_requests,
         dense_batch=settings.dense_batch,

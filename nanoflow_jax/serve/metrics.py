@@ -43,7 +43,6 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.requests = counter("request_success", "Finished choices.", "finished_reason")
         self.refused = counter("requests_refused", "Requests answered with 429.")
-        self.http = counter("http_responses", "Answers by route and status.", "route", "status")
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _SECONDS)
         self.tpot = histogram(
             "request_time_per_output_token_seconds", "Mean of a request after its first.", _SECONDS

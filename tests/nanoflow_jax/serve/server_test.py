@@ -8,6 +8,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from concurrent import futures
 from typing import Any
 
 import pytest
@@ -107,6 +108,20 @@ def test_a_bad_body_is_refused_and_harms_nobody(server, body, status):
     found, answer = _ask(server, "/v1/completions", body)
     assert (found, answer["error"]["type"]) == (status, "invalid_request_error")
     assert _ask(server, "/v1/completions", _PROMPT)[1]["choices"] == known
+
+
+def test_a_hostile_grammar_is_refused_while_others_are_served(server):
+    hostile = {"allOf": [{"type": "string", "pattern": f"^(a|b{i}){{1,60}}$"} for i in range(100)]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": hostile}}
+    with futures.ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(_ask, server, "/v1/completions", {**_PROMPT, "response_format": form})
+        while not refused.done():
+            began = time.monotonic()
+            assert _ask(server, "/v1/completions", _PROMPT)[0] == 200
+            assert time.monotonic() - began < 10  # compiling it would take minutes
+        status, answer = refused.result()
+    assert status == 400
+    assert answer["error"]["param"] == "response_format"
 
 
 def test_a_forced_tool_is_called(server):
