@@ -188,8 +188,17 @@ class Run:
 
     def _encode(self, request: requests.ApiRequest) -> list[list[int]]:
         if request.messages is None:
-            return [self._model.encode(prompt) for prompt in request.prompts]
-        return [self._model.encode_chat(request.messages, **request.template_options)]
+            found = [self._encode_prompt(request, prompt) for prompt in request.prompts]
+        else:
+            found = [self._model.encode_chat(request.messages, **request.template_options)]
+        most = request.truncate_prompt_len
+        return found if most is None else [prompt_ids[-most:] for prompt_ids in found]
+
+    def _encode_prompt(self, request: requests.ApiRequest, prompt: requests.Prompt) -> list[int]:
+        words = self._model.tokenizer
+        if request.add_special_tokens is False and isinstance(prompt, str) and words is not None:
+            return words.encode(prompt, add_special_tokens=False)
+        return self._model.encode(prompt)
 
     def _take(self, completion: request_lib.Completion) -> None:
         number, prompt = _parse_name(completion.request_id)

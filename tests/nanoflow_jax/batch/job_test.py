@@ -507,3 +507,28 @@ def test_a_row_with_a_grammar_is_answered_in_its_form_and_a_bad_one_fails_alone(
     good, bad = _answers(model, folder, lines)
     assert _body(good)["choices"][0]["text"].strip() in ("red", "blue")
     assert "the regular expression cannot be used" in str(bad)
+
+
+def test_a_row_says_how_its_prompt_becomes_tokens(folder: pathlib.Path) -> None:
+    asked = {"return_token_ids": True, **_GREEDY}
+    lines = [
+        {"prompt": "Hello there", **asked},
+        {"prompt": "Hello there", "add_special_tokens": False, **asked},
+        {"prompt": ["Hello there", "x"], "truncate_prompt_tokens": 2, **asked},
+        {"messages": [{"role": "user", "content": "Hi"}], "truncate_prompt_tokens": 3, **asked},
+        {"prompt": [5, 6, 7], "add_special_tokens": False, "truncate_prompt_tokens": 2, **asked},
+    ]
+    llama = str(batch_runs.FOLDER.parent / "llama")  # its tokenizer puts a BOS first
+    section = dataclasses.replace(_SECTION, model=llama)
+    batch_runs.write(folder / "in.jsonl", lines)
+    with llm.LLM(llama, **batch_runs.KNOBS) as made:
+        _run(made, _options(folder), section=section)
+        whole, short = made.encode("Hello there"), made.encode("x")
+        chat = made.encode_chat([{"role": "user", "content": "Hi"}])
+    found = [_body(row) for row in batch_runs.read(folder / "out.jsonl")]
+    shown = [[c.get("prompt_token_ids") for c in body["choices"]] for body in found]
+    assert shown[0] == [whole]
+    assert shown[1] == [whole[1:]]
+    assert shown[2] == [whole[-2:], short[-2:]]
+    assert found[3]["usage"]["prompt_tokens"] == len(chat[-3:])
+    assert shown[4] == [[6, 7]]
