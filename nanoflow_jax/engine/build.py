@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
@@ -24,6 +25,7 @@ from nanoflow_jax.scheduler import buckets as bucket_lib
 from nanoflow_jax.scheduler import scheduler
 
 _LOG = logging.getLogger(__name__)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PRESET = "preset:"
 
 
@@ -88,6 +90,17 @@ def embedded_folder() -> pathlib.Path:
     return pathlib.Path(str(resources.files("checkpoints"))) / "embedded"
 
 
+def _download_advice(name: str) -> str:
+    if _HUB_NAME.fullmatch(name) is None:
+        return "; give the path of a model folder, or a name as on Hugging Face: OWNER/MODEL"
+    folder = name.split("/")[-1]
+    return (
+        ". To download a model from Hugging Face:\n"
+        f"  pip install huggingface_hub && hf download {name} --local-dir {folder}\n"
+        f"then use --model={folder}"
+    )
+
+
 def open_model(section: config_lib.ModelSection) -> ModelSource:
     """Finds and checks the model that the knobs name, without reading weights.
 
@@ -109,11 +122,7 @@ def open_model(section: config_lib.ModelSection) -> ModelSource:
         )
     path = pathlib.Path(name) if name else embedded_folder()
     if not path.is_dir():
-        raise ValueError(
-            f"--model={name} is no folder. To download a model from Hugging Face:\n"
-            f"  pip install huggingface_hub && hf download {name} --local-dir "
-            f"{path.name}\nthen use --model={path.name}"
-        )
+        raise ValueError(f"--model={name} is no folder{_download_advice(name)}")
     folder = checkpoint_folder.ModelFolder.open(path)
     config = huggingface.read_config(folder.config)
     eos = loading.eos_ids(folder.config, folder.generation_config)

@@ -46,6 +46,15 @@ def test_a_name_that_is_no_folder_is_answered_with_the_download_command():
         _open(model="meta/Llama-9")
 
 
+@pytest.mark.parametrize("name", ["/models/llama", "./llama", "~/llama", "a/b/c"])
+def test_a_path_that_is_no_folder_is_not_offered_for_download(name):
+    with _raises(
+        f"--model={name} is no folder; give the path of a model folder, or a name as on Hugging "
+        "Face: OWNER/MODEL"
+    ):
+        _open(model=name)
+
+
 def test_an_opened_folder_knows_its_shape_and_its_ends():
     opened = _open(model=str(cases.load("llama3").path))
     assert opened.config.vocab_size == 307
