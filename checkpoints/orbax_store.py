@@ -141,7 +141,7 @@ def _write_part(
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         context.memory.deepcopy_host_arrays = False
         with context:
-            ocp.save(path, stored)
+            ocp.save(path.absolute(), stored)  # Orbax refuses a relative path.
         _sync_tree(path)
         files.sync_folder(path.parent)
     return {

@@ -58,6 +58,15 @@ def test_an_orbax_folder_becomes_safetensors_again(
     assert made.config == folder.ModelFolder.open(orbax).config
 
 
+def test_folders_may_be_named_from_the_current_one(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _main(f"--model={batch_runs.FOLDER}", "--output=orbax", "--verify") == 0
+    assert _main("--model=orbax", "--output=back", "--verify") == 0
+    _assert_same(folder.ModelFolder.open("back"), folder.ModelFolder.open(str(batch_runs.FOLDER)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
