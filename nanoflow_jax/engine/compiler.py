@@ -88,6 +88,7 @@ class CompileWatch:
     def __init__(self) -> None:
         self._thread: int | None = None
         self.num_late = 0
+        self._listens = True
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     @contextlib.contextmanager
@@ -100,8 +101,10 @@ class CompileWatch:
             self._thread = None
 
     def close(self) -> None:
-        """Stops listening."""
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
+        """Stops listening; a second call changes nothing."""
+        if self._listens:
+            jax.monitoring.unregister_event_duration_listener(self._on_event)
+        self._listens = False
 
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event != self._EVENT or threading.get_ident() != self._thread:

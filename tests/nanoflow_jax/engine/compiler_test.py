@@ -110,3 +110,12 @@ def test_a_closed_watch_counts_nothing():
     with watch.forbid():
         _compile_something()
     assert watch.num_late == 0
+
+
+def test_a_watch_may_be_closed_twice_and_others_go_on(watch):
+    closed = CompileWatch()
+    closed.close()
+    closed.close()
+    with watch.forbid():
+        _compile_something()
+    assert watch.num_late == 1
