@@ -25,6 +25,8 @@ class RenderLimits:
     Attributes:
         fuel: Instructions of the template.
         fuel_per_item: Further instructions for each message and each tool.
+        fuel_per_byte: Further instructions for each byte of the request: minijinja counts data
+            that filters and concatenations handle, from version 3.1 on.
         max_output_chars: Longest rendered text.
         memory_bytes: Address space of the rendering process.
         seconds: Wall time of one rendering.
@@ -32,6 +34,7 @@ class RenderLimits:
 
     fuel: int = 1_000_000
     fuel_per_item: int = 20_000
+    fuel_per_byte: int = 1
     max_output_chars: int = 16_000_000
     memory_bytes: int = 1 << 30
     seconds: float = 10.0
@@ -56,27 +59,27 @@ class TemplateProcess:
             source: The template.
             variables: What the template sees; plain JSON values.
             now: Local time in ISO format.
-            num_items: Messages and tools, which add fuel.
+            num_items: Messages and tools, which add fuel as the length of the request does.
 
         Raises:
             ValueError: The variables are not plain JSON, the template refuses them, fails or
                 passes a limit.
         """
         limits = self._limits
-        fuel = limits.fuel + limits.fuel_per_item * num_items
-        request = {
+        job = {
             "source": source,
             "variables": variables,
             "now": now,
-            "fuel": fuel,
             "max_output_chars": limits.max_output_chars,
         }
         try:
-            line = json.dumps(request, ensure_ascii=False).encode() + b"\n"
+            body = json.dumps(job, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"messages, tools and template kwargs must be plain JSON values: {error}"
             ) from error
+        fuel = limits.fuel + limits.fuel_per_item * num_items + limits.fuel_per_byte * len(body)
+        line = b'{"fuel": %d, "job": %s}\n' % (fuel, body)
         with self._lock:
             answer = self._ask(line)
         return _text(answer, limits=limits, fuel=fuel)

@@ -1,9 +1,10 @@
 """Renders chat templates in a process of its own, which may die without harm to the engine.
 
-A template comes with a model and is not to be trusted. Fuel ends its loops, but no fuel counts what
-one instruction does: doubling a string forty times, or sorting a long list, costs a few drops and
-all the memory or hours. So the process that renders has a memory limit, its parent has a clock, and
-this file is started as a plain script that imports the template engine and nothing else of ours.
+A template comes with a model and is not to be trusted. Fuel ends its loops, but what one
+instruction does is counted roughly at best, and by minijinja before 3.1 not at all: doubling a
+string forty times, or sorting a long list, can cost a few drops and all the memory or hours. So
+the process that renders has a memory limit, its parent has a clock, and this file is started as a
+plain script that imports the template engine and nothing else of ours.
 
 One JSON object per line comes in, one goes out. The first line out says that the worker is ready.
 """
@@ -38,7 +39,7 @@ def main(read: BinaryIO, write: BinaryIO, *, alarm_s: int) -> None:
         request = json.loads(line)
         signal.alarm(alarm_s)
         try:
-            answer: dict[str, Any] = {"text": render(**request)}
+            answer: dict[str, Any] = {"text": render(**request["job"], fuel=request["fuel"])}
         except minijinja.TemplateError as error:
             kind = "fuel" if error.kind == "OutOfFuel" else "template"
             answer = {"error": kind, "message": error.message}

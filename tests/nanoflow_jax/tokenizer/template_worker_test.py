@@ -10,14 +10,14 @@ _COMMAND = [sys.executable, "-P", str(pathlib.Path(template_worker.__file__)), s
 
 
 def _request(source: str) -> bytes:
-    request = {
+    job = {
         "source": source,
         "variables": {"messages": []},
         "now": "2024-07-26T00:00:00",
-        "fuel": 1_000_000,
         "max_output_chars": 100,
     }
-    return json.dumps(request).encode() + b"\n"
+    # So much fuel that only the clock ends anything.
+    return json.dumps({"fuel": 2**62, "job": job}).encode() + b"\n"
 
 
 def test_the_worker_answers_line_by_line_and_ends_with_its_input():
