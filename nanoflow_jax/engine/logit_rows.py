@@ -1,4 +1,4 @@
-"""Reductions, selections and draws along rows of V entries, in the forms that XLA makes fast.
+"""Reductions and selections along rows of V entries, in the forms that XLA makes fast.
 
 XLA:CPU vectorises a float max or sum along the minor axis; argmax, integer sums, top_k and
 cumsum are scalar code. So a row is cut into blocks, the vector code runs over the row, and the
@@ -11,23 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 NARROW = 32  # block width for top: balances its two top_k passes at V from 32k to 128k
 WIDE = 128  # block width for all else
-
-
-def pick(
-    weights: Float[Array, "R N"], goal: Float[Array, "R"]
-) -> tuple[Int[Array, "R"], Float[Array, "R"]]:
-    """First position at which the running sum exceeds goal, and how far goal lies into it.
-
-    However the sums are rounded, the position has a weight above 0 if any has.
-    """
-    sums = jnp.cumsum(weights, axis=1)
-    able = weights > 0
-    hit = able & (sums > goal[:, None])
-    positions = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
-    first = jnp.argmax(hit, axis=1).astype(jnp.int32)
-    index = jnp.where(hit.any(axis=1), first, jnp.where(able, positions, 0).max(axis=1))
-    before = jnp.take_along_axis(sums - weights, index[:, None], axis=1)[:, 0]
-    return index, jnp.maximum(goal - before, 0.0)
 
 
 def argmax(x: Float[Array, "R V"]) -> tuple[Float[Array, "R"], Int[Array, "R"]]:

@@ -16,7 +16,7 @@ import enum
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from nanoflow_jax.engine.filters import FADED, Filters, draw_from_head, draw_from_row, search
 from nanoflow_jax.engine.logit_rows import WIDE, argmax, blocks, ones, row_sum, top
@@ -223,11 +223,11 @@ def _draw(
         top_k=jnp.where((row.top_k > 0) & (row.top_k < x.shape[1]), row.top_k, 0),
         top_p=row.top_p,
     )
-    uniform = _uniform(row.seed, row.position)
+    keys = _keys(row.seed, row.position)
     has_filter = drawn & (filters.limited() | (row.min_p > 0))
     closed, tokens = lax.cond(
         has_filter.any(),
-        lambda: draw_from_head(x, filters, uniform),
+        lambda: draw_from_head(x, filters, keys),
         lambda: (jnp.zeros_like(drawn), largest),
     )
     closed = closed & has_filter
@@ -236,7 +236,7 @@ def _draw(
         lambda: jnp.where(
             closed,
             tokens,
-            draw_from_row(x, search(x, filters, drawn & ~closed & filters.limited()), uniform),
+            draw_from_row(x, search(x, filters, drawn & ~closed & filters.limited()), keys),
         ),
         lambda: tokens,
     )
@@ -258,11 +258,10 @@ def _logprobs(x: Float[Array, "R V"], tokens: Int[Array, "R"], num_logprobs: int
     )
 
 
-def _uniform(seed: UInt32[Array, "R"], position: Int[Array, "R"]) -> Float[Array, "R"]:
-    """One number in [0, 1) a row, a function of its request's seed and the token's index."""
+def _keys(seed: UInt32[Array, "R"], position: Int[Array, "R"]) -> Key[Array, "R"]:
+    """Each row's randomness, a function of its request's seed and the token's index."""
 
-    def one(seed: UInt32[Array, ""], position: Int[Array, ""]) -> Float[Array, ""]:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        return jax.random.uniform(key, (), jnp.float32)
+    def one(seed: UInt32[Array, ""], position: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
 
     return jax.vmap(one)(seed, position)
