@@ -10,120 +10,27 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from sampling_rows import (
+    ROWS,
+    SAMPLE,
+    SIZE,
+    check_frequencies,
+    draw_many,
+    idle_full,
+    keys_of,
+    make_full,
+    make_params,
+    pack_bits,
+    random_logits,
+    reference_probs,
+)
 
-from nanoflow_jax.engine import filters, logit_rows, sampling
+from nanoflow_jax.engine import sampling
 from nanoflow_jax.engine.sampling import SamplerVariant
 
-SAMPLE = jax.jit(sampling.sample, static_argnames=("variant", "num_logprobs"))
 PROMPT_LOGPROBS = jax.jit(sampling.prompt_logprobs, static_argnames="num_logprobs")
 PROCESS = jax.jit(sampling.process_logits)
-SEARCH = jax.jit(filters.search)
-ROWS, SIZE = 64, 300  # shared by most tests, so that few programs are compiled
 SIZES = [5, 300, 1031, 4096]  # 1031 is prime: padded blocks
-
-
-def make_params(num_rows, **fields):
-    """Row parameters, each given as one value for all rows or as one per row; off by default."""
-    defaults = {
-        "temperature": (1.0, np.float32),
-        "top_k": (0, np.int32),
-        "top_p": (1.0, np.float32),
-        "min_p": (0.0, np.float32),
-        "seed": (np.arange(num_rows), np.uint32),
-        "position": (0, np.int32),
-    }
-    return sampling.RowParams(
-        **{
-            name: jnp.asarray(np.broadcast_to(np.asarray(fields.get(name, value), dtype), num_rows))
-            for name, (value, dtype) in defaults.items()
-        }
-    )
-
-
-def make_full(num_rows, vocab_size, capacity, **fields):
-    """Full parameters that do nothing unless given."""
-    words = -(-vocab_size // 32)
-    defaults = {
-        "presence": (np.zeros(num_rows), np.float32),
-        "frequency": (np.zeros(num_rows), np.float32),
-        "repetition": (np.ones(num_rows), np.float32),
-        "count_slot": (np.full(num_rows, capacity), np.int32),
-        "bias_ids": (np.full((num_rows, 3), vocab_size), np.int32),
-        "bias_values": (np.zeros((num_rows, 3)), np.float32),
-        "allowed": (np.zeros((num_rows, words)), np.int32),
-        "has_allowed": (np.zeros(num_rows), np.bool_),
-    }
-    return sampling.FullParams(
-        **{
-            name: jnp.asarray(fields.get(name, value), dtype)
-            for name, (value, dtype) in defaults.items()
-        }
-    )
-
-
-def idle_full():
-    """Full parameters and a table of four slots, with which FULL does what FILTERED does."""
-    return make_full(ROWS, SIZE, 4), sampling.empty_table(4, SIZE)
-
-
-def keys_of(seeds, positions=0):
-    """The randomness of rows with these seeds and positions."""
-    seeds = jnp.asarray(np.asarray(seeds), jnp.uint32)
-    return jax.jit(sampling._keys)(seeds, jnp.broadcast_to(jnp.asarray(positions), seeds.shape))
-
-
-def pack_bits(allowed_ids, vocab_size):
-    """llguidance's layout: bit i % 32 of word i // 32."""
-    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    bits[list(allowed_ids)] = 1
-    return np.packbits(bits, bitorder="little").view("<i4")
-
-
-def reference_probs(x, temperature=1.0, min_p=0.0, top_k=0, top_p=1.0):
-    """Exact distribution of one row, in float64 and with a sort."""
-    y = (np.asarray(x, np.float64) - np.max(x)) / temperature
-    w = np.exp(y)
-    w[w < min_p] = 0.0
-    if 0 < top_k < len(w):
-        w[w < np.sort(w)[-top_k]] = 0.0
-    if top_p < 1:
-        order = np.argsort(-w, kind="stable")
-        before = np.cumsum(w[order]) - w[order]
-        last = order[before < top_p * w.sum()][-1]
-        w[w < w[last]] = 0.0
-    return w / w.sum()
-
-
-def check_frequencies(tokens, probs):
-    """Chi-square of the tokens' counts; tokens expected fewer than 5 times are pooled."""
-    counts = np.bincount(tokens, minlength=len(probs))
-    assert counts[probs == 0].sum() == 0
-    expected = probs * len(tokens)
-    common = expected >= 5
-    observed, wanted = counts[common], expected[common]
-    if expected[~common].sum() >= 1:
-        observed = np.append(observed, counts[~common].sum())
-        wanted = np.append(wanted, expected[~common].sum())
-    wanted = wanted * observed.sum() / wanted.sum()
-    assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-4
-
-
-def draw_many(x, num_batches, *, first_position=0, **fields):
-    """Tokens of one logit row of 200, 4096 seeds at each of so many positions."""
-    x = jnp.asarray(np.broadcast_to(np.asarray(x, np.float32), (4096, 200)))
-    tokens = []
-    for position in range(first_position, first_position + num_batches):
-        params = make_params(4096, position=position, **fields)
-        samples = SAMPLE(x, params, variant=SamplerVariant.FILTERED)
-        assert bool(samples.ok.all())
-        tokens.append(np.asarray(samples.tokens))
-    return np.concatenate(tokens)
-
-
-def random_logits(seed, shape, *, spread=3.0, bits=None):
-    """Normal logits; with `bits`, rounded to so many fractional bits, so that many tie."""
-    x = np.random.default_rng(seed).normal(size=shape) * spread
-    return (x if bits is None else np.round(x * 2**bits) / 2**bits).astype(np.float32)
 
 
 # Greedy
@@ -164,171 +71,6 @@ def test_full_takes_the_largest_processed_logit_at_temperature_zero():
     params = make_params(ROWS, temperature=0.0)
     samples = SAMPLE(x, params, full, table, variant=SamplerVariant.FULL)
     assert samples.tokens.tolist() == list(range(ROWS))
-
-
-# Pieces
-
-
-@hypothesis.given(seed=st.integers(0, 2**31), size=st.sampled_from([70, 1031, 3000]))
-def test_top_is_a_stable_sort_cut_short(seed, size):
-    x = random_logits(seed, (3, size), bits=seed % 3)
-    values, ids = jax.jit(logit_rows.top, static_argnums=1)(jnp.asarray(x), 20)
-    order = np.argsort(-x, axis=1, kind="stable")[:, :20]
-    np.testing.assert_array_equal(ids, order)
-    np.testing.assert_array_equal(values, np.take_along_axis(x, order, axis=1))
-
-
-def test_a_race_never_takes_what_cannot_be_drawn():
-    y = np.full((4096, 20), -np.inf, np.float32)
-    y[:, 7], y[::2, 3] = -103.0, 0.0
-    ids = np.broadcast_to(np.arange(20, dtype=np.int32), y.shape)
-    won = np.asarray(jax.jit(filters._race)(jnp.asarray(y), keys_of(range(4096)), jnp.asarray(ids)))
-    assert (won[1::2] == 7).all()
-    assert (won[::2] == 3).all()
-
-
-def test_races_are_won_in_proportion_whichever_random_numbers_they_take():
-    weights = np.array([0.5, 0.3, 0.15, 0.05])
-    y = jnp.asarray(np.broadcast_to(np.log(weights), (4096, 4)), jnp.float32)
-    for first in (0, 1_000_000):
-        ids = jnp.broadcast_to(first + jnp.arange(4, dtype=jnp.int32)[None], (4096, 4))
-        check_frequencies(jax.jit(filters._race)(y, keys_of(range(4096)), ids), weights)
-
-
-@pytest.mark.parametrize("limit", [{}, {"top_p": 0.9}, {"top_k": 500}, {"min_p": 0.01}])
-def test_rounding_of_the_logits_does_not_change_what_is_drawn(limit):
-    # A hundred times what rounding does: drawing from the running sum would change a dozen rows.
-    x = random_logits(30, (2048, 4096), spread=1.5)
-    shaken = x * (1 + np.random.default_rng(31).uniform(-3e-5, 3e-5, x.shape)).astype(np.float32)
-    assert (shaken != x).mean() > 0.5
-    params = make_params(2048, **limit)
-    drawn = [
-        np.asarray(SAMPLE(jnp.asarray(one), params, variant=SamplerVariant.FILTERED).tokens)
-        for one in (x, shaken)
-    ]
-    assert (drawn[0] != drawn[1]).sum() <= 1
-
-
-def test_images_order_as_floats_do_and_come_back():
-    y = jnp.asarray([-np.inf, -104.0, -1.0, -1e-30, -0.0, 0.0, 1e-30, 7.0, np.inf], jnp.float32)
-    image = np.asarray(filters._image_of(y))
-    assert (np.diff(image) > 0).all()
-    np.testing.assert_array_equal(filters._float_of(jnp.asarray(image)), y)
-
-
-def make_filters(x, *, min_p, top_k, top_p, scale):
-    num_rows = x.shape[0]
-    full = lambda value: jnp.full((num_rows,), value, jnp.float32)  # noqa: E731
-    return filters.Filters(
-        peak=jnp.asarray(x.max(axis=1)),
-        scale=full(scale),
-        floor=full(max(np.log(min_p) if min_p else -np.inf, filters.FADED)),
-        top_k=jnp.full((num_rows,), top_k, jnp.int32),
-        top_p=full(top_p),
-    )
-
-
-@hypothesis.given(
-    seed=st.integers(0, 2**31),
-    bits=st.sampled_from([None, 0, 2, 6]),
-    spread=st.sampled_from([0.01, 1.0, 4.0, 40.0]),
-    min_p=st.sampled_from([0.0, 1e-4, 0.05]),
-    top_k=st.integers(0, 299),
-    top_p=st.floats(0.0625, 1.0, width=32),
-    scale=st.sampled_from([0.3, 1.0, 2.0]),
-)
-def test_search_keeps_exactly_what_top_k_and_top_p_ask(
-    seed, bits, spread, min_p, top_k, top_p, scale
-):
-    x = random_logits(seed, (6, 300), spread=spread, bits=bits)
-    wanted = np.array([True, True, False, True, True, True])
-    given = make_filters(x, min_p=min_p, top_k=top_k, top_p=top_p, scale=scale)
-    floors = np.asarray(SEARCH(jnp.asarray(x), given, jnp.asarray(wanted)).floor)
-    assert floors[2] == given.floor[2]
-    for row in np.flatnonzero(wanted):
-        y = (x[row] - x[row].max()) / np.float32(scale)
-        w = np.where(y >= np.float32(given.floor[row]), np.exp(y.astype(np.float64)), 0.0)
-        if top_k:
-            w[y < np.sort(y)[-top_k]] = 0.0
-        kept = y >= floors[row]
-        assert (w[kept] > 0).all()
-        goal, mass = min(top_p, 1.0) * w.sum(), w[kept].sum()
-        if top_p == 1:
-            assert kept.sum() == (w > 0).sum()
-        assert mass >= goal * (1 - 1e-5)
-        lowest = kept & (y == y[kept].min())
-        assert top_p == 1 or mass - w[lowest].sum() < goal * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("group", [1, 2, 4, 5])
-def test_rows_searched_together_do_not_change_their_floors(group):
-    x = random_logits(3, (5, 300), spread=1.0)
-    given = make_filters(x, min_p=0.0, top_k=150, top_p=0.8, scale=1.0)
-    wanted = jnp.asarray([True, False, True, True, True])
-    one = filters._search_in_groups(jnp.asarray(x), given, wanted, group=1)
-    many = filters._search_in_groups(jnp.asarray(x), given, wanted, group=group)
-    np.testing.assert_array_equal(many, one)
-
-
-# Filters, by the tokens that come out
-
-
-@hypothesis.given(
-    seed=st.integers(0, 2**31),
-    bits=st.sampled_from([None, 1, 5]),
-    spread=st.sampled_from([0.5, 3.0, 10.0]),
-)
-def test_drawn_tokens_pass_their_filters(seed, bits, spread):
-    rng = np.random.default_rng(seed)
-    num_rows = ROWS
-    x = random_logits(seed, (ROWS, SIZE), spread=spread, bits=bits)
-    fields = {
-        "temperature": rng.choice([0.5, 1.0, 1.7], num_rows),
-        "min_p": rng.choice([0.0, 0.01, 0.3], num_rows),
-        "top_k": rng.choice([0, 1, 5, 63, 64, 65, 200, 299, 300, 1000], num_rows),
-        "top_p": rng.choice([1.0, 0.999, 0.9, 0.3, 1e-9], num_rows),
-    }
-    params = make_params(num_rows, seed=rng.integers(0, 2**32, num_rows), **fields)
-    samples = SAMPLE(jnp.asarray(x), params, variant=SamplerVariant.FILTERED)
-    assert bool(samples.ok.all())
-    for row, token in enumerate(np.asarray(samples.tokens)):
-        mine = {name: values[row] for name, values in fields.items()}
-        # Borders met by rounding alone: a slightly looser filter must keep the token.
-        mine["top_p"] = min(mine["top_p"] * (1 + 1e-5), 1.0)
-        mine["min_p"] *= 1 - 1e-5
-        assert reference_probs(x[row], **mine)[token] > 0
-
-
-def test_ties_at_the_floor_all_stay():
-    x = np.full(200, -5.0)
-    x[10:15] = 2.0
-    check_frequencies(draw_many(x, 1, top_k=3), reference_probs(x, top_k=5))
-    check_frequencies(draw_many(x, 1, top_p=0.1), reference_probs(x, top_k=5))
-    flat = np.zeros(200)
-    for limit in ({"top_k": 10}, {"top_k": 80}, {"top_p": 0.1}, {"min_p": 0.5}):
-        check_frequencies(draw_many(flat, 1, **limit), np.full(200, 1 / 200))
-
-
-CASES = {
-    "plain": {},
-    "cold": {"temperature": 0.4},
-    "hot": {"temperature": 5.0},
-    "huge temperature": {"temperature": 1e9},
-    "top_k in the head": {"top_k": 7},
-    "top_k beyond the head": {"top_k": 100, "temperature": 3.0},
-    "top_p in the head": {"top_p": 0.6},
-    "top_p beyond the head": {"top_p": 0.93, "temperature": 6.0},
-    "min_p": {"min_p": 0.03},
-    "min_p beyond the head": {"min_p": 0.3, "temperature": 9.0},
-    "all": {"temperature": 1.5, "top_k": 40, "top_p": 0.8, "min_p": 0.01},
-    "all beyond the head": {"temperature": 8.0, "top_k": 150, "top_p": 0.9, "min_p": 0.05},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_frequencies_follow_the_exact_distribution(case):
-    x = random_logits(11, 200, spread=2.0)
-    check_frequencies(draw_many(x, 5, **CASES[case]), reference_probs(x, **CASES[case]))
 
 
 def test_frequencies_follow_processed_logits():
@@ -635,9 +377,7 @@ def test_logprobs_survive_large_logits_and_bans():
 
 
 @pytest.mark.gpu
-def test_a_gpu_draws_what_the_filters_keep_and_in_proportion():
+def test_a_gpu_draws_each_row_by_itself_and_fails_broken_ones_alone():
     test_a_row_draws_the_same_whatever_else_is_in_the_batch()
-    for case in CASES:
-        test_frequencies_follow_the_exact_distribution(case)
     for variant in SamplerVariant:
         test_a_broken_row_fails_alone(variant)
