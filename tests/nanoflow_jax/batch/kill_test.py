@@ -19,7 +19,7 @@ def _rows() -> list[Any]:
     made: list[Any] = []
     for i in range(_NUM_ROWS):
         prompt = f"row {i} " * (1 + i % 4)
-        length = 4 + i % 9
+        length = 4 + 5 * (i % 9)
         chat = [{"role": "user", "content": prompt}]
         kinds: list[Any] = [
             {"prompt": prompt, "max_tokens": length, "temperature": 0, "logprobs": 2},
