@@ -1,17 +1,20 @@
 """The hot loop: while the device runs step i, the host plans step i + 1."""
 
-import collections
 import dataclasses
+import logging
 from collections.abc import Collection
 
+import jax
 import numpy as np
 from jaxtyping import Int32
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine import inputs, runner, sequence
+from nanoflow_jax.engine import inputs, recovery, runner, sequence
 from nanoflow_jax.grammar import grammars as grammars_lib
 from nanoflow_jax.grammar import matcher as matcher_lib
 from nanoflow_jax.scheduler import scheduler
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Counters:
         prompt_tokens: Tokens of chunks run: prompts, recomputed ones included.
         generated_tokens: Tokens given to requests.
         surplus_tokens: Tokens sampled for requests that had already ended.
+        failed_steps: Steps that the device gave up.
     """
 
     steps: int = 0
@@ -46,6 +50,7 @@ class Counters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     surplus_tokens: int = 0
+    failed_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,8 @@ class Engine:
         self._keys: dict[str, str] = {}
         self._num_added = 0
         self._in_flight: _InFlight | None = None
-        self._failed: collections.deque[request_lib.RequestUpdate] = collections.deque()
+        self._outbox: list[request_lib.RequestUpdate] = []
+        self._recovery = recovery.Recovery(max_requests=step_scheduler.limits.max_requests)
         self.counters = Counters()
 
     @property
@@ -181,17 +187,65 @@ class Engine:
         del self._keys[ended.request.request_id]
 
     def step(self) -> list[request_lib.RequestUpdate]:
-        """One turn. While the device runs step i, the host plans step i + 1."""
-        with self._runner.watch.forbid():
-            plan = self._scheduler.plan()
-            forwarded = self._forward(plan) if plan else None
-            updates = self._commit() if plan and self._needs_tokens(plan) else []
-            launched = self._sample(plan, forwarded) if plan and forwarded else None
-            updates += self._commit()
-            self._in_flight = launched
-            if not self._run_ahead:
-                updates += self._commit()
-            return updates
+        """One turn. While the device runs step i, the host plans step i + 1.
+
+        Raises:
+            JaxRuntimeError: The device fails whatever it is given.
+        """
+        try:
+            with self._runner.watch.forbid():
+                plan = self._plan()
+                forwarded = self._forward(plan) if plan else None
+                if plan and self._needs_tokens(plan):
+                    self._commit()
+                launched = self._sample(plan, forwarded) if plan and forwarded else None
+                self._commit()
+                self._in_flight = launched
+                if not self._may_run_ahead:
+                    self._commit()
+        except jax.errors.JaxRuntimeError as error:
+            self._recover(error)
+        updates, self._outbox = self._outbox, []
+        return updates
+
+    @property
+    def _may_run_ahead(self) -> bool:
+        """Whether a step is launched before the last one is known to be good."""
+        return self._run_ahead and self._recovery.group is None
+
+    def _plan(self) -> scheduler.StepPlan | None:
+        if self._recovery.is_active and self._recovery.take_step(self._counts()):
+            self._let_run()
+        return self._scheduler.plan()
+
+    def _counts(self) -> dict[str, int]:
+        return {key: len(made.token_ids) for key, made in self._sequences.items()}
+
+    def _recover(self, error: Exception) -> None:
+        """After a failed step: computes its requests again, without the one that is to blame."""
+        self.counters.failed_steps += 1
+        self._in_flight = None
+        counts = self._counts()
+        ran = {key: counts[key] for key in self._start_over()}
+        _LOG.error("a step of %d requests failed; it is done again: %s", len(ran), error)
+        self._runner.reset()
+        guilty = self._recovery.blame(ran)
+        if guilty is not None:
+            message = f"the device failed on this request, also when it ran alone: {error}"
+            self._fail(guilty, message)
+        self._let_run()
+
+    def _let_run(self) -> None:
+        """Lets those run whose turn it is, with nobody beside them that it is not."""
+        if self._recovery.group is not None:
+            self._start_over()
+        self._scheduler.restrict(self._recovery.group, most=self._recovery.most_running)
+
+    def _start_over(self) -> list[str]:
+        """Takes back what was launched; see `Scheduler.restart`."""
+        for made in self._sequences.values():
+            made.prompt_logprobs_done = made.prompt_logprobs_told
+        return self._scheduler.restart()
 
     def _forward(self, plan: scheduler.StepPlan) -> runner.Forwarded:
         forwarded = self._runner.forward(self._inputs.build(plan, self._sequences))
@@ -212,13 +266,13 @@ class Engine:
         vectors = self._inputs.build_sample(plan, self._sequences)
         return _InFlight(plan=plan, launched=self._runner.sample(forwarded, vectors))
 
-    def _commit(self) -> list[request_lib.RequestUpdate]:
+    def _commit(self) -> None:
         """Waits for the step in flight and hands its tokens to their requests."""
         flight, self._in_flight = self._in_flight, None
         if flight is None:
-            return []
+            return
         collected = self._runner.collect(flight.launched)
-        updates = self._prompt_updates(collected)
+        self._tell_prompts(collected)
         sampling_rows = [row for row in flight.plan.rows if row.samples]
         self._scheduler.commit(flight.plan)
         for i, row in enumerate(sampling_rows):
@@ -227,24 +281,16 @@ class Engine:
                 self.counters.surplus_tokens += 1
                 continue
             assert collected.rows is not None
-            updates.append(self._take_token(row.request_id, made, collected.rows[i]))
-        return updates
+            self._take_token(row.request_id, made, collected.rows[i])
 
-    def _take_token(
-        self, key: str, made: sequence.Sequence, row: Int32[np.ndarray, "X"]
-    ) -> request_lib.RequestUpdate:
-        request_id = made.request.request_id
+    def _take_token(self, key: str, made: sequence.Sequence, row: Int32[np.ndarray, "X"]) -> None:
         token, is_ok = int(row[0]), bool(row[1])
         if is_ok and made.matcher is not None and token not in made.ends:
             made.matcher.advance(token)
         error = _error(made, is_ok=is_ok)
         if error is not None:
-            self._end(key, output_len=None)
-            return request_lib.RequestUpdate(
-                request_id=request_id,
-                finish_reason=request_lib.FinishReason.ERROR,
-                error=error,
-            )
+            self._fail(key, error)
+            return
         made.token_ids.append(token)
         self.counters.generated_tokens += 1
         reason = None
@@ -257,16 +303,30 @@ class Engine:
         wanted = made.params.logprobs
         # A grammar that may end takes an end-of-text token though the request ignores it.
         is_end = token in made.ends or (made.matcher is not None and token in self._limits.eos_ids)
-        return request_lib.RequestUpdate(
-            request_id=request_id,
-            token_ids=(token,),
-            logprobs=() if wanted is None else (_logprobs(token, row[2:], wanted),),
-            finish_reason=reason,
-            stop_token_id=token if reason is request_lib.FinishReason.STOP and is_end else None,
+        self._outbox.append(
+            request_lib.RequestUpdate(
+                request_id=made.request.request_id,
+                token_ids=(token,),
+                logprobs=() if wanted is None else (_logprobs(token, row[2:], wanted),),
+                finish_reason=reason,
+                stop_token_id=token if reason is request_lib.FinishReason.STOP and is_end else None,
+            )
         )
 
-    def _prompt_updates(self, collected: runner.Collected) -> list[request_lib.RequestUpdate]:
-        updates = []
+    def _fail(self, key: str, message: str) -> None:
+        """Ends a request with an error of its own."""
+        request_id = self._sequences[key].request.request_id
+        self._end(key, output_len=None)
+        self._outbox.append(
+            request_lib.RequestUpdate(
+                request_id=request_id,
+                finish_reason=request_lib.FinishReason.ERROR,
+                error=message,
+            )
+        )
+
+    def _tell_prompts(self, collected: runner.Collected) -> None:
+        """Reports the log-probabilities of prompt tokens that a step computed."""
         for part, rows in collected.prompt_rows:
             made = self._sequences.get(part.request_id)
             if made is None:
@@ -274,7 +334,8 @@ class Engine:
             wanted = made.params.prompt_logprobs
             assert wanted is not None
             targets = part.vector[len(part.vector) // 2 :]
-            updates.append(
+            made.prompt_logprobs_told += part.count
+            self._outbox.append(
                 request_lib.RequestUpdate(
                     request_id=made.request.request_id,
                     prompt_logprobs=tuple(
@@ -282,7 +343,6 @@ class Engine:
                     ),
                 )
             )
-        return updates
 
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken."""

@@ -116,17 +116,26 @@ class Runner:
         self._sizes = sizes
         graph, state = nnx.split(model)
         self._weights, treedef = jax.tree.flatten(state)
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self._caches = [jax.device_put(kv_layout.allocate(), everywhere) for _ in model.layers]
-        self._last_tokens = jax.device_put(np.zeros((sizes.max_requests,), np.int32), everywhere)
-        self._table = jax.device_put(
-            sampling.empty_table(sizes.penalty_requests, sizes.vocab_size), everywhere
-        )
+        self._layout, self._num_layers = kv_layout, len(model.layers)
+        self._everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
+        self._allocate()
         jobs = self._jobs(graph, treedef, kv_layout, bucket_list, max_context_len, model)
         self._programs = compiler.compile_all(
             jobs, threads=threads, options=dict(options), progress=progress
         )
         self.watch = compiler.CompileWatch()
+
+    def _allocate(self) -> None:
+        """Makes the state that steps hand on: caches, last tokens, penalty table."""
+        sizes, place = self._sizes, self._everywhere
+        self._caches = [
+            jax.device_put(self._layout.allocate(), place) for _ in range(self._num_layers)
+        ]
+        self._last_tokens = jax.device_put(np.zeros((sizes.max_requests,), np.int32), place)
+        self._table = jax.device_put(
+            sampling.empty_table(sizes.penalty_requests, sizes.vocab_size), place
+        )
 
     def _jobs(
         self,
@@ -138,7 +147,7 @@ class Runner:
         model: transformer.Transformer,
     ) -> list[compiler.Job]:
         sizes = self._sizes
-        place = self._last_tokens.sharding
+        place = self._everywhere
         weights, caches = _abstract(self._weights), _abstract(self._caches)
         last_tokens, table = _abstract(self._last_tokens), _abstract(self._table)
         config = model.config
@@ -241,6 +250,28 @@ class Runner:
         rows = None if launched.sampled is None else np.asarray(launched.sampled)
         prompt_rows = [(part, np.asarray(array)) for part, array in launched.prompt_rows]
         return Collected(rows=rows, prompt_rows=prompt_rows)
+
+    def reset(self) -> None:
+        """Starts over with an empty state, after a step failed and perhaps took it along.
+
+        Raises:
+            JaxRuntimeError: The device fails on a step without requests too.
+        """
+        for array in jax.tree.leaves((self._caches, self._last_tokens, self._table)):
+            array.delete()  # there may be no room for both
+        self._allocate()
+        forwarded = self.forward(
+            ForwardInputs(
+                bucket=self._smallest,
+                vector=programs.forward_packing(self._sizes, self._smallest).new()[0],
+                resets=(),
+                prompt_slices=(),
+            )
+        )
+        variant = sampling.SamplerVariant.GREEDY
+        rows = self._sizes.padded_rows(self._smallest)
+        pack = programs.sample_packing(self._sizes, rows=rows, variant=variant)
+        self.collect(self.sample(forwarded, SampleInputs(variant=variant, vector=pack.new()[0])))
 
     def close(self) -> None:
         """Stops watching for compilations."""

@@ -27,7 +27,8 @@ class Sequence:
         allowed: Bitmask over the vocabulary, if only some tokens are allowed.
         matcher: Follows the grammar through the generated tokens that have arrived, if the
             request has one.
-        prompt_logprobs_done: Prompt positions already reported.
+        prompt_logprobs_done: Prompt positions already reported, or about to be by a step in flight.
+        prompt_logprobs_told: Prompt positions already reported.
     """
 
     request: request_lib.Request
@@ -40,6 +41,7 @@ class Sequence:
     allowed: Int32[np.ndarray, "W"] | None
     matcher: matcher_lib.Matcher | None
     prompt_logprobs_done: int = 0
+    prompt_logprobs_told: int = 0
 
     @property
     def params(self) -> request_lib.SamplingParams:

@@ -8,7 +8,7 @@ device, so the next step can be planned while this one runs.
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.scheduler import buckets as bucket_list
@@ -149,8 +149,15 @@ class Scheduler:
         self._penalty_slots = list(range(limits.penalty_requests - 1, -1, -1))
         self._lengths = memory.OutputLengths()
         self._in_this_step: set[str] = set()
+        self._only: Collection[str] | None = None
+        self._most_running = limits.max_requests
         self._arrivals = 0
         self._num_preemptions = 0
+
+    @property
+    def limits(self) -> Limits:
+        """What one step may hold."""
+        return self._limits
 
     @property
     def num_running(self) -> int:
@@ -294,14 +301,17 @@ class Scheduler:
 
     def _try_admit(self) -> Entry | None:
         """Moves the first waiting request to the running ones if there is room for its life."""
-        if not self._waiting or not self._slots:
+        if not self._slots or len(self._running) >= self._most_running:
             return None
-        entry = self._waiting[0]
+        allowed = (e for e in self._waiting if self._only is None or e.request_id in self._only)
+        entry = next(allowed, None)
+        if entry is None:
+            return None
         if entry.in_flight or (entry.uses_penalties and not self._penalty_slots):
             return None  # its last token is still on the device, or the penalty table is full
         if self._running and self._predicted_peak(entry) > self._pages.num_pages:
             return None
-        self._waiting.popleft()
+        self._waiting.remove(entry)
         entry.slot = self._slots.pop()
         if entry.uses_penalties:
             entry.penalty_slot = self._penalty_slots.pop()
@@ -391,6 +401,33 @@ class Scheduler:
                 if not entry.ends_at_limit:
                     self._lengths.add(entry.limit - entry.prompt_len)
                 self._forget(entry)
+
+    def restart(self) -> list[str]:
+        """Takes back all that was launched and not committed; every request waits, with no pages.
+
+        Returns:
+            The requests that this changed, in order of rank: what was launched holds no others
+            but ended and preempted ones.
+        """
+        busy = (e for e in self._entries.values() if e.slot is not None or e.in_flight)
+        changed = sorted(busy, key=lambda e: e.rank)
+        for entry in changed:
+            if entry.slot is not None:
+                self._leave(entry)
+            entry.known -= entry.in_flight
+            entry.in_flight = entry.computed = 0
+            if entry not in self._waiting:
+                self._enqueue(entry)
+        return [entry.request_id for entry in changed]
+
+    def restrict(self, only: Collection[str] | None, *, most: int) -> None:
+        """Chooses who may begin to run from now on.
+
+        Args:
+            only: These requests; None for all.
+            most: So many run at once.
+        """
+        self._only, self._most_running = only, most
 
     def finish(self, request_id: str, *, output_len: int | None = None) -> None:
         """Ends a request early: end of text, a stop string, an abort or a failure.

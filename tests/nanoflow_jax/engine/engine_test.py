@@ -176,7 +176,7 @@ _POISON = 77
 @pytest.mark.parametrize(
     "bad", [[3, 1, 4, 5, 6, 7, _POISON], [3, 1, _POISON, 4, 5, 6, 7]], ids=["last", "middle"]
 )
-def test_logits_that_are_no_numbers_fail_only_their_request(case, bad, tmp_path):
+def test_f7_logits_that_are_no_numbers_fail_only_their_request(case, bad, tmp_path):
     golden, poison = cases.load(case), _POISON
     folder = shutil.copytree(golden.path, tmp_path / "model")
     source = ModelFolder.open(golden.path)

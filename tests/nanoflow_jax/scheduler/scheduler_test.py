@@ -153,12 +153,26 @@ class _Host:
             elif track.arrived == track.job.output_len:
                 track.ended = True
 
+    def fail(self):
+        """Loses the step in flight and all that is cached."""
+        lost, self._in_flight = self._in_flight, None
+        changed = self.scheduler.restart()
+        self.scheduler.check()
+        assert self.scheduler.num_running == 0
+        alive = {name for name, track in self.tracks.items() if not track.ended}
+        assert set(changed) <= alive
+        if lost is not None:
+            assert {row.request_id for row in lost.rows if row.samples} & alive <= set(changed)
+        for track in self.tracks.values():
+            if not track.ended:
+                track.computed, track.sampled = 0, track.arrived
+
     @property
     def is_idle(self):
         return not self.scheduler.has_work and self._in_flight is None
 
-    def run(self, jobs, *, most_steps=3000):
-        """Runs jobs, named by their number, to the end."""
+    def run(self, jobs, *, most_steps=3000, failures=()):
+        """Runs jobs, named by their number, to the end; some steps fail."""
         queue = collections.deque(sorted(enumerate(jobs), key=lambda pair: pair[1].arrives))
         step = 0
         while queue or not self.is_idle:
@@ -169,6 +183,8 @@ class _Host:
                 if track.job.aborts == step:
                     self.end(name)
             self.step()
+            if step in failures:
+                self.fail()
             step += 1
             assert step < most_steps, "the scheduler makes no progress"
         return step
@@ -204,10 +220,11 @@ def _check_tokens(host, jobs):
     num_pages=st.integers(16, 40),
     dense_batch=st.integers(4, 20),
     prefill_rows=st.integers(1, 4),
+    failures=st.sets(st.integers(0, 60), max_size=4),
 )
 @hypothesis.settings(max_examples=200)
-def test_every_request_gets_exactly_its_tokens(
-    jobs, run_ahead, num_pages, dense_batch, prefill_rows
+def test_every_request_gets_exactly_its_tokens_whatever_steps_fail(
+    jobs, run_ahead, num_pages, dense_batch, prefill_rows, failures
 ):
     host = _Host(
         num_pages=num_pages,
@@ -215,7 +232,7 @@ def test_every_request_gets_exactly_its_tokens(
         dense_batch=dense_batch,
         prefill_rows=prefill_rows,
     )
-    host.run(jobs)
+    host.run(jobs, failures=failures)
     _check_tokens(host, jobs)
 
 
@@ -278,6 +295,16 @@ def test_certain_lengths_are_admitted_only_if_all_fit_to_the_end():
     host.run(jobs)
     assert host.scheduler.num_preemptions == 0
     assert len(host.plans[0].rows) == 2
+
+
+def test_who_may_begin_and_how_many_run_can_be_restricted():
+    host = _Host()
+    for name in "abcd":
+        host.add(name, _Job(prompt_len=2, output_len=9))
+    host.scheduler.restrict({"b", "c", "d", "gone"}, most=2)
+    assert [row.request_id for row in host.step().rows] == ["b", "c"]
+    host.scheduler.restrict(None, most=4)
+    assert {row.request_id for row in host.step().rows} == {"a", "b", "c", "d"}
 
 
 def _work_at_hand(host):
