@@ -204,18 +204,26 @@ class LLM:
         """Tokens generated since the start."""
         return self.engine.counters.generated_tokens
 
-    def submit(self, name: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def submit(
+        self,
+        name: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+    ) -> None:
         """Takes a request in, for callers that run the steps themselves, as a batch job does.
 
         Args:
             name: Unique among unfinished requests.
             prompt_ids: Token ids.
             params: Its seed must be set.
+            priority: Lower runs first.
 
         Raises:
             ValueError: This request cannot be served; others are not affected.
         """
-        self.generator.submit(name, prompt_ids, params)
+        self.generator.submit(name, prompt_ids, params, priority=priority)
 
     def abort(self, name: str) -> None:
         """Drops a request; nothing more is reported of it."""

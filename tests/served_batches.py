@@ -48,6 +48,7 @@ class Adder:
         seen: Ids of all requests, in order.
         active: Ids of requests that are not finished.
         aborted: Ids of requests that were.
+        priorities: With which requests came, by what follows their batch's name.
         flow: While it is cleared, nothing finishes.
     """
 
@@ -55,6 +56,7 @@ class Adder:
         self.seen: list[str] = []
         self.active: dict[str, asyncio.Future[None]] = {}
         self.aborted: list[str] = []
+        self.priorities: dict[str, int] = {}
         self.most_active = 0
         self.num_busy = 0
         self.flow = asyncio.Event()
@@ -94,6 +96,7 @@ class Adder:
             self.num_busy -= 1
             raise ApiError("busy", status_code=429)
         self.seen.append(request_id)
+        self.priorities[request_id.partition("/")[2]] = priority
         future = self.active[request_id] = asyncio.get_running_loop().create_future()
         self.most_active = max(self.most_active, len(self.active))
         try:

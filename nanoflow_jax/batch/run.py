@@ -52,9 +52,14 @@ class Model(Protocol):
         ...
 
     def submit(
-        self, name: str, prompt_ids: Sequence[int], params: request_lib.SamplingParams
+        self,
+        name: str,
+        prompt_ids: Sequence[int],
+        params: request_lib.SamplingParams,
+        *,
+        priority: int = 0,
     ) -> None:
-        """Takes a request in; ValueError if it cannot be served."""
+        """Takes a request in; ValueError if it cannot be served. Lower priorities run first."""
         ...
 
     def abort(self, name: str) -> None:
@@ -105,7 +110,7 @@ class Run:
     """One run over the rows that are left.
 
     Invariant: every prompt of a pending row that is not in its `completions` is a request of the
-    model, named by `_name`.
+    model, named by `_name`; `_deadlines` has the pending rows that set a time limit.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class Run:
         *,
         state: State,
         report: Callable[[State], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._record = job_record
         self._answers = answers
@@ -123,10 +129,12 @@ class Run:
         self._writer = responses.Writer(model.tokenizer)
         self._first_state = state
         self._report = report
+        self._clock = clock
         self._pending: dict[int, _Pending] = {}
+        self._deadlines: dict[int, float] = {}
         self._num_choices = 0
         self._other_model: str | None = None
-        self._began = time.monotonic()
+        self._began = clock()
         self._tokens_before = model.num_generated
 
     def state(self) -> State:
@@ -134,7 +142,7 @@ class Run:
         return dataclasses.replace(
             self._first_state,
             tokens=self._model.num_generated - self._tokens_before,
-            seconds=time.monotonic() - self._began,
+            seconds=self._clock() - self._began,
             other_model=self._other_model,
         )
 
@@ -152,7 +160,22 @@ class Run:
                     self._take_failure(found)
                 else:
                     self._take(found)
+            self._drop_late()
             self._report(self.state())
+
+    def _drop_late(self) -> None:
+        """Ends rows whose time is over; it began when they were handed to the model."""
+        now = self._clock()
+        for number in [number for number, end in self._deadlines.items() if end <= now]:
+            row = self._pending[number].row
+            self._drop(self._pending[number])
+            error = ApiError(
+                f"the row was not answered {row.request.timeout_s:g} s after it was begun, its "
+                "timeout_s",
+                code="timeout",
+                status_code=504,
+            )
+            self._write_error(number, row.custom_id, error)
 
     def drop_pending(self) -> None:
         """Takes rows that are not finished out of the model."""
@@ -178,10 +201,13 @@ class Run:
         pending = _Pending(row=row, num_prompts=len(row.seeds))
         self._pending[row.number] = pending
         self._num_choices += pending.num_prompts * row.request.params.n
+        if row.request.timeout_s is not None:
+            self._deadlines[row.number] = self._clock() + row.request.timeout_s
         try:
             for i, prompt in enumerate(self._encode(row.request)):
                 params = dataclasses.replace(row.request.params, seed=row.seeds[i])
-                self._model.submit(_name(row.number, i), prompt, params)
+                name = _name(row.number, i)
+                self._model.submit(name, prompt, params, priority=row.request.priority)
         except ValueError as error:
             self._drop(pending)
             self._write_error(row.number, row.custom_id, ApiError(str(error)))
@@ -220,6 +246,7 @@ class Run:
 
     def _drop(self, pending: _Pending) -> None:
         del self._pending[pending.row.number]
+        self._deadlines.pop(pending.row.number, None)
         self._num_choices -= pending.num_prompts * pending.row.request.params.n
         for i in range(pending.num_prompts):
             self._model.abort(_name(pending.row.number, i))

@@ -97,7 +97,7 @@ class EngineModel:
             texts: Called in this object's thread.
             loop: It runs until this object is no longer used.
             prefix: Of the names of requests in the engine.
-            priority: Of all requests.
+            priority: Of all requests; their own are added to it.
         """
         self.tokenizer = texts.tokenizer
         self.tool_style = texts.tool_style
@@ -127,11 +127,18 @@ class EngineModel:
         return self._texts.encode_chat(messages, **options)
 
     def submit(
-        self, name: str, prompt_ids: Sequence[int], params: request_lib.SamplingParams
+        self,
+        name: str,
+        prompt_ids: Sequence[int],
+        params: request_lib.SamplingParams,
+        *,
+        priority: int = 0,
     ) -> None:
         """Takes a request in; if it cannot be served, `step` says so."""
         self._live.add(name)
-        self._loop.call_soon_threadsafe(self._start, name, prompt_ids, params)
+        self._loop.call_soon_threadsafe(
+            self._start, name, prompt_ids, params, self._priority + priority
+        )
 
     def abort(self, name: str) -> None:
         """Drops a request; nothing more is reported of it."""
@@ -167,9 +174,14 @@ class EngineModel:
         self._found.put(None)
 
     def _start(
-        self, name: str, prompt_ids: Sequence[int], params: request_lib.SamplingParams
+        self,
+        name: str,
+        prompt_ids: Sequence[int],
+        params: request_lib.SamplingParams,
+        priority: int,
     ) -> None:
-        self._tasks[name] = self._loop.create_task(self._complete(name, prompt_ids, params))
+        work = self._complete(name, prompt_ids, params, priority)
+        self._tasks[name] = self._loop.create_task(work)
 
     def _cancel(self, name: str) -> None:
         task = self._tasks.pop(name, None)
@@ -177,10 +189,14 @@ class EngineModel:
             task.cancel()
 
     async def _complete(
-        self, name: str, prompt_ids: Sequence[int], params: request_lib.SamplingParams
+        self,
+        name: str,
+        prompt_ids: Sequence[int],
+        params: request_lib.SamplingParams,
+        priority: int,
     ) -> None:
         try:
-            found = await self._outcome(name, prompt_ids, params)
+            found = await self._outcome(name, prompt_ids, params, priority)
         except Exception as error:
             self._found.put(error)
         else:
@@ -188,14 +204,18 @@ class EngineModel:
         self._tasks.pop(name, None)
 
     async def _outcome(
-        self, name: str, prompt_ids: Sequence[int], params: request_lib.SamplingParams
+        self,
+        name: str,
+        prompt_ids: Sequence[int],
+        params: request_lib.SamplingParams,
+        priority: int,
     ) -> request_lib.Completion | run.Failure:
         num_lost = 0
         while num_lost < _MAX_LOST:
             await self._engine.ready()
             try:
                 found = await self._engine.complete(
-                    f"{self._prefix}/{name}", prompt_ids, params, priority=self._priority
+                    f"{self._prefix}/{name}", prompt_ids, params, priority=priority
                 )
                 return dataclasses.replace(found, request_id=name)
             except EngineLostError:

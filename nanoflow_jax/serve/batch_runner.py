@@ -28,7 +28,7 @@ class Settings:
         sampling: Fields of SamplingParams for what rows leave out.
         max_running: Batches at once; the others wait in order of arrival.
         lookahead: Choices of one batch that are handed to the engine ahead of need.
-        priority: Of all rows; live requests should have a lower number.
+        priority: Of rows; their own, -1000 to 1000, is added, and stays above that of live ones.
         retry_s: Wait after the disk refused; doubled each time, up to a minute.
     """
 
@@ -36,7 +36,7 @@ class Settings:
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_running: int = 2
     lookahead: int = 128
-    priority: int = 1000
+    priority: int = 3000
     retry_s: float = 5.0
 
 

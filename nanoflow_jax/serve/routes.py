@@ -188,8 +188,8 @@ def _stats(service: service_lib.Service) -> dict[str, Any]:
         names = ("device", "dtype", "num_pages", "page_size", "max_requests", "dense_batch")
         settings = {name: getattr(ready, name) for name in (*names, "max_context_len")}
     return {
-        "now_s": time.time(),
-        "uptime_s": time.time() - service.started,
+        "now_s": time.monotonic(),
+        "uptime_s": time.monotonic() - service.began,
         "status": service.status,
         "model": service.model_name,
         "settings": settings,

@@ -47,6 +47,7 @@ class Service:
         self.metrics = metrics
         self.writer = responses.Writer(words.tokenizer)
         self.started = int(time.time())
+        self.began = time.monotonic()
         self.is_draining = False
         self.num_choices = 0
         self._encoders = asyncio.Semaphore(_ENCODERS)
