@@ -339,7 +339,7 @@ def test_a_model_that_a_row_names_and_that_is_not_ours_is_noted(
     assert _run(model, own).other_model is None
 
 
-def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(
+def test_f4_a_full_disk_ends_the_run_and_the_next_one_goes_on(
     model: llm.LLM, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_runs.write(folder / "in.jsonl", [{"prompt": "x", **_GREEDY}] * 6)

@@ -113,11 +113,11 @@ def _check_kills(folder: pathlib.Path, num_kills: int) -> None:
     assert "Traceback" not in stderr
 
 
-def test_a_job_killed_at_three_moments_ends_up_the_same(tmp_path: pathlib.Path) -> None:
+def test_f3_a_job_killed_at_three_moments_ends_up_the_same(tmp_path: pathlib.Path) -> None:
     _check_kills(tmp_path, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_job_killed_at_twenty_moments_ends_up_the_same(tmp_path: pathlib.Path) -> None:
+def test_f3_a_job_killed_at_twenty_moments_ends_up_the_same(tmp_path: pathlib.Path) -> None:
     _check_kills(tmp_path, 20)

@@ -131,7 +131,7 @@ def test_a_short_write_is_finished(tmp_path: pathlib.Path, monkeypatch: pytest.M
     file.close()
 
 
-def test_a_full_disk_leaves_a_file_that_can_go_on(
+def test_f4_a_full_disk_leaves_a_file_that_can_go_on(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = _open(tmp_path / "out")

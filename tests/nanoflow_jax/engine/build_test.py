@@ -111,7 +111,7 @@ def test_knobs_that_do_not_fit_are_refused_before_weights_are_read(knobs, messag
         build_small(_CASE.path, **{**_KNOBS, **knobs})
 
 
-def test_memory_for_less_than_a_page_is_refused(monkeypatch):
+def test_f5_memory_for_less_than_a_page_is_refused(monkeypatch):
     monkeypatch.setattr(build, "_free_bytes", lambda device: 100)
     with _raises(
         "no memory for a single page of the KV cache; use a smaller model, --dtype=bfloat16, or "
@@ -198,7 +198,7 @@ def test_somebody_elses_choice_of_a_cache_folder_stands(no_cache_dir, tmp_path):
     assert jax.config.jax_compilation_cache_dir == "/elsewhere"
 
 
-def test_a_cache_folder_that_cannot_be_made_is_a_warning(no_cache_dir, tmp_path, caplog):
+def test_f11_a_cache_folder_that_cannot_be_made_is_a_warning(no_cache_dir, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
         build._use_compile_cache(str(tmp_path / "file" / "programs"))

@@ -108,7 +108,7 @@ def test_the_quickstart_finishes_and_a_second_start_finds_nothing_to_do(
     assert "error: quickstart_output.jsonl was begun with other settings: --seed changed" in said
 
 
-def test_a_full_disk_is_a_message_and_the_next_run_goes_on(tmp_path: pathlib.Path) -> None:
+def test_f4_a_full_disk_is_a_message_and_the_next_run_goes_on(tmp_path: pathlib.Path) -> None:
     row = {"prompt": "x" * 60, "echo": True, "logprobs": 2, "max_tokens": 1, "model": "gpt-x"}
     source = batch_runs.write(tmp_path / "in.jsonl", [row] * 40)
     arguments = batch_runs.flags(input=source, output=tmp_path / "out.jsonl")

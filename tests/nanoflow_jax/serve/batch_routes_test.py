@@ -262,9 +262,9 @@ def test_an_upload_that_stops_coming_is_given_up(
     assert list((tmp_path / "files").iterdir()) == []
 
 
-def test_a_full_disk_is_said(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F4: nothing half-visible stays."""
-
+def test_f4_a_full_disk_is_said_and_nothing_half_visible_stays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 

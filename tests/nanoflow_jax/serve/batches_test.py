@@ -303,7 +303,7 @@ def test_a_busy_engine_is_asked_again(
     _serve(tmp_path, scenario)
 
 
-def test_a_full_disk_makes_a_batch_wait_and_go_on(
+def test_f4_a_full_disk_makes_a_batch_wait_and_go_on(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, num_refused = os.write, 0
@@ -465,7 +465,7 @@ def test_a_damaged_record_is_named_at_the_start(tmp_path: pathlib.Path, damage: 
         pass
 
 
-def test_a_batch_killed_at_every_write_has_every_row_once(tmp_path: pathlib.Path) -> None:
+def test_f3_a_batch_killed_at_every_write_has_every_row_once(tmp_path: pathlib.Path) -> None:
     """F3: kill -9 during the writing of results."""
     done = subprocess.run(
         [sys.executable, batch_kills.__file__, str(tmp_path)],

@@ -120,7 +120,7 @@ def test_files_and_uploads_at_once_are_bounded(tmp_path: pathlib.Path) -> None:
         (errno.EROFS, 503, r"the server's storage fails \(Read-only file system\)"),
     ],
 )
-def test_a_disk_that_refuses_leaves_nothing_behind_and_is_said(
+def test_f4_a_disk_that_refuses_leaves_nothing_behind_and_is_said(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     call: str,
