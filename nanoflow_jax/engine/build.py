@@ -27,6 +27,8 @@ from nanoflow_jax.scheduler import scheduler
 _LOG = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PRESET = "preset:"
+# Of the host's memory, for a cache whose size nobody chose: others live there too.
+_HOST_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,10 +305,17 @@ def _layout(
         head_dim=config.head_dim,
         dtype=dtype,
     )
-    num_pages = section.num_pages
+    num_pages, page_bytes = section.num_pages, shape.page_bytes * config.num_layers
+    free = _free_bytes(device)
     if not num_pages:
-        room = int(_free_bytes(device) * section.memory_fraction)
-        num_pages = min(most_pages, room // (shape.page_bytes * config.num_layers))
+        share = _HOST_SHARE if device.platform == "cpu" else 1.0
+        room = int(free * share * section.memory_fraction)
+        num_pages = min(most_pages, room // page_bytes)
+    if num_pages * page_bytes > free:
+        raise ValueError(
+            f"--cache_num_pages={num_pages} needs {num_pages * page_bytes} bytes and {free} are "
+            f"free; ask for at most {free // page_bytes}, or leave it out for as many as fit"
+        )
     if num_pages < 1:
         raise ValueError(
             "no memory for a single page of the KV cache; use a smaller model, "
@@ -316,11 +325,11 @@ def _layout(
 
 
 def _free_bytes(device: jax.Device) -> int:
-    """Memory that the cache may take: what is free on a GPU, a quarter of the host's on CPU."""
+    """What is free on a GPU; the host's memory on CPU."""
     stats = device.memory_stats()
     if stats is not None and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _use_compile_cache(folder: str) -> None:

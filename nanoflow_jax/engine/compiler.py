@@ -7,12 +7,14 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 _LOG = logging.getLogger(__name__)
+_CACHE_TROUBLE = "persistent compilation cache entry"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,13 +67,36 @@ def compile_all(
         return Compiled(name=job.name, call=call, seconds=time.monotonic() - start)
 
     done = {}
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+    with _cache_trouble_told_once(), concurrent.futures.ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(compile_one, job) for job in jobs]
         for future in concurrent.futures.as_completed(futures):
             compiled = future.result()
             done[compiled.name] = compiled
             progress(compiled, len(jobs))
     return done
+
+
+@contextlib.contextmanager
+def _cache_trouble_told_once() -> Iterator[None]:
+    """Says once, and what to do, what JAX says of each program that its cache cannot give or take.
+
+    JAX compiles such a program, and never writes over what it could not read.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message=f".*{_CACHE_TROUBLE}")
+        yield
+    trouble = [w for w in caught if _CACHE_TROUBLE in str(w.message)]
+    if trouble:
+        _LOG.warning(
+            "%d programs could not be read from the compilation cache in %s or written to it, and "
+            "were compiled anew (%s); delete what is there, or name another folder with "
+            "--compile_cache_dir",
+            len(trouble),
+            jax.config.jax_compilation_cache_dir,  # type: ignore[attr-defined]
+            trouble[0].message,
+        )
+    for other in (w for w in caught if w not in trouble):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
 
 
 class CompileWatch:

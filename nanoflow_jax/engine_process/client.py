@@ -31,7 +31,15 @@ class State(enum.StrEnum):
 
 
 class EngineLostError(Exception):
-    """The engine ended and is not started again."""
+    """The engine ended and is not started again.
+
+    Attributes:
+        is_input: Whether a flag or the model is at fault.
+    """
+
+    def __init__(self, message: str, *, is_input: bool = False) -> None:
+        super().__init__(message)
+        self.is_input = is_input
 
 
 class EngineClient:
@@ -189,7 +197,7 @@ class EngineClient:
     def _check_restart(self) -> None:
         reason = self._failure.message if self._failure is not None else "its process ended"
         if self._failure is not None and self._failure.is_input:
-            raise EngineLostError(reason)
+            raise EngineLostError(reason, is_input=True)
         now = time.monotonic()
         self._restarts.append(now)
         while self._restarts[0] < now - _RESTART_WINDOW_S:

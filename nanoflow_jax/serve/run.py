@@ -188,7 +188,8 @@ class _Server:
         """Serves until a signal, or until the engine is gone.
 
         Raises:
-            RunError: The engine is gone for good.
+            ValueError: The engine cannot start with these knobs or this model.
+            RunError: It is gone for good.
         """
         engine = asyncio.create_task(self._client.run())
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
@@ -206,7 +207,8 @@ class _Server:
             engine.cancel()
             results = await asyncio.gather(engine, return_exceptions=True)
         if isinstance(results[0], client_lib.EngineLostError):
-            raise console.RunError(str(results[0])) from results[0]
+            kind = ValueError if results[0].is_input else console.RunError
+            raise kind(str(results[0])) from results[0]
         if isinstance(results[0], Exception):
             raise results[0]
         return 0

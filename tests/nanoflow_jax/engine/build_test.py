@@ -136,11 +136,20 @@ def _layout(free, monkeypatch, **knobs):
 def test_the_cache_takes_its_share_of_memory_and_no_more_than_all_requests_need(monkeypatch):
     # A page of 16 tokens: keys and values of 4 heads, 8 wide, 4 bytes, in 2 layers.
     page = 2 * 16 * 4 * 8 * 4 * 2
-    found = _layout(20 * page, monkeypatch, memory_fraction=0.5)
+    found = _layout(80 * page, monkeypatch, memory_fraction=0.5)  # a CPU: a quarter of it
     assert isinstance(found, layout.TokenMinorLayout)
     assert found.shape.num_pages == 10
     assert _layout(1000 * page, monkeypatch).shape.num_pages == 50
-    assert _layout(20 * page, monkeypatch, num_pages=70).shape.num_pages == 70
+    assert _layout(80 * page, monkeypatch, num_pages=70).shape.num_pages == 70
+
+
+def test_f5_more_pages_than_there_is_memory_are_refused_with_the_most_that_fit(monkeypatch):
+    page = 2 * 16 * 4 * 8 * 4 * 2
+    with _raises(
+        f"--cache_num_pages=81 needs {81 * page} bytes and {80 * page + 1} are free; ask for at "
+        "most 80, or leave it out for as many as fit"
+    ):
+        _layout(80 * page + 1, monkeypatch, num_pages=81)
 
 
 def test_a_build_tells_what_it_chose():

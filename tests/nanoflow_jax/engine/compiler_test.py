@@ -1,10 +1,12 @@
 import logging
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from nanoflow_jax.engine import compiler
 from nanoflow_jax.engine.compiler import CompileWatch, Job
@@ -43,6 +45,67 @@ def test_every_job_is_compiled_and_reported_once(threads):
         np.testing.assert_array_equal(program.call(np.ones(4, np.float32)), np.full(4, 1 + i))
     assert sorted(done.name for done, _ in seen) == sorted(found)
     assert {total for _, total in seen} == {5}
+
+
+@pytest.fixture
+def cache_in():
+    """Sets where JAX keeps compiled programs, also those that compile at once."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+
+    def use(folder, *, least_s=0.0):
+        for name, value in zip(names, (folder, least_s), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    yield lambda folder: use(str(folder))
+    use(before[names[0]], least_s=before[names[1]])
+
+
+def _compile_twice():
+    jobs = [
+        Job(name=str(i), function=lambda x, i=i: x * 7 - i, arguments=(_vector(5),))
+        for i in range(2)
+    ]
+    found = compiler.compile_all(jobs, threads=2, options={}, progress=lambda *_: None)
+    for i in range(2):
+        np.testing.assert_array_equal(found[str(i)].call(np.ones(5, np.float32)), np.full(5, 7 - i))
+
+
+def test_f11_damaged_programs_in_the_cache_are_compiled_anew_with_one_warning(
+    cache_in, tmp_path, caplog
+):
+    cache_in(tmp_path)
+    _compile_twice()
+    assert caplog.text == ""
+    entries = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert len(entries) >= 2
+    for path in entries:
+        path.write_bytes(b"rubbish")
+    _compile_twice()
+    (record,) = caplog.records
+    assert "2 programs could not be read from the compilation cache in" in record.message
+    assert str(tmp_path) in record.message
+    assert "Error reading persistent compilation cache entry" in record.message
+    assert "delete what is there, or name another folder with --compile_cache_dir" in record.message
+
+
+def test_f11_a_cache_that_cannot_be_written_is_one_warning(cache_in, caplog):
+    cache_in("/proc/self")  # there, and closed even to root
+    _compile_twice()
+    (record,) = caplog.records
+    assert "or written to it" in record.message
+    assert "Error writing persistent compilation cache entry" in record.message
+
+
+def test_other_warnings_of_a_compilation_are_passed_on():
+    def warn(x):
+        warnings.warn("something else", DeprecationWarning, stacklevel=1)
+        return x
+
+    job = Job(name="warn", function=warn, arguments=(_vector(4),))
+    with pytest.warns(DeprecationWarning, match="something else"):
+        compiler.compile_all([job], threads=1, options={}, progress=lambda *_: None)
 
 
 def test_donated_arguments_are_overwritten_and_others_are_not():
