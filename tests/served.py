@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -22,6 +22,7 @@ _STOP_S = 60.0
 _ANSWER_S = 120.0
 _JSON = {"content-type": "application/json"}
 # Small programs: a server starts in seconds once the test cache holds them.
+ROOMY = ("--max_requests=4", "--dense_batch=64", "--max_context_len=512", "--cache_num_pages=12")
 SMALL = ("--max_requests=4", "--dense_batch=64", "--max_context_len=256")
 
 
@@ -65,7 +66,10 @@ class Served:
     def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         """Status and JSON of an answer; a POST if there is a body."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers={**_JSON, **headers})
+        return self._answer(path, data, {**_JSON, **headers})
+
+    def _answer(self, path: str, data: bytes | None, headers: dict[str, str]) -> tuple[int, Any]:
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
                 return answer.status, json.load(answer)
@@ -91,6 +95,43 @@ class Served:
             assert answer.status == 200, answer.read()
             return read_events(answer)
 
+    def upload(self, rows: Iterable[Any], *, body: bytes | None = None) -> tuple[int, Any]:
+        """Sends a file of rows, or of bytes; status and JSON of the answer."""
+        data = b"".join(json.dumps(row).encode() + b"\n" for row in rows) if body is None else body
+        form = (
+            b'--part\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            b'--part\r\ncontent-disposition: form-data; name="file"; filename="in.jsonl"\r\n\r\n'
+            + data
+            + b"\r\n--part--\r\n"
+        )
+        return self._answer(
+            "/v1/files", form, {"content-type": "multipart/form-data; boundary=part"}
+        )
+
+    def begin_batch(self, rows: Iterable[Any]) -> str:
+        """Uploads rows for completions and begins their batch; its id."""
+        status, file = self.upload(rows)
+        assert status == 200, file
+        wanted = {"endpoint": "/v1/completions", "completion_window": "24h"}
+        status, batch = self.ask("/v1/batches", {"input_file_id": file["id"], **wanted})
+        assert status == 200, batch
+        return str(batch["id"])
+
+    def wait_for_batch(
+        self, name: str, is_there: Callable[[dict[str, Any]], bool]
+    ) -> dict[str, Any]:
+        """Waits until a batch is as wanted."""
+        return _wait(lambda: dict(self.ask(f"/v1/batches/{name}")[1]), is_there)
+
+    def rows_of(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows of the result files of a batch that ended."""
+        assert batch["status"] in ("completed", "cancelled"), batch
+        rows = []
+        for file_id in filter(None, (batch["output_file_id"], batch["error_file_id"])):
+            with urllib.request.urlopen(f"{self.url}/v1/files/{file_id}/content") as answer:
+                rows += [json.loads(line) for line in answer.read().splitlines()]
+        return rows
+
     def stats(self) -> dict[str, Any]:
         """The state of the engine, as the page shows it."""
         status, found = self.ask("/page/stats")
@@ -99,11 +140,7 @@ class Served:
 
     def wait_for(self, is_there: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Waits until `stats` are as wanted."""
-        deadline = time.monotonic() + _ANSWER_S
-        while not is_there(found := self.stats()):
-            assert time.monotonic() < deadline, found
-            time.sleep(0.02)
-        return found
+        return _wait(self.stats, is_there)
 
     def wait_idle(self) -> None:
         """Waits until the engine holds nothing."""
@@ -127,9 +164,19 @@ class Served:
         return self.process.wait(timeout=_STOP_S)
 
 
+def _wait(
+    look: Callable[[], dict[str, Any]], is_there: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    deadline = time.monotonic() + _ANSWER_S
+    while not is_there(found := look()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    return found
+
+
 def read_events(answer: http.client.HTTPResponse) -> list[Any]:
     """What is left of a streamed answer."""
-    lines = answer.read().decode().split("\n\n")
+    lines = answer.read().decode().lstrip("\n").split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""], lines[-3:]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 

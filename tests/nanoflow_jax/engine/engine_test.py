@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import re
-import shutil
 
 import jax
 import numpy as np
@@ -9,9 +8,8 @@ import pytest
 from engine_runs import Output, ask, build_small, run, take
 from golden import cases
 from plain_model import PlainModel
+from poisoned_model import copy_with_nan
 
-from checkpoints import safetensors_file
-from checkpoints.folder import ModelFolder
 from nanoflow_jax.engine import runner, sequence
 from nanoflow_jax.request import FinishReason
 
@@ -178,11 +176,7 @@ _POISON = 77
 )
 def test_f7_logits_that_are_no_numbers_fail_only_their_request(case, bad, tmp_path):
     golden, poison = cases.load(case), _POISON
-    folder = shutil.copytree(golden.path, tmp_path / "model")
-    source = ModelFolder.open(golden.path)
-    tensors = {name: np.array(source.read(name)) for name in source.tensors}
-    tensors["model.embed_tokens.weight"][poison] = np.nan
-    safetensors_file.write_safetensors(folder / "model.safetensors", tensors)
+    folder = copy_with_nan(golden.path, tmp_path / "model", token=poison)
     clean = [i for i, p in enumerate(golden.prompts) if poison not in [*p, *golden.tokens[i]]][:6]
     poisoned = build_small(folder, **_KNOBS)
     requests = [ask("bad", bad, max_tokens=20, ignore_eos=True)]
