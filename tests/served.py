@@ -16,13 +16,23 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from golden import cases
+
 _ROOT = pathlib.Path(__file__).parents[1]
 _START_S = 240.0
 _STOP_S = 60.0
 _ANSWER_S = 120.0
 _JSON = {"content-type": "application/json"}
+# A model of a few kB with seven programs; its known answers are those of its golden case.
+TINY_CASE = cases.load("llama")
+TINY = (
+    f"--model={TINY_CASE.path}",
+    "--max_requests=4",
+    "--dense_batch=24",
+    "--buckets=24:4:4",
+    "--cache_page_size=8",
+)
 # Small programs: a server starts in seconds once the test cache holds them.
-ROOMY = ("--max_requests=4", "--dense_batch=64", "--max_context_len=512", "--cache_num_pages=12")
 SMALL = ("--max_requests=4", "--dense_batch=64", "--max_context_len=256")
 
 

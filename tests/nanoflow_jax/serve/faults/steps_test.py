@@ -9,24 +9,16 @@ from typing import Any
 import batch_runs
 import pytest
 import served
-from golden import cases
 from poisoned_model import copy_with_nan
 
-_CASE = cases.load("llama")
 _NAN = 77
 _PROMPTS = [
     (prompt, tokens.tolist())
-    for prompt, tokens in zip(_CASE.prompts, _CASE.tokens, strict=True)
+    for prompt, tokens in zip(served.TINY_CASE.prompts, served.TINY_CASE.tokens, strict=True)
     if _NAN not in [*prompt, *tokens]
 ]
 _BAD = min(set(range(10, 353)) - {token for p, t in _PROMPTS for token in [*p, *t]} - {_NAN})
-_FLAGS = (
-    "--max_requests=4",
-    "--dense_batch=24",
-    "--buckets=24:4:4",
-    "--cache_page_size=8",
-    "--cache_num_pages=32",  # one request of the whole context
-)
+_FLAGS = (*served.TINY, "--cache_num_pages=32")  # room for one request of the whole context
 _CANARIES = 6
 
 
@@ -38,8 +30,8 @@ def server(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(here / "faulty_process"), str(here.parent)]),
         "NANOFLOW_TEST_BAD_TOKEN": str(_BAD),
     }
-    model = copy_with_nan(_CASE.path, folder / "model", token=_NAN)
-    with served.start(folder, f"--model={model}", *_FLAGS, **environment) as made:
+    model = copy_with_nan(served.TINY_CASE.path, folder / "model", token=_NAN)
+    with served.start(folder, *_FLAGS, f"--model={model}", **environment) as made:
         yield made
 
 
