@@ -192,7 +192,7 @@ class ServerSection:
         20.0, "A request whose head or body is not there after so long is refused.", low=0.1
     )
     write_timeout_s: float = knob(
-        60.0, "A client that takes nothing of its stream for so long is dropped.", low=0.1
+        60.0, "A client that takes nothing of its answer for so long is dropped.", low=0.1
     )
     request_timeout_s: float = knob(
         3600.0, "Longest time from a request's arrival to its last token.", low=0.1

@@ -53,9 +53,7 @@ async def answer(
     if request.stream:
         pieces = work.pieces()
         first = await _while_there(http, anext(pieces))  # so that an early error has a status
-        return event_stream.EventStream(
-            _chained(first, pieces), write_timeout_s=section.write_timeout_s
-        )
+        return event_stream.EventStream(_chained(first, pieces))
     return JsonResponse(await _while_there(http, work.whole()))
 
 

@@ -1,4 +1,4 @@
-"""Sends server-sent events; notices clients that leave, and drops those that do not read."""
+"""Sends server-sent events; notices clients that leave."""
 
 import asyncio
 import contextlib
@@ -18,17 +18,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], *, write_timeout_s: float) -> None:
-        """Wraps pieces; they are closed when the client is gone.
-
-        Args:
-            pieces: Whole events.
-            write_timeout_s: A client that takes nothing for so long is dropped.
-        """
+    def __init__(self, pieces: AsyncGenerator[bytes, None]) -> None:
+        """Wraps pieces, whole events; they are closed when the client is gone."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._pieces = pieces
-        self._write_timeout_s = write_timeout_s
         self._wrote_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,7 +38,7 @@ class EventStream(Response):
                 task.cancel()
             results = await asyncio.gather(sending, *others, return_exceptions=True)
         for result in results:
-            if isinstance(result, Exception) and not isinstance(result, TimeoutError):
+            if isinstance(result, Exception):
                 raise result
 
     async def _send_all(self, send: Send) -> None:
@@ -55,13 +49,7 @@ class EventStream(Response):
         await self._write(send, b"", more=False)
 
     async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        """Sends a piece.
-
-        Raises:
-            TimeoutError: The client does not read.
-        """
-        async with asyncio.timeout(self._write_timeout_s):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+        await send({"type": "http.response.body", "body": body, "more_body": more})
         self._wrote_at = time.monotonic()
 
     async def _keep_alive(self, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""HTTP connections with bounds that uvicorn does not set: heads by size and time, their number."""
+"""HTTP connections with bounds that uvicorn does not set: heads, their number, unread answers."""
 
 import asyncio
 from typing import Any
@@ -13,17 +13,21 @@ class _HeadTooLargeError(Exception):
     """Ends the parsing of a head; uvicorn answers it with status 400."""
 
 
-def guarded_protocol(*, max_connections: int, read_timeout_s: float) -> type[HttpToolsProtocol]:
+def guarded_protocol(
+    *, max_connections: int, read_timeout_s: float, write_timeout_s: float
+) -> type[HttpToolsProtocol]:
     """The protocol class of a server with these bounds.
 
     Args:
         max_connections: Open connections; further ones are closed at once.
         read_timeout_s: From a connection or the first byte of a request to the end of its head.
+        write_timeout_s: A client that takes nothing of what waits for it for so long is dropped.
     """
 
     class GuardedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
         _head_bytes = 0
+        _stall: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             if len(self.connections) >= max_connections:
@@ -31,11 +35,37 @@ def guarded_protocol(*, max_connections: int, read_timeout_s: float) -> type[Htt
                 transport.abort()
                 return
             super().connection_made(transport)
+            # Nothing waits here beside the piece that the kernel has no room for.
+            transport.set_write_buffer_limits(high=0)
             self._await_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_wait()
+            self._end_stall()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._await_reader()
+
+        def resume_writing(self) -> None:
+            self._end_stall()
+            super().resume_writing()
+
+        def _await_reader(self) -> None:
+            left = self.transport.get_write_buffer_size()
+            self._stall = self.loop.call_later(write_timeout_s, self._check_reader, left)
+
+        def _check_reader(self, before: int) -> None:
+            if self.transport.get_write_buffer_size() < before:
+                self._await_reader()
+            else:
+                self.transport.abort()
+
+        def _end_stall(self) -> None:
+            if self._stall is not None:
+                self._stall.cancel()
+                self._stall = None
 
         def data_received(self, data: bytes) -> None:
             if not self.transport.is_closing():

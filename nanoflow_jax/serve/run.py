@@ -26,6 +26,7 @@ from nanoflow_jax.serve import (
     guarded_protocol,
     keys,
     metrics,
+    open_files,
     page_routes,
 )
 from nanoflow_jax.serve import service as service_lib
@@ -33,6 +34,9 @@ from nanoflow_jax.tokenizer import words as words_lib
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 2048
+# Of each connection, in the kernel: left alone it grows to megabytes for a client that does not
+# read, who would not be noticed either.
+_SEND_BUFFER_BYTES = 256 << 10
 _KEEP_ALIVE_S = 75
 # After a drain, the time for error pieces to reach their clients.
 _FAREWELL_S = 5
@@ -75,6 +79,13 @@ def serve(
                 f"warning: --host={section.host} lets other machines in and there is no "
                 "--api_key_file: everybody who can reach the port can use the server"
             )
+        room = open_files.connection_room(section.max_connections)
+        if room < section.max_connections:
+            say(
+                f"warning: --max_connections={section.max_connections} is more than this system "
+                f"allows; there will be at most {room} (see ulimit -n)"
+            )
+            section = dataclasses.replace(section, max_connections=room)
         return asyncio.run(
             _Server(section, engine, words, folder, model_name, listener, api_keys, jobs, say).run()
         )
@@ -84,6 +95,7 @@ def _bind(section: config_lib.ServerSection) -> socket.socket:
     family = socket.AF_INET6 if ":" in section.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     try:
         listener.bind((section.host, section.port))
         listener.listen(_BACKLOG)
@@ -167,6 +179,7 @@ class _Server:
                 http=guarded_protocol.guarded_protocol(
                     max_connections=section.max_connections,
                     read_timeout_s=section.read_timeout_s,
+                    write_timeout_s=section.write_timeout_s,
                 ),
                 ws="none",
                 lifespan="off",
