@@ -1,4 +1,4 @@
-"""A batch job as the command line runs it: messages, progress, Ctrl-C."""
+"""A batch job as the command line runs it: messages, progress, signals."""
 
 import contextlib
 import pathlib
@@ -104,19 +104,24 @@ def _answer(
 
 @contextlib.contextmanager
 def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Makes the first Ctrl-C a question to ask between steps; the second is as ever."""
+    """Makes the first Ctrl-C or SIGTERM a question to ask between steps; the next is as ever."""
     asked = False
 
     def on_signal(number: int, frame: types.FrameType | None) -> None:
         nonlocal asked
         asked = True
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, on_signal) for number in wanted}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _summary(state: run_lib.State) -> str:

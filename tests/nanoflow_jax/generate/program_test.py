@@ -125,7 +125,10 @@ def test_f4_a_full_disk_is_a_message_and_the_next_run_goes_on(tmp_path: pathlib.
     assert batch_runs.numbers(batch_runs.read(tmp_path / "out.jsonl")) == list(range(40))
 
 
-def test_ctrl_c_keeps_finished_rows_and_says_how_to_go_on(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_f2_a_signal_keeps_finished_rows_and_says_how_to_go_on(
+    tmp_path: pathlib.Path, number: signal.Signals
+) -> None:
     rows = [{"prompt": "x", "max_tokens": 100, "ignore_eos": True}] * 400
     source = batch_runs.write(tmp_path / "in.jsonl", rows)
     output = tmp_path / "out.jsonl"
@@ -141,7 +144,7 @@ def test_ctrl_c_keeps_finished_rows_and_says_how_to_go_on(tmp_path: pathlib.Path
             if output.exists() and output.stat().st_size:
                 break
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = process.communicate(timeout=100)[1]
     assert process.returncode == 130, said
     assert "Traceback" not in said
