@@ -12,7 +12,7 @@ from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import inputs, recovery, runner, sequence
 from nanoflow_jax.grammar import grammars as grammars_lib
 from nanoflow_jax.grammar import matcher as matcher_lib
-from nanoflow_jax.scheduler import scheduler
+from nanoflow_jax.scheduler import scheduler, step_plan
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Counters:
 class _InFlight:
     """A launched step and what is needed to read its results."""
 
-    plan: scheduler.StepPlan
+    plan: step_plan.StepPlan
     launched: runner.Launched
 
 
@@ -213,7 +213,7 @@ class Engine:
         """Whether a step is launched before the last one is known to be good."""
         return self._run_ahead and self._recovery.group is None
 
-    def _plan(self) -> scheduler.StepPlan | None:
+    def _plan(self) -> step_plan.StepPlan | None:
         if self._recovery.is_active and self._recovery.take_step(self._counts()):
             self._let_run()
         return self._scheduler.plan()
@@ -247,14 +247,14 @@ class Engine:
             made.prompt_logprobs_done = made.prompt_logprobs_told
         return self._scheduler.restart()
 
-    def _forward(self, plan: scheduler.StepPlan) -> runner.Forwarded:
+    def _forward(self, plan: step_plan.StepPlan) -> runner.Forwarded:
         forwarded = self._runner.forward(self._inputs.build(plan, self._sequences))
         self.counters.steps += 1
         self.counters.decode_tokens += len(plan.decode)
         self.counters.prompt_tokens += sum(row.length for row in plan.chunks)
         return forwarded
 
-    def _needs_tokens(self, plan: scheduler.StepPlan) -> bool:
+    def _needs_tokens(self, plan: step_plan.StepPlan) -> bool:
         """Whether a grammar must see a token that is still on the device before the next draw."""
         rows = ((row, self._sequences[row.request_id]) for row in plan.rows if row.samples)
         return any(
@@ -262,7 +262,7 @@ class Engine:
             for row, made in rows
         )
 
-    def _sample(self, plan: scheduler.StepPlan, forwarded: runner.Forwarded) -> _InFlight:
+    def _sample(self, plan: step_plan.StepPlan, forwarded: runner.Forwarded) -> _InFlight:
         vectors = self._inputs.build_sample(plan, self._sequences)
         return _InFlight(plan=plan, launched=self._runner.sample(forwarded, vectors))
 

@@ -8,7 +8,7 @@ import numpy as np
 from nanoflow_jax.engine import programs, runner, sampling
 from nanoflow_jax.engine.sequence import Sequence as TokenSequence
 from nanoflow_jax.kv_cache import tiles
-from nanoflow_jax.scheduler import scheduler
+from nanoflow_jax.scheduler import step_plan
 
 _VARIANT_ORDER = (
     sampling.SamplerVariant.GREEDY,
@@ -28,7 +28,7 @@ class InputBuilder:
         self._sample_packing = functools.cache(functools.partial(programs.sample_packing, sizes))
 
     def build(
-        self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
+        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
     ) -> runner.ForwardInputs:
         """What a step's forward reads.
 
@@ -48,7 +48,7 @@ class InputBuilder:
         )
 
     def build_sample(
-        self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
+        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
     ) -> runner.SampleInputs | None:
         """What a step's sample reads; None when no row samples.
 
@@ -68,7 +68,7 @@ class InputBuilder:
         )
 
     def _forward(
-        self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
+        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
     ) -> runner.Vector:
         vector, views = self._forward_packing(plan.bucket).new()
         count = len(plan.decode)
@@ -90,7 +90,7 @@ class InputBuilder:
 
     def _write_chunks(
         self,
-        plan: scheduler.StepPlan,
+        plan: step_plan.StepPlan,
         sequences: Mapping[str, TokenSequence],
         views: Mapping[str, np.ndarray],
     ) -> None:
@@ -119,8 +119,8 @@ class InputBuilder:
 
     def _sample(
         self,
-        plan: scheduler.StepPlan,
-        rows: Sequence[tuple[int, scheduler.Row]],
+        plan: step_plan.StepPlan,
+        rows: Sequence[tuple[int, step_plan.Row]],
         sequences: Mapping[str, TokenSequence],
         variant: sampling.SamplerVariant,
     ) -> runner.Vector:
@@ -146,7 +146,7 @@ class InputBuilder:
         self,
         views: Mapping[str, np.ndarray],
         i: int,
-        row: scheduler.Row,
+        row: step_plan.Row,
         sequence: TokenSequence,
     ) -> None:
         p = sequence.params
@@ -167,7 +167,7 @@ class InputBuilder:
         if p.logprobs is not None:
             views["wants_logprobs"][...] = 1
 
-    def _reset(self, row: scheduler.Row, sequence: TokenSequence) -> runner.Vector:
+    def _reset(self, row: step_plan.Row, sequence: TokenSequence) -> runner.Vector:
         most = self._max_context_len
         vector = np.full(1 + 2 * most, self._sizes.vocab_size, np.int32)
         prompt_len = sequence.prompt_len
@@ -179,7 +179,7 @@ class InputBuilder:
         return vector
 
     def _prompt_slices(
-        self, plan: scheduler.StepPlan, sequences: Mapping[str, TokenSequence]
+        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
     ) -> list[runner.PromptSlice]:
         """Slices of the prompt positions whose next token is a prompt token, not yet reported."""
         found, first, most = [], len(plan.decode), programs.PROMPT_LOGPROB_ROWS

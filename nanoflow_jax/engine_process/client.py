@@ -31,15 +31,11 @@ class State(enum.StrEnum):
 
 
 class EngineLostError(Exception):
-    """The engine ended and is not started again.
+    """The engine ended and is not started again."""
 
-    Attributes:
-        is_input: Whether a flag or the model is at fault.
-    """
 
-    def __init__(self, message: str, *, is_input: bool = False) -> None:
-        super().__init__(message)
-        self.is_input = is_input
+class EngineRefusedError(EngineLostError):
+    """The engine cannot be started with these knobs."""
 
 
 class EngineClient:
@@ -184,6 +180,7 @@ class EngineClient:
         """Keeps an engine running until it is cancelled.
 
         Raises:
+            EngineRefusedError: The knobs or the model are wrong.
             EngineLostError: The engine cannot start, or ended too often.
         """
         try:
@@ -197,7 +194,7 @@ class EngineClient:
     def _check_restart(self) -> None:
         reason = self._failure.message if self._failure is not None else "its process ended"
         if self._failure is not None and self._failure.is_input:
-            raise EngineLostError(reason, is_input=True)
+            raise EngineRefusedError(reason)
         now = time.monotonic()
         self._restarts.append(now)
         while self._restarts[0] < now - _RESTART_WINDOW_S:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.scheduler import buckets as bucket_list
 from nanoflow_jax.scheduler import memory
+from nanoflow_jax.scheduler.step_plan import Entry, Row, StepPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,100 +31,6 @@ class Limits:
     dense_batch: int
     page_size: int
     penalty_requests: int
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class Entry:
-    """One request as the scheduler counts it.
-
-    Attributes:
-        request_id: Unique.
-        prompt_len: Tokens of the prompt.
-        limit: Tokens at which the request ends, prompt included.
-        priority: Lower runs first.
-        arrival: Order of arrival.
-        uses_penalties: Takes one of the few rows of the penalty table.
-        ends_at_limit: No earlier end is possible, so its length is certain.
-        known: Prompt and sampled tokens, those in flight included.
-        computed: Tokens cached, or being cached by a launched step.
-        in_flight: Sampled tokens whose value the host does not have yet.
-        pages: Pages held, in context order.
-        slot: Row of per-request device state while running.
-        penalty_slot: Row of the penalty table while running, if it uses one.
-    """
-
-    request_id: str
-    prompt_len: int
-    limit: int
-    priority: int
-    arrival: int
-    uses_penalties: bool
-    ends_at_limit: bool
-    known: int
-    computed: int = 0
-    in_flight: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
-    slot: int | None = None
-    penalty_slot: int | None = None
-
-    @property
-    def to_do(self) -> int:
-        """Tokens known and not computed."""
-        return self.known - self.computed
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every token it may have is known."""
-        return self.known >= self.limit
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Lower goes first."""
-        return (self.priority, self.arrival)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """Tokens [start, start + length) of one request, to run in a step.
-
-    Attributes:
-        request_id: Whose tokens.
-        start: Position of the first.
-        length: How many.
-        slot: Row of per-request device state.
-        penalty_slot: Row of the penalty table, if it uses one.
-        pages: Pages of the request's context, these tokens included.
-        samples: Whether the step samples this request's next token.
-        is_first: Whether the request has run nothing since it was admitted.
-    """
-
-    request_id: str
-    start: int
-    length: int
-    slot: int
-    penalty_slot: int | None
-    pages: tuple[int, ...]
-    samples: bool
-    is_first: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """What one step runs; decode rows come first in the flat batch."""
-
-    decode: tuple[Row, ...]
-    chunks: tuple[Row, ...]
-    bucket: bucket_list.Bucket
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the step, padding left out."""
-        return len(self.decode) + sum(row.length for row in self.chunks)
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """All rows in the order of the flat batch."""
-        return self.decode + self.chunks
 
 
 class Scheduler:

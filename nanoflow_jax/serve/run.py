@@ -201,7 +201,7 @@ class _Server:
         """Serves until a signal, or until the engine is gone.
 
         Raises:
-            ValueError: The engine cannot start with these knobs or this model.
+            ValueError: The engine cannot be started with these knobs.
             RunError: It is gone for good.
         """
         engine = asyncio.create_task(self._client.run())
@@ -219,9 +219,10 @@ class _Server:
             self._service.close()
             engine.cancel()
             results = await asyncio.gather(engine, return_exceptions=True)
+        if isinstance(results[0], client_lib.EngineRefusedError):
+            raise ValueError(str(results[0])) from results[0]
         if isinstance(results[0], client_lib.EngineLostError):
-            kind = ValueError if results[0].is_input else console.RunError
-            raise kind(str(results[0])) from results[0]
+            raise console.RunError(str(results[0])) from results[0]
         if isinstance(results[0], Exception):
             raise results[0]
         return 0

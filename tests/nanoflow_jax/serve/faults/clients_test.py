@@ -51,7 +51,7 @@ def test_f1_a_client_that_leaves_frees_its_pages_long_before_its_end(server):
         with server.streaming("/v1/completions", {**_CANARY, "max_tokens": 240, "n": 80}) as answer:
             assert answer.readline().startswith(b"data: ")
         server.wait_idle()
-        # Four at a time: 4800 to the end. In the engine it takes one step: see dropped_requests_test.
+        # Four at a time: 4800 to the end. Of the engine alone, dropped_requests_test says one step.
         assert server.stats()["totals"]["steps"] - before < 1500
     assert _complete(server, _CANARY) == known
 
