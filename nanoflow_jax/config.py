@@ -187,7 +187,12 @@ class ServerSection:
         1024, "Choices that are served or wait; one more is answered with 429.", low=1
     )
     max_body_bytes: int = knob(4 << 20, "Largest body of a request.", low=1024)
-    max_connections: int = knob(4096, "Open connections; more are closed at once.", low=1)
+    max_connections: int = knob(
+        4096,
+        "Open connections. One more takes the place of that which has been idle for longest, or "
+        "is closed at once where none is idle.",
+        low=1,
+    )
     read_timeout_s: float = knob(
         20.0, "A request whose head or body is not there after so long is refused.", low=0.1
     )

@@ -19,10 +19,13 @@ def guarded_protocol(
     """The protocol class of a server with these bounds.
 
     Args:
-        max_connections: Open connections; further ones are closed at once.
+        max_connections: Open connections. One more takes the place of the one that has been idle
+            for longest; where none is idle it is closed at once.
         read_timeout_s: From a connection or the first byte of a request to the end of its head.
         write_timeout_s: A client that takes nothing of what waits for it for so long is dropped.
     """
+    # Connections that wait for the head of a request, those first that have done so for longest.
+    idle: dict[HttpToolsProtocol, None] = {}
 
     class GuardedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
@@ -30,11 +33,12 @@ def guarded_protocol(
         _stall: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
-            if len(self.connections) >= max_connections:
+            if len(self.connections) >= max_connections and not self._try_make_room():
                 self.transport = transport
                 transport.abort()
                 return
             super().connection_made(transport)
+            idle[self] = None
             # Nothing waits here beside the piece that the kernel has no room for.
             transport.set_write_buffer_limits(high=0)
             self._await_head()
@@ -42,7 +46,16 @@ def guarded_protocol(
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_wait()
             self._end_stall()
+            idle.pop(self, None)
             super().connection_lost(exc)
+
+        def _try_make_room(self) -> bool:
+            for oldest in idle:
+                idle.pop(oldest)
+                self.connections.discard(oldest)
+                oldest.transport.abort()
+                return True
+            return False
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -77,6 +90,11 @@ def guarded_protocol(
                 self._await_head()
             super().on_message_begin()
 
+        def on_response_complete(self) -> None:
+            if not self.pipeline and not self.transport.is_closing():
+                idle[self] = None
+            super().on_response_complete()
+
         def on_url(self, url: bytes) -> None:
             self._count(len(url))
             super().on_url(url)
@@ -89,6 +107,7 @@ def guarded_protocol(
 
         def on_headers_complete(self) -> None:
             self._end_wait()
+            idle.pop(self, None)
             super().on_headers_complete()
 
         def _count(self, count: int) -> None:
