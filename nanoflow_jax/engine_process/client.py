@@ -118,7 +118,6 @@ class EngineClient:
         name = f"{self._num_submitted:x}"
         self._num_submitted += 1
         ticket = tickets.Ticket(name, prompt_ids)
-        self._tickets[name] = ticket
         self._send(
             messages.Submit(
                 request_id=name,
@@ -128,6 +127,7 @@ class EngineClient:
                 stream=stream,
             )
         )
+        self._tickets[name] = ticket
         return ticket
 
     def abort(self, ticket: tickets.Ticket) -> None:

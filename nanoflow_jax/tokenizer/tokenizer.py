@@ -104,7 +104,9 @@ class Tokenizer:
                 f"the text holds a lone surrogate at character {error.start}, which is not "
                 "Unicode text; replace it before sending"
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Other threads run during the batch form only, which does not count characters either.
+        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded.ids
         if add_special_tokens and self._adds_bos and ids[1:2] == [self.bos_id]:
             return ids[1:]
         return ids
