@@ -1,6 +1,7 @@
 """HTTP connections with bounds that uvicorn does not set: heads by size and time, their number."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -13,38 +14,91 @@ class _HeadTooLargeError(Exception):
     """Ends the parsing of a head; uvicorn answers it with status 400."""
 
 
+class _Lingering:
+    """A transport that hears a client out before it is closed.
+
+    To close while bytes arrive makes the system tell the client that the connection is broken,
+    often before it has read the answer, such as that its body is too large.
+    """
+
+    def __init__(
+        self, transport: Any, *, is_receiving: Callable[[], bool], linger: Callable[[], None]
+    ) -> None:
+        """Wraps a transport.
+
+        Args:
+            transport: Of a connection.
+            is_receiving: Whether more of a request is to come.
+            linger: Called when our half is closed; has to end the other in time.
+        """
+        self._transport = transport
+        self._is_receiving = is_receiving
+        self._linger = linger
+        self._is_half_closed = False
+        self.write = transport.write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing more may be written."""
+        return self._is_half_closed or bool(self._transport.is_closing())
+
+    def close(self) -> None:
+        """Ends our half at once, and the other with the client's or when time is up."""
+        if self.is_closing():
+            return
+        if not (self._is_receiving() and self._transport.can_write_eof()):
+            self._transport.close()
+            return
+        self._is_half_closed = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._linger()
+
+
 def guarded_protocol(*, max_connections: int, read_timeout_s: float) -> type[HttpToolsProtocol]:
     """The protocol class of a server with these bounds.
 
     Args:
         max_connections: Open connections; further ones are closed at once.
-        read_timeout_s: From a connection or the first byte of a request to the end of its head.
+        read_timeout_s: From a connection or the first byte of a request to the end of its head;
+            also from the first byte that follows an answer to the end of what belongs to its
+            request.
     """
 
     class GuardedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
         _head_bytes = 0
+        _is_in_message = False
 
         def connection_made(self, transport: Any) -> None:
             if len(self.connections) >= max_connections:
                 self.transport = transport
                 transport.abort()
                 return
-            super().connection_made(transport)
-            self._await_head()
+            lingering = _Lingering(
+                transport, is_receiving=lambda: self._is_in_message, linger=self._await_rest
+            )
+            super().connection_made(lingering)  # type: ignore[arg-type]
+            self._await_rest()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_wait()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if not self.transport.is_closing():
-                super().data_received(data)
+            if self.transport.is_closing():
+                return
+            # Nothing else bounds how long a client may send what nobody waits for.
+            if self.cycle is None or self.cycle.response_complete:
+                self._await_rest()
+            super().data_received(data)
 
         def on_message_begin(self) -> None:
             self._head_bytes = 0
-            if self._deadline is None:
-                self._await_head()
+            self._is_in_message = True
+            self._await_rest()
             super().on_message_begin()
 
         def on_url(self, url: bytes) -> None:
@@ -61,13 +115,23 @@ def guarded_protocol(*, max_connections: int, read_timeout_s: float) -> type[Htt
             self._end_wait()
             super().on_headers_complete()
 
+        def on_message_complete(self) -> None:
+            self._is_in_message = False
+            super().on_message_complete()
+            if self.cycle.response_complete:
+                self._end_wait()
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+
         def _count(self, count: int) -> None:
             self._head_bytes += count
             if self._head_bytes > MAX_HEAD_BYTES:
                 raise _HeadTooLargeError
 
-        def _await_head(self) -> None:
-            self._deadline = self.loop.call_later(read_timeout_s, self._give_up)
+        def _await_rest(self) -> None:
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(read_timeout_s, self._give_up)
 
         def _end_wait(self) -> None:
             if self._deadline is not None:
