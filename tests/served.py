@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import http.client
+import json
 import os
 import pathlib
 import re
@@ -9,11 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _START_S = 240.0
 _STOP_S = 60.0
+_ANSWER_S = 120.0
+_JSON = {"content-type": "application/json"}
 # Small programs: a server starts in seconds once the test cache holds them.
 SMALL = ("--max_requests=4", "--dense_batch=64", "--max_context_len=256")
 
@@ -55,11 +62,76 @@ class Served:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.05)
 
+    def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        """Status and JSON of an answer; a POST if there is a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers={**_JSON, **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    @contextlib.contextmanager
+    def streaming(
+        self, path: str, body: dict[str, Any], **headers: str
+    ) -> Iterator[http.client.HTTPResponse]:
+        """An answer in pieces, none of which has been read; leaving hangs up."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWER_S)
+        with contextlib.closing(connection):
+            sent = json.dumps({**body, "stream": True})
+            connection.request("POST", path, sent, {**_JSON, **headers})
+            with connection.getresponse() as answer:
+                yield answer
+
+    def events(self, path: str, body: dict[str, Any], **headers: str) -> list[Any]:
+        """All pieces of a streamed answer, which must end as it should."""
+        with self.streaming(path, body, **headers) as answer:
+            assert answer.status == 200, answer.read()
+            return read_events(answer)
+
+    def stats(self) -> dict[str, Any]:
+        """The state of the engine, as the page shows it."""
+        status, found = self.ask("/page/stats")
+        assert status == 200, found
+        return dict(found)
+
+    def wait_for(self, is_there: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Waits until `stats` are as wanted."""
+        deadline = time.monotonic() + _ANSWER_S
+        while not is_there(found := self.stats()):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+        return found
+
+    def wait_idle(self) -> None:
+        """Waits until the engine holds nothing."""
+        self.wait_for(lambda s: s["pages_used"] == s["running"] == s["waiting"] == 0)
+
+    def engine_pid(self) -> int:
+        """The engine's process."""
+        front = self.process.pid
+        children = pathlib.Path(f"/proc/{front}/task/{front}/children").read_text()
+        (found,) = (
+            int(pid)
+            for pid in children.split()
+            if b"nanoflow_jax.engine_process" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        return found
+
     def stop(self) -> int:
         """Ends it as a supervisor does; its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=_STOP_S)
+
+
+def read_events(answer: http.client.HTTPResponse) -> list[Any]:
+    """What is left of a streamed answer."""
+    lines = answer.read().decode().split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""], lines[-3:]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
 def launch(folder: pathlib.Path, *flags: str, **environment: str) -> Served:
