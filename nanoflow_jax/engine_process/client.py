@@ -282,7 +282,8 @@ class EngineClient:
             case messages.Refused():
                 ticket = self._tickets.pop(message.request_id, None)
                 if ticket is not None:
-                    ticket.put(ValueError(message.message))
+                    kind = tickets.GrammarRefusedError if message.is_of_grammar else ValueError
+                    ticket.put(kind(message.message))
             case messages.Said():
                 self._say(message.text)
             case messages.Ready():

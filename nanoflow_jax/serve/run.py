@@ -76,7 +76,7 @@ def serve(
                 "--api_key_file: everybody who can reach the port can use the server"
             )
         return asyncio.run(
-            _Server(section, engine, words, folder, model_name, listener, api_keys, jobs, say).run()
+            _Server(section, engine, words, model_name, listener, api_keys, jobs, say).run()
         )
 
 
@@ -129,7 +129,6 @@ class _Server:
         section: config_lib.ServerSection,
         engine: config_lib.EngineConfig,
         words: words_lib.Words,
-        folder: pathlib.Path | None,
         model_name: str,
         listener: socket.socket,
         api_keys: keys.ApiKeys,
@@ -154,7 +153,6 @@ class _Server:
             words=words,
             client=self._client,
             metrics=counted,
-            folder=folder,
         )
         self._jobs = jobs
         more = [page_routes.make_router()]
@@ -202,7 +200,6 @@ class _Server:
             for task in (announcing, self._batching):
                 task.cancel()
             await asyncio.gather(announcing, self._batching, return_exceptions=True)
-            self._service.close()
             engine.cancel()
             results = await asyncio.gather(engine, return_exceptions=True)
         if isinstance(results[0], client_lib.EngineLostError):

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import pathlib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine_process import client as client_lib
 from nanoflow_jax.engine_process import tickets
-from nanoflow_jax.grammar import grammars
 from nanoflow_jax.openai import requests, responses
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.serve import batch_model
@@ -40,7 +38,6 @@ class Service:
         words: words_lib.Words,
         client: client_lib.EngineClient,
         metrics: metrics_lib.Metrics,
-        folder: pathlib.Path | None,
     ) -> None:
         self.section = section
         self.model_name = model_name
@@ -52,9 +49,6 @@ class Service:
         self.is_draining = False
         self.num_choices = 0
         self._encoders = asyncio.Semaphore(_ENCODERS)
-        self._folder = folder
-        self._grammars: grammars.Grammars | None = None
-        self._grammar_turn = asyncio.Lock()  # one process compiles for all
 
     @property
     def status(self) -> str:
@@ -143,30 +137,7 @@ class Service:
             found = [ids[-request.truncate_prompt_len :] for ids in found]
         for ids in found if check else ():
             self._check_prompt(ids, ready)
-        if check and request.params.grammar is not None:
-            await self._check_grammar(request.params.grammar, ready)
         return found
-
-    async def _check_grammar(
-        self, grammar: request_lib.Grammar, ready: client_lib.messages.Ready
-    ) -> None:
-        """Refuses a grammar here, where compiling one that is hostile holds up nobody."""
-        if self._folder is None:
-            return  # the engine says that it needs a tokenizer
-        if self._grammars is None:
-            self._grammars = grammars.Grammars(
-                self._folder, vocab_size=ready.vocab_size, eos_ids=ready.eos_ids
-            )
-        try:
-            async with self._grammar_turn:
-                await asyncio.to_thread(self._grammars.check, grammar)
-        except ValueError as error:
-            raise ApiError(str(error), param="response_format") from error
-
-    def close(self) -> None:
-        """Ends the process that compiles grammars."""
-        if self._grammars is not None:
-            self._grammars.close()
 
     def _max_chars(
         self, request: requests.ApiRequest, ready: client_lib.messages.Ready, *, check: bool
