@@ -280,7 +280,7 @@ _NAMES = st.sampled_from(
 
 
 @given(st.sampled_from(Endpoint), st.dictionaries(_NAMES, _JSON, max_size=4))
-def test_any_json_is_understood_or_refused_with_a_message(endpoint: Endpoint, body: Any) -> None:
+def test_c6_any_json_is_understood_or_refused_with_a_message(endpoint: Endpoint, body: Any) -> None:
     base: dict[str, Any] = {"prompt": "x"} if endpoint is Endpoint.COMPLETIONS else _CHAT
     refused = None
     try:

@@ -213,7 +213,7 @@ def test_an_upload_that_is_no_form_is_refused(tmp_path: pathlib.Path, kind: str)
     _ask(tmp_path, scenario)
 
 
-def test_an_upload_above_the_size_is_refused_while_it_comes_in(tmp_path: pathlib.Path) -> None:
+def test_c13_an_upload_above_the_size_is_refused_while_it_comes_in(tmp_path: pathlib.Path) -> None:
     sent = 0
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
 
@@ -285,7 +285,7 @@ def test_a_full_disk_is_said(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "name", ["..%2F..%2Fetc%2Fpasswd", "%2Fetc%2Fpasswd", "file-1", "..%5C..%5C", "%00", "x" * 3000]
 )
-def test_ids_never_lead_out_of_the_store(tmp_path: pathlib.Path, name: str) -> None:
+def test_c11_ids_never_lead_out_of_the_store(tmp_path: pathlib.Path, name: str) -> None:
     """C11: what a client sends is looked up and never joined to a path."""
 
     async def scenario(client: httpx.AsyncClient, store: batches.BatchStore) -> None:

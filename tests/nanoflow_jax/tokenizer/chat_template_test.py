@@ -168,7 +168,7 @@ def test_a_wrong_template_is_named_as_the_cause(source, message):
         "{{ messages | attr('__class__') | attr('__mro__') | first | upper }}x{{ debug() }}",
     ],
 )
-def test_a_template_cannot_reach_python(source):
+def test_c3_a_template_cannot_reach_python(source):
     with pytest.raises(ValueError, match="fails on these messages"):
         _render(source)
 
