@@ -1,10 +1,11 @@
 """HTTP connections with bounds that uvicorn does not set: heads by size and time, their number."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from nanoflow_jax.serve import lingering
 
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 << 10
@@ -12,49 +13,6 @@ MAX_HEAD_BYTES = 64 << 10
 
 class _HeadTooLargeError(Exception):
     """Ends the parsing of a head; uvicorn answers it with status 400."""
-
-
-class _Lingering:
-    """A transport that hears a client out before it is closed.
-
-    To close while bytes arrive makes the system tell the client that the connection is broken,
-    often before it has read the answer, such as that its body is too large.
-    """
-
-    def __init__(
-        self, transport: Any, *, is_receiving: Callable[[], bool], linger: Callable[[], None]
-    ) -> None:
-        """Wraps a transport.
-
-        Args:
-            transport: Of a connection.
-            is_receiving: Whether more of a request is to come.
-            linger: Called when our half is closed; has to end the other in time.
-        """
-        self._transport = transport
-        self._is_receiving = is_receiving
-        self._linger = linger
-        self._is_half_closed = False
-        self.write = transport.write
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def is_closing(self) -> bool:
-        """Whether nothing more may be written."""
-        return self._is_half_closed or bool(self._transport.is_closing())
-
-    def close(self) -> None:
-        """Ends our half at once, and the other with the client's or when time is up."""
-        if self.is_closing():
-            return
-        if not (self._is_receiving() and self._transport.can_write_eof()):
-            self._transport.close()
-            return
-        self._is_half_closed = True
-        self._transport.write_eof()
-        self._transport.resume_reading()
-        self._linger()
 
 
 def guarded_protocol(*, max_connections: int, read_timeout_s: float) -> type[HttpToolsProtocol]:
@@ -77,10 +35,10 @@ def guarded_protocol(*, max_connections: int, read_timeout_s: float) -> type[Htt
                 self.transport = transport
                 transport.abort()
                 return
-            lingering = _Lingering(
+            heard_out = lingering.Lingering(
                 transport, is_receiving=lambda: self._is_in_message, linger=self._await_rest
             )
-            super().connection_made(lingering)  # type: ignore[arg-type]
+            super().connection_made(heard_out)  # type: ignore[arg-type]
             self._await_rest()
 
         def connection_lost(self, exc: Exception | None) -> None:
