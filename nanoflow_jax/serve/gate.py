@@ -17,7 +17,7 @@ from nanoflow_jax.serve.keys import ApiKeys
 _OPEN_PATHS = frozenset({"/health"})
 # The page asks every second: such lines would bury the others.
 _QUIET_PATHS = frozenset({"/page/stats"})
-_LOCAL_NAMES = frozenset({"localhost", "testserver"})
+_LOCAL_NAMES = frozenset({"localhost"})
 
 
 class Gate:

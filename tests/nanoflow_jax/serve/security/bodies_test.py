@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import threading
+import time
 
 import pytest
 import served
@@ -274,6 +275,44 @@ def test_c7_a_good_grammar_is_served_after_a_client_with_a_hostile_one_left(serv
         _COMPLETIONS, {**_PROMPT, "structured_outputs": {"choice": ["yes"]}}
     )
     assert (status, answer["choices"][0]["text"]) == (200, "yes")
+
+
+def _upload(server, rows):
+    """The id of a new file of rows."""
+    lines = "\n".join(map(json.dumps, rows))
+    form = (
+        '--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        '--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        f"{lines}\r\n--b--\r\n"
+    )
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        connection.request("POST", "/v1/files", form, headers)
+        return json.load(connection.getresponse())["id"]
+
+
+def test_c7_a_hostile_grammar_in_a_batch_fails_its_row_alone_beside_others(server, known):
+    asked = [{"json": _MANY}, {"choice": ["yes"]}, {"regex": "("}, {"choice": ["no"]}]
+    rows = [
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": _COMPLETIONS,
+            "body": {**_PROMPT, "structured_outputs": outputs},
+        }
+        for i, outputs in enumerate(asked)
+    ]
+    made = {"input_file_id": _upload(server, rows), "endpoint": _COMPLETIONS}
+    with _canaries(server, known):
+        status, batch = server.ask("/v1/batches", {**made, "completion_window": "24h"})
+        assert status == 200, batch
+        deadline = time.monotonic() + 120
+        while batch["status"] not in ("completed", "failed"):
+            assert time.monotonic() < deadline, batch
+            time.sleep(0.05)
+            batch = server.ask(f"/v1/batches/{batch['id']}")[1]
+    assert batch["request_counts"] == {"total": 4, "completed": 2, "failed": 2}
 
 
 @pytest.fixture

@@ -95,7 +95,9 @@ def test_c8_keys_are_compared_as_digests_in_time_that_tells_nothing():
     assert {"compare_digest", "sha256"} <= called
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "127.0.0.1@evil"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "testserver", "", "127.0.0.1@evil"]
+)
 def test_c11_a_host_that_the_server_does_not_have_is_refused(tmp_path, host):
     with whole_app.make(tmp_path) as app:
         (answer,) = _ask(app, [("GET", "/v1/models", {"host": host})])
