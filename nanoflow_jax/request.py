@@ -15,8 +15,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LEN = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
+MAX_ALLOWED_TOKEN_IDS = 8192
 MAX_CHOICES = 128
 MAX_GRAMMAR_LEN = 65536
+_MAX_INT = 2**31 - 1
 
 
 class FinishReason(enum.StrEnum):
@@ -130,6 +132,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_id(value: Any) -> bool:
+    return _is_int(value) and 0 <= value <= _MAX_INT
+
+
 def _is_number(value: Any) -> bool:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
@@ -140,15 +146,14 @@ def _complaints(p: SamplingParams) -> list[str]:
 
     def want(ok: bool, name: str, wanted: str) -> None:
         if not ok:
-            found.append(f"{name}={getattr(p, name)!r} is not {wanted}")
+            found.append(f"{name}={getattr(p, name)!r:.80} is not {wanted}")
 
-    def integer(name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
+    def integer(name: str, low: int, high: int, *, optional: bool = False) -> None:
         value = getattr(p, name)
         if value is None and optional:
             return
-        fits = _is_int(value) and value >= low and (high is None or value <= high)
-        bound = f"at least {low}" if high is None else f"from {low} to {high}"
-        want(fits, name, f"an integer {bound}")
+        fits = _is_int(value) and low <= value <= high
+        want(fits, name, f"an integer from {low} to {high}")
 
     def number(name: str, low: float, high: float, *, above_low: bool = False) -> None:
         value = getattr(p, name)
@@ -156,10 +161,10 @@ def _complaints(p: SamplingParams) -> list[str]:
         bracket = "(" if above_low else "["
         want(fits, name, f"a number in {bracket}{low:g}, {high:g}]")
 
-    integer("max_tokens", 1, optional=True)
-    integer("min_tokens", 0)
+    integer("max_tokens", 1, _MAX_INT, optional=True)
+    integer("min_tokens", 0, _MAX_INT)
     number("temperature", 0.0, 1e6)
-    integer("top_k", 0, 2**31 - 1)
+    integer("top_k", 0, _MAX_INT)
     number("top_p", 0.0, 1.0, above_low=True)
     number("min_p", 0.0, 1.0)
     number("presence_penalty", -2.0, 2.0)
@@ -184,31 +189,40 @@ def _complaints(p: SamplingParams) -> list[str]:
 
 
 def _list_complaints(p: SamplingParams) -> list[str]:
+    """Of lists: their length first, so that a long one costs nothing."""
     found = []
-    if not isinstance(p.stop, tuple) or not all(isinstance(s, str) and s for s in p.stop):
-        found.append(f"stop={p.stop!r} is not a list of non-empty strings")
-    elif len(p.stop) > MAX_STOP_STRINGS or any(len(s) > MAX_STOP_LEN for s in p.stop):
+    if not isinstance(p.stop, tuple):
+        found.append(f"stop={p.stop!r:.80} is not a list of non-empty strings")
+    elif len(p.stop) > MAX_STOP_STRINGS or any(
+        isinstance(s, str) and len(s) > MAX_STOP_LEN for s in p.stop
+    ):
         found.append(
             f"stop has {len(p.stop)} strings; at most {MAX_STOP_STRINGS} of at most "
             f"{MAX_STOP_LEN} characters are taken"
         )
+    elif not all(isinstance(s, str) and s for s in p.stop):
+        found.append(f"stop={p.stop!r:.80} is not a list of non-empty strings")
     ids = p.stop_token_ids
-    if not isinstance(ids, tuple) or not all(_is_int(i) and i >= 0 for i in ids):
-        found.append(f"stop_token_ids={ids!r} is not a list of token ids")
-    elif len(ids) > MAX_STOP_TOKEN_IDS:
+    if isinstance(ids, tuple) and len(ids) > MAX_STOP_TOKEN_IDS:
         found.append(f"stop_token_ids has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are taken")
+    elif not (isinstance(ids, tuple) and all(map(_is_id, ids))):
+        found.append(f"stop_token_ids={ids!r:.80} is not a list of token ids")
     allowed = p.allowed_token_ids
-    if allowed is not None and not (
-        isinstance(allowed, tuple) and allowed and all(_is_int(i) and i >= 0 for i in allowed)
+    if isinstance(allowed, tuple) and len(allowed) > MAX_ALLOWED_TOKEN_IDS:
+        found.append(
+            f"allowed_token_ids has {len(allowed)} ids; at most {MAX_ALLOWED_TOKEN_IDS} are taken"
+        )
+    elif allowed is not None and not (
+        isinstance(allowed, tuple) and allowed and all(map(_is_id, allowed))
     ):
         found.append("allowed_token_ids is not a non-empty list of token ids")
     bias = p.logit_bias
-    if not isinstance(bias, Mapping) or not all(
-        _is_int(k) and k >= 0 and _is_number(v) and -100 <= v <= 100 for k, v in bias.items()
+    if isinstance(bias, Mapping) and len(bias) > MAX_LOGIT_BIAS:
+        found.append(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are taken")
+    elif not isinstance(bias, Mapping) or not all(
+        _is_id(k) and _is_number(v) and -100 <= v <= 100 for k, v in bias.items()
     ):
         found.append("logit_bias is not a map from token ids to numbers in [-100, 100]")
-    elif len(bias) > MAX_LOGIT_BIAS:
-        found.append(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are taken")
     return found
 
 

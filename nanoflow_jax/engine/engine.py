@@ -102,6 +102,11 @@ class Engine:
         return self._limits
 
     @property
+    def grammars(self) -> grammars_lib.Grammars | None:
+        """Makes matchers; what is prepared there is added without waiting."""
+        return self._grammars
+
+    @property
     def num_running(self) -> int:
         """Requests in the dense batch."""
         return self._scheduler.num_running

@@ -122,7 +122,6 @@ class EngineClient:
         name = f"{self._num_submitted:x}"
         self._num_submitted += 1
         ticket = tickets.Ticket(name, prompt_ids)
-        self._tickets[name] = ticket
         self._send(
             messages.Submit(
                 request_id=name,
@@ -132,6 +131,7 @@ class EngineClient:
                 stream=stream,
             )
         )
+        self._tickets[name] = ticket
         return ticket
 
     def abort(self, ticket: tickets.Ticket) -> None:
@@ -287,7 +287,8 @@ class EngineClient:
             case messages.Refused():
                 ticket = self._tickets.pop(message.request_id, None)
                 if ticket is not None:
-                    ticket.put(ValueError(message.message))
+                    kind = tickets.GrammarRefusedError if message.is_of_grammar else ValueError
+                    ticket.put(kind(message.message))
             case messages.Said():
                 self._say(message.text)
             case messages.Ready():

@@ -88,10 +88,17 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request was not taken in; the message is for its sender."""
+    """A request was not taken in; the message is for its sender.
+
+    Attributes:
+        request_id: As submitted.
+        message: Why.
+        is_of_grammar: Whether it is about the request's grammar.
+    """
 
     request_id: str
     message: str
+    is_of_grammar: bool = False
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -14,6 +14,10 @@ class EngineStoppedError(Exception):
     """The engine's process ended while it held the request."""
 
 
+class GrammarRefusedError(ValueError):
+    """The engine cannot follow the grammar of the request."""
+
+
 class Ticket:
     """One submitted request: events in order, read by one task.
 
@@ -50,7 +54,7 @@ class Ticket:
         """The next event.
 
         Raises:
-            ValueError: The engine refused the request.
+            ValueError: The engine refused the request; `GrammarRefusedError` for its grammar.
             EngineStoppedError: The engine ended.
         """
         await self._has_news.wait()

@@ -5,7 +5,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -13,7 +13,7 @@ from nanoflow_jax import llm, start_up
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.batch import fingerprint
 from nanoflow_jax.engine import build
-from nanoflow_jax.engine_process import messages, wire
+from nanoflow_jax.engine_process import messages, preparing, wire
 
 
 def run(sock: socket.socket) -> int:
@@ -65,13 +65,16 @@ def _start(
     )
 
 
+Message = messages.ToEngine | preparing.Prepared
+
+
 class Connection:
     """Messages to and from the front; a thread reads, so that the loop never waits for input."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._codec = wire.Codec(messages.ToEngine)
-        self._inbox: queue.SimpleQueue[messages.ToEngine | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.is_closed = False
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
@@ -80,9 +83,13 @@ class Connection:
             self._inbox.put(self._codec.decode(data))
         self._inbox.put(None)
 
-    def take(self, *, wait: bool) -> list[messages.ToEngine]:
+    def put(self, message: preparing.Prepared) -> None:
+        """Adds a message of this process, from any thread."""
+        self._inbox.put(message)
+
+    def take(self, *, wait: bool) -> list[Message]:
         """Messages that have arrived; with `wait` at least one, unless the front is gone."""
-        found: list[messages.ToEngine] = []
+        found: list[Message] = []
         while not self.is_closed and (not self._inbox.empty() or (wait and not found)):
             message = self._inbox.get()
             if message is None:
@@ -126,8 +133,9 @@ class Worker:
         self._connection = connection
         self._clock = clock
         self._served: dict[str, _Served] = {}
+        self._preparer = preparing.Preparer(model.engine.grammars, connection.put)
 
-    def run(self, first: list[messages.ToEngine]) -> None:
+    def run(self, first: Sequence[Message]) -> None:
         """Works until the front is gone.
 
         Args:
@@ -141,11 +149,15 @@ class Worker:
                 self._step()
             inbox = self._connection.take(wait=not self._engine.has_work)
 
-    def _handle(self, message: messages.ToEngine) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
             case messages.Submit():
-                self._submit(message)
+                if not self._preparer.try_hold(message):
+                    self._submit(message)
+            case preparing.Prepared():
+                self._take_prepared(message)
             case messages.Abort():
+                self._preparer.release(message.request_id)
                 self._served.pop(message.request_id, None)
                 self._generator.abort(message.request_id)
                 if not self._engine.has_work:
@@ -156,6 +168,18 @@ class Worker:
                 self._trace(jax.profiler.stop_trace)
             case messages.Start():
                 raise AssertionError("the engine was started twice")
+
+    def _take_prepared(self, message: preparing.Prepared) -> None:
+        if not self._preparer.release(message.submit.request_id):
+            return  # aborted meanwhile
+        if message.error is None:
+            self._submit(message.submit)
+            return
+        self._connection.send(
+            messages.Refused(
+                request_id=message.submit.request_id, message=message.error, is_of_grammar=True
+            )
+        )
 
     def _submit(self, message: messages.Submit) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -15,13 +16,20 @@ _KEPT_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Kept:
+class Kept:
+    """A compiled grammar.
+
+    Attributes:
+        compiled: At the beginning of its text; to be copied.
+        num_bytes: What it keeps, about.
+    """
+
     compiled: llguidance.LLMatcher
     num_bytes: int
 
 
 class Grammars:
-    """Makes matchers for the requests of one model.
+    """Makes matchers for the requests of one model. Safe to share between threads.
 
     Reads the tokenizer when the first grammar comes. Nothing is kept on disk.
     Invariant: the kept grammars take at most `kept_bytes`, unless one alone takes more.
@@ -50,10 +58,12 @@ class Grammars:
         self._eos_ids = eos_ids
         self._limits = limits
         self._kept_bytes = kept_bytes
-        self._kept: collections.OrderedDict[request_lib.Grammar, _Kept] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[request_lib.Grammar, Kept] = collections.OrderedDict()
         self._vocabulary: vocabulary.Vocabulary | None = None
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._process: compile_process.CompileProcess | None = None
+        self._lock = threading.Lock()  # of what is kept
+        self._reading = threading.Lock()
 
     def matcher(self, grammar: request_lib.Grammar) -> matcher.Matcher:
         """A matcher at the beginning of a text.
@@ -63,28 +73,30 @@ class Grammars:
         Raises:
             ValueError: The grammar is wrong or too costly, or the tokenizer cannot be used.
         """
-        known = self._read().known
-        kept = self._kept.get(grammar)
-        if kept is None:
-            kept = self._compile(grammar)
-            self._kept[grammar] = kept
-            while len(self._kept) > 1 and self.kept_bytes > self._kept_bytes:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(grammar)
-        return matcher.Matcher(kept.compiled.deep_copy(), known)
+        kept = self.prepare(grammar)
+        return matcher.Matcher(kept.compiled.deep_copy(), self._read()[0].known)
 
-    def check(self, grammar: request_lib.Grammar) -> None:
-        """Refuses a grammar that is wrong or too costly, and keeps nothing of it.
-
-        For a process without an engine: it takes at most `cpu_seconds` of `CompileLimits` on an
-        idle machine, in a process of its own.
+    def prepare(self, grammar: request_lib.Grammar) -> Kept:
+        """Compiles a grammar, unless it is kept; other threads run meanwhile.
 
         Raises:
             ValueError: As `matcher`.
         """
-        self._read()
-        assert self._process is not None
-        self._process.check(grammar)
+        with self._lock:
+            kept = self._kept.get(grammar)
+            if kept is not None:
+                self._kept.move_to_end(grammar)
+                return kept
+        kept = self._compile(grammar)
+        with self._lock:
+            self._kept[grammar] = kept
+            while len(self._kept) > 1 and self.kept_bytes > self._kept_bytes:
+                self._kept.popitem(last=False)
+        return kept
+
+    def has(self, grammar: request_lib.Grammar) -> bool:
+        """Whether a matcher can be had at once."""
+        return grammar in self._kept
 
     @property
     def kept_bytes(self) -> int:
@@ -101,21 +113,22 @@ class Grammars:
         if self._process is not None:
             self._process.close()
 
-    def _read(self) -> vocabulary.Vocabulary:
-        if self._vocabulary is None:
-            self._vocabulary = vocabulary.Vocabulary.load(
-                self._folder, vocab_size=self._vocab_size, eos_ids=self._eos_ids
-            )
-            self._process = compile_process.CompileProcess(self._vocabulary, self._limits)
-        return self._vocabulary
+    def _read(self) -> tuple[vocabulary.Vocabulary, compile_process.CompileProcess]:
+        with self._reading:
+            if self._vocabulary is None or self._process is None:
+                self._vocabulary = vocabulary.Vocabulary.load(
+                    self._folder, vocab_size=self._vocab_size, eos_ids=self._eos_ids
+                )
+                self._process = compile_process.CompileProcess(self._vocabulary, self._limits)
+            return self._vocabulary, self._process
 
-    def _compile(self, grammar: request_lib.Grammar) -> _Kept:
-        words = self._read()
-        assert self._process is not None
-        num_bytes = self._process.check(grammar)
-        if self._tokenizer is None:
-            self._tokenizer = compile_worker.make_tokenizer(
-                words.text, vocab_size=words.size, eos_ids=words.eos_ids
-            )
+    def _compile(self, grammar: request_lib.Grammar) -> Kept:
+        words, process = self._read()
+        num_bytes = process.check(grammar)
+        with self._reading:
+            if self._tokenizer is None:
+                self._tokenizer = compile_worker.make_tokenizer(
+                    words.text, vocab_size=words.size, eos_ids=words.eos_ids
+                )
         compiled = compile_worker.compile_grammar(self._tokenizer, grammar.kind.value, grammar.text)
-        return _Kept(compiled=compiled, num_bytes=max(num_bytes, _LEAST_BYTES) + len(grammar.text))
+        return Kept(compiled=compiled, num_bytes=max(num_bytes, _LEAST_BYTES) + len(grammar.text))

@@ -199,13 +199,13 @@ def _parse_chat(
     if most is not None:
         if not _is_int(most) or most < 1:
             raise ApiError(
-                f"max_completion_tokens={most!r} is not an integer at least 1",
+                f"max_completion_tokens={most!r:.80} is not an integer at least 1",
                 param="max_completion_tokens",
             )
         if fields.body.get("max_tokens") not in (None, most):
             raise ApiError(
-                f"max_tokens={fields.body['max_tokens']!r} and max_completion_tokens={most} "
-                "differ; give one of them",
+                f"max_tokens={fields.body['max_tokens']!r:.80} and "
+                f"max_completion_tokens={most!r:.80} differ; give one of them",
                 param="max_completion_tokens",
             )
         sampling["max_tokens"] = most
@@ -253,7 +253,7 @@ def _chat_logprobs(fields: "_Fields", default: int | None) -> int | None:
         return (default or 0) if wanted else None
     if not _is_int(top) or not 0 <= top <= request_lib.MAX_LOGPROBS:
         raise ApiError(
-            f"top_logprobs={top!r} is not an integer from 0 to {request_lib.MAX_LOGPROBS}",
+            f"top_logprobs={top!r:.80} is not an integer from 0 to {request_lib.MAX_LOGPROBS}",
             param="top_logprobs",
         )
     if not wanted:

@@ -11,6 +11,7 @@ from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.tokenizer.tool_formats import ToolStyle
 
 MAX_CALLS = 128  # of one message
+MAX_ITEMS = 8192  # messages, their parts and their calls, all together
 
 _MISTRAL_ID = re.compile(r"[A-Za-z0-9]{9}")
 
@@ -26,10 +27,24 @@ def prepare(messages: Sequence[Any], style: ToolStyle | None) -> list[Any]:
         style: How the model writes calls, where that is known.
 
     Raises:
-        ApiError: A call or an id is malformed; the message says which.
+        ApiError: There is too much of them, or a call or an id is malformed; the message says
+            which.
     """
+    _check_number(messages)
     is_mistral = style is not None and style.format.is_mistral
     return [_message(m, f"messages[{i}]", is_mistral) for i, m in enumerate(messages)]
+
+
+def _check_number(messages: Sequence[Any]) -> None:
+    lists = (
+        m.get(key) for m in messages if isinstance(m, Mapping) for key in ("content", "tool_calls")
+    )
+    count = len(messages) + sum(len(found) for found in lists if isinstance(found, list))
+    if count > MAX_ITEMS:
+        raise _wrong(
+            f"messages, with their parts and calls, are {count}; at most {MAX_ITEMS} are taken: "
+            "join some, or leave out the oldest"
+        )
 
 
 def _message(message: Any, where: str, is_mistral: bool) -> Any:

@@ -3,7 +3,6 @@
 Exit codes: 0 stopped by a signal, 1 the engine ended for good, 2 wrong flags or files.
 """
 
-import logging
 import sys
 from typing import Any
 
@@ -14,7 +13,7 @@ from nanoflow_jax import console
 from nanoflow_jax import flags as knob_flags
 from nanoflow_jax.batch import fingerprint
 from nanoflow_jax.engine import build
-from nanoflow_jax.serve import run
+from nanoflow_jax.serve import log, run
 
 
 def _say(text: str) -> None:
@@ -40,19 +39,8 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> int:
     source = build.open_model(engine.model)
     folder = source.folder.path if source.folder is not None else None
     name = section.model_name or fingerprint.model_name(engine.model)
-    _log_to_stderr(access=values.access_log)
+    log.to_stderr(access=values.access_log)
     return run.serve(section, engine, folder=folder, model_name=name, say=_say)
-
-
-def _log_to_stderr(*, access: bool) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = logging.getLogger("nanoflow_jax")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("nanoflow_jax.access").setLevel(logging.INFO if access else logging.WARNING)
 
 
 def main(argv: list[str]) -> int:

@@ -85,7 +85,8 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:
-    _LOG.error("%s %.200s failed", request.method, request.url.path, exc_info=error)
+    # Starlette raises the error again, and uvicorn logs where it came from.
+    _LOG.error("%s %.200s failed", request.method, ascii(request.url.path)[1:-1])
     return error_response(
         ApiError("the server failed on this request", code="internal", status_code=500)
     )

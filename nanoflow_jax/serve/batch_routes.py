@@ -15,9 +15,11 @@ from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.serve import batch_schemas as schemas
 from nanoflow_jax.serve import batches, files, multipart
 from nanoflow_jax.serve.batch_record import Batch
+from nanoflow_jax.serve.body import read_bytes
 
 _CHUNK_BYTES = 1 << 18
 _MAX_BODY_BYTES = 1 << 18
+_READ_S = 20.0
 _BATCH_FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 
 _Item = TypeVar("_Item", files.FileInfo, Batch)
@@ -162,11 +164,13 @@ def _add_batch_routes(router: fastapi.APIRouter, store: batches.BatchStore) -> N
         "/v1/batches",
         operation_id="create_batch",
         openapi_extra=_BATCH_BODY,
-        responses=_errors(400, 404, 413, 429, 503, 507),
+        responses=_errors(400, 404, 408, 413, 429, 503, 507),
     )
     async def create_batch(request: fastapi.Request) -> schemas.BatchObject:
         """Makes a batch of the rows of a file."""
-        body = _parse_batch(await _read_body(request))
+        body = _parse_batch(
+            await read_bytes(request, most_bytes=_MAX_BODY_BYTES, timeout_s=_READ_S)
+        )
         made = await asyncio.to_thread(
             store.create, body["endpoint"], body["input_file_id"], body["metadata"]
         )
@@ -242,22 +246,6 @@ def _page(found: Sequence[_Item], *, limit: int, after: str | None) -> tuple[Seq
             raise ApiError(f"after={after!r:.80} is not in the list", param="after")
         start = places[0] + 1
     return found[start : start + limit], len(found) > start + limit
-
-
-async def _read_body(request: fastapi.Request) -> bytes:
-    data = bytearray()
-    try:
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > _MAX_BODY_BYTES:
-                raise ApiError(
-                    f"the body has more than {_MAX_BODY_BYTES} bytes",
-                    code="body_too_large",
-                    status_code=413,
-                )
-    except http.ClientDisconnect as error:
-        raise ApiError("the client left in the middle of the request") from error
-    return bytes(data)
 
 
 def _parse_batch(data: bytes) -> dict[str, Any]:

@@ -29,7 +29,7 @@ async def read_object(request: Request, *, most_bytes: int, timeout_s: float) ->
             code="unsupported_media_type",
             status_code=415,
         )
-    data = await _read(request, most_bytes=most_bytes, timeout_s=timeout_s)
+    data = await read_bytes(request, most_bytes=most_bytes, timeout_s=timeout_s)
     try:
         found = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -39,9 +39,10 @@ async def read_object(request: Request, *, most_bytes: int, timeout_s: float) ->
     return found
 
 
-async def _read(request: Request, *, most_bytes: int, timeout_s: float) -> bytes:
+async def read_bytes(request: Request, *, most_bytes: int, timeout_s: float) -> bytes:
+    """The body of a request; see `read_object`."""
     too_large = ApiError(
-        f"the body is larger than {most_bytes} bytes (--max_body_bytes)",
+        f"the body has more than {most_bytes} bytes",
         code="body_too_large",
         status_code=413,
     )

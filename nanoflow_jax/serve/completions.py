@@ -201,6 +201,8 @@ class _Work:
                 code="timeout",
                 status_code=504,
             ) from error
+        except tickets_lib.GrammarRefusedError as error:
+            raise ApiError(str(error), param="response_format") from error
         except ValueError as error:
             raise ApiError(str(error)) from error
         except tickets_lib.EngineStoppedError as error:

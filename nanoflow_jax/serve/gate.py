@@ -10,12 +10,14 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.serve import log
 from nanoflow_jax.serve.keys import ApiKeys
 
-ACCESS_LOG = logging.getLogger("nanoflow_jax.access")
 # Answers whether the server lives, to those who watch it; says nothing else.
 _OPEN_PATHS = frozenset({"/health"})
-_LOCAL_NAMES = frozenset({"localhost", "testserver"})
+# The page asks every second: such lines would bury the others.
+_QUIET_PATHS = frozenset({"/page/stats"})
+_LOCAL_NAMES = frozenset({"localhost"})
 
 
 class Gate:
@@ -53,7 +55,9 @@ class Gate:
                 await _refuse(refusal, noting_send)
         finally:
             client = (scope.get("client") or ("?", 0))[0]
-            ACCESS_LOG.info(
+            is_quiet = scope["path"] in _QUIET_PATHS and status == 200
+            log.ACCESS.log(
+                logging.DEBUG if is_quiet else logging.INFO,
                 "%s %s %.200s %d %.0f ms",
                 client,
                 scope["method"],

@@ -5,6 +5,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from nanoflow_jax.serve import lingering
+
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 << 10
 
@@ -21,7 +23,9 @@ def guarded_protocol(
     Args:
         max_connections: Open connections. One more takes the place of the one that has been idle
             for longest; where none is idle it is closed at once.
-        read_timeout_s: From a connection or the first byte of a request to the end of its head.
+        read_timeout_s: From a connection or the first byte of a request to the end of its head;
+            also from the first byte that follows an answer to the end of what belongs to its
+            request.
         write_timeout_s: A client that takes nothing of what waits for it for so long is dropped.
     """
     # Connections that wait for the head of a request, those first that have done so for longest.
@@ -31,17 +35,21 @@ def guarded_protocol(
         _deadline: asyncio.TimerHandle | None = None
         _head_bytes = 0
         _stall: asyncio.TimerHandle | None = None
+        _is_in_message = False
 
         def connection_made(self, transport: Any) -> None:
             if len(self.connections) >= max_connections and not self._try_make_room():
                 self.transport = transport
                 transport.abort()
                 return
-            super().connection_made(transport)
+            heard_out = lingering.Lingering(
+                transport, is_receiving=lambda: self._is_in_message, linger=self._await_rest
+            )
+            super().connection_made(heard_out)  # type: ignore[arg-type]
             idle[self] = None
             # Nothing waits here beside the piece that the kernel has no room for.
             transport.set_write_buffer_limits(high=0)
-            self._await_head()
+            self._await_rest()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_wait()
@@ -81,13 +89,17 @@ def guarded_protocol(
                 self._stall = None
 
         def data_received(self, data: bytes) -> None:
-            if not self.transport.is_closing():
-                super().data_received(data)
+            if self.transport.is_closing():
+                return
+            # Nothing else bounds how long a client may send what nobody waits for.
+            if self.cycle is None or self.cycle.response_complete:
+                self._await_rest()
+            super().data_received(data)
 
         def on_message_begin(self) -> None:
             self._head_bytes = 0
-            if self._deadline is None:
-                self._await_head()
+            self._is_in_message = True
+            self._await_rest()
             super().on_message_begin()
 
         def on_response_complete(self) -> None:
@@ -110,13 +122,23 @@ def guarded_protocol(
             idle.pop(self, None)
             super().on_headers_complete()
 
+        def on_message_complete(self) -> None:
+            self._is_in_message = False
+            super().on_message_complete()
+            if self.cycle.response_complete:
+                self._end_wait()
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+
         def _count(self, count: int) -> None:
             self._head_bytes += count
             if self._head_bytes > MAX_HEAD_BYTES:
                 raise _HeadTooLargeError
 
-        def _await_head(self) -> None:
-            self._deadline = self.loop.call_later(read_timeout_s, self._give_up)
+        def _await_rest(self) -> None:
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(read_timeout_s, self._give_up)
 
         def _end_wait(self) -> None:
             if self._deadline is not None:

@@ -5,6 +5,7 @@ temporary files.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from python_multipart import exceptions
@@ -17,6 +18,8 @@ _MAX_FIELDS = 16
 _MAX_FIELD_BYTES = 4096
 _BUFFER_BYTES = 1 << 20
 _IDLE_S = 60.0
+# Beyond that time an upload has to come at this speed: few may be on their way at once.
+_LEAST_BYTES_PER_S = 1024
 # Boundaries and headers of the parts.
 OVERHEAD_BYTES = 1 << 18
 
@@ -136,8 +139,9 @@ async def receive(
         )
     form = _Form(boundary)
     num_bytes, limit = 0, upload.max_bytes + OVERHEAD_BYTES
+    began = time.monotonic()
     chunks = aiter(stream)
-    while (chunk := await _next(chunks)) is not None:
+    while (chunk := await _next(chunks, began + num_bytes / _LEAST_BYTES_PER_S)) is not None:
         num_bytes += len(chunk)
         if num_bytes > limit:
             raise files.too_large(upload.max_bytes)
@@ -152,13 +156,14 @@ async def receive(
     return await asyncio.to_thread(upload.commit, filename=form.filename)
 
 
-async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:
+async def _next(chunks: AsyncIterator[bytes], due: float) -> bytes | None:
+    """The next bytes, unless they are later than `_IDLE_S` after they were due."""
     try:
-        async with asyncio.timeout(_IDLE_S):
+        async with asyncio.timeout(min(due - time.monotonic(), 0.0) + _IDLE_S):
             return await anext(chunks, None)
     except TimeoutError as error:
         raise ApiError(
-            f"nothing of the upload arrived for {_IDLE_S:g} s",
+            f"the upload is too slow: {_IDLE_S:g} s behind {_LEAST_BYTES_PER_S} bytes/s",
             code="upload_timeout",
             status_code=408,
         ) from error

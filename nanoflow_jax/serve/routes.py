@@ -1,5 +1,6 @@
 """The routes beside completions: models, words, health, metrics, traces."""
 
+import asyncio
 import importlib.metadata
 import pathlib
 import time
@@ -16,6 +17,8 @@ from nanoflow_jax.serve import service as service_lib
 
 JsonResponse = completions.JsonResponse
 _MAX_DETOKENIZE = 1 << 20
+# Tokens up to this number become text at once: a thread costs more.
+_FEW_TOKENS = 2000
 
 
 def router(service: service_lib.Service) -> fastapi.APIRouter:
@@ -58,14 +61,20 @@ def router(service: service_lib.Service) -> fastapi.APIRouter:
         }
         if with_texts:
             assert words.tokenizer is not None
-            shown["token_strs"] = [words.tokenizer.id_to_token(token) for token in ids[0]]
+            spelling = words.tokenizer.id_to_token
+            shown["token_strs"] = await asyncio.to_thread(lambda: list(map(spelling, ids[0])))
         return JsonResponse(shown)
 
     @made.post("/detokenize", **schemas.detokenize(service.model_name))
     async def detokenize(http: Request) -> Response:
         """The text of token ids."""
         fields = await _read(service, http)
-        return JsonResponse({"prompt": _detokenized(service, fields)})
+        tokens = fields.get("tokens")
+        if isinstance(tokens, list) and len(tokens) <= _FEW_TOKENS:
+            text = _detokenized(service, tokens)
+        else:
+            text = await asyncio.to_thread(_detokenized, service, tokens)
+        return JsonResponse({"prompt": text})
 
     @made.get("/health", **schemas.health())
     async def health() -> Response:
@@ -147,8 +156,7 @@ def _tokenize_request(
     return request, bool(with_texts)
 
 
-def _detokenized(service: service_lib.Service, fields: dict[str, Any]) -> str:
-    tokens = fields.get("tokens")
+def _detokenized(service: service_lib.Service, tokens: Any) -> str:
     ready = service.check_ready()
     if not isinstance(tokens, list) or len(tokens) > _MAX_DETOKENIZE:
         raise ApiError(

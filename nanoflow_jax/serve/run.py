@@ -87,7 +87,7 @@ def serve(
             )
             section = dataclasses.replace(section, max_connections=room)
         return asyncio.run(
-            _Server(section, engine, words, folder, model_name, listener, api_keys, jobs, say).run()
+            _Server(section, engine, words, model_name, listener, api_keys, jobs, say).run()
         )
 
 
@@ -141,7 +141,6 @@ class _Server:
         section: config_lib.ServerSection,
         engine: config_lib.EngineConfig,
         words: words_lib.Words,
-        folder: pathlib.Path | None,
         model_name: str,
         listener: socket.socket,
         api_keys: keys.ApiKeys,
@@ -166,7 +165,6 @@ class _Server:
             words=words,
             client=self._client,
             metrics=counted,
-            folder=folder,
         )
         self._jobs = jobs
         more = [page_routes.make_router()]
@@ -216,7 +214,6 @@ class _Server:
             for task in (announcing, self._batching):
                 task.cancel()
             await asyncio.gather(announcing, self._batching, return_exceptions=True)
-            self._service.close()
             engine.cancel()
             results = await asyncio.gather(engine, return_exceptions=True)
         if isinstance(results[0], client_lib.EngineRefusedError):

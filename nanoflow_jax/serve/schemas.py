@@ -120,7 +120,7 @@ def sampling_fields() -> dict[str, Any]:
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
         },
-        "allowed_token_ids": {**ids, "minItems": 1},
+        "allowed_token_ids": {**ids, "minItems": 1, "maxItems": most.MAX_ALLOWED_TOKEN_IDS},
         "stop": {
             "anyOf": [
                 {"type": "null"},

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import pathlib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -12,15 +11,16 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine_process import client as client_lib
 from nanoflow_jax.engine_process import tickets
-from nanoflow_jax.grammar import grammars
 from nanoflow_jax.openai import requests, responses
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.serve import batch_model
 from nanoflow_jax.serve import metrics as metrics_lib
 from nanoflow_jax.tokenizer import words as words_lib
 
-# Texts up to this length are encoded at once: a thread costs more.
+# Texts up to this length, all together, are encoded at once: a thread costs more.
 _SHORT_CHARS = 2000
+# Of one text that need not fit into the context: /tokenize, and prompts that are cut.
+_MAX_CHARS = 1 << 20
 _ENCODERS = 2
 
 
@@ -38,7 +38,6 @@ class Service:
         words: words_lib.Words,
         client: client_lib.EngineClient,
         metrics: metrics_lib.Metrics,
-        folder: pathlib.Path | None,
     ) -> None:
         self.section = section
         self.model_name = model_name
@@ -51,9 +50,6 @@ class Service:
         self.is_draining = False
         self.num_choices = 0
         self._encoders = asyncio.Semaphore(_ENCODERS)
-        self._folder = folder
-        self._grammars: grammars.Grammars | None = None
-        self._grammar_turn = asyncio.Lock()  # one process compiles for all
 
     @property
     def status(self) -> str:
@@ -130,54 +126,49 @@ class Service:
         """
         ready = self.check_ready()
         try:
-            if request.messages is None:
-                found = [await self._encode_prompt(request, p) for p in request.prompts]
-            else:
-                options = dict(request.template_options)
-                async with self._encoders:
-                    found = [
-                        await asyncio.to_thread(self.words.encode_chat, request.messages, **options)
-                    ]
+            found = await self._encode(request, self._max_chars(request, ready, check=check))
         except ValueError as error:
-            param = "prompt" if request.messages is None else "messages"
-            raise ApiError(str(error), param=param) from error
+            is_long = isinstance(error, words_lib.TooLongError)
+            raise ApiError(
+                str(error),
+                param="prompt" if request.messages is None else "messages",
+                code="context_length_exceeded" if is_long else "invalid_request",
+            ) from error
         if request.truncate_prompt_len is not None:
             found = [ids[-request.truncate_prompt_len :] for ids in found]
         for ids in found if check else ():
             self._check_prompt(ids, ready)
-        if check and request.params.grammar is not None:
-            await self._check_grammar(request.params.grammar, ready)
         return found
 
-    async def _check_grammar(
-        self, grammar: request_lib.Grammar, ready: client_lib.messages.Ready
-    ) -> None:
-        """Refuses a grammar here, where compiling one that is hostile holds up nobody."""
-        if self._folder is None:
-            return  # the engine says that it needs a tokenizer
-        if self._grammars is None:
-            self._grammars = grammars.Grammars(
-                self._folder, vocab_size=ready.vocab_size, eos_ids=ready.eos_ids
-            )
-        try:
-            async with self._grammar_turn:
-                await asyncio.to_thread(self._grammars.check, grammar)
-        except ValueError as error:
-            raise ApiError(str(error), param="response_format") from error
+    def _max_chars(
+        self, request: requests.ApiRequest, ready: client_lib.messages.Ready, *, check: bool
+    ) -> int:
+        """Longest text that is worth encoding: its tokens may fit into the context."""
+        words = self.words.tokenizer
+        if words is None or not check or request.truncate_prompt_len is not None:
+            return _MAX_CHARS
+        return ready.max_context_len * words.longest_token
 
-    def close(self) -> None:
-        """Ends the process that compiles grammars."""
-        if self._grammars is not None:
-            self._grammars.close()
-
-    async def _encode_prompt(
-        self, request: requests.ApiRequest, prompt: requests.Prompt
-    ) -> list[int]:
+    async def _encode(self, request: requests.ApiRequest, max_chars: int) -> list[list[int]]:
+        if request.messages is not None:
+            options = dict(request.template_options)
+            async with self._encoders:
+                chat = await asyncio.to_thread(
+                    self.words.encode_chat, request.messages, max_chars=max_chars, **options
+                )
+            return [chat]
         wanted = request.add_special_tokens is not False
-        if len(prompt) <= _SHORT_CHARS or not isinstance(prompt, str):
-            return self.words.encode(prompt, add_special_tokens=wanted)
+
+        def encode_all() -> list[list[int]]:
+            return [
+                self.words.encode(prompt, add_special_tokens=wanted, max_chars=max_chars)
+                for prompt in request.prompts
+            ]
+
+        if sum(map(len, request.prompts)) <= _SHORT_CHARS:
+            return encode_all()
         async with self._encoders:
-            return await asyncio.to_thread(self.words.encode, prompt, add_special_tokens=wanted)
+            return await asyncio.to_thread(encode_all)
 
     def _check_prompt(self, ids: Sequence[int], ready: client_lib.messages.Ready) -> None:
         """Refuses early what the engine would refuse, before it is sent there."""

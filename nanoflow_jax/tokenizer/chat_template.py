@@ -1,6 +1,7 @@
 """Turns chat messages into the text a model was trained on, by the template in its folder."""
 
 import datetime
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -11,8 +12,13 @@ from nanoflow_jax.tokenizer.template_process import RenderLimits, TemplateProces
 _FILE = "chat_template.jinja"
 _MORE_FILES = "additional_chat_templates"
 _OLD_FILE = "chat_template.json"
-# Names a caller's kwargs may not take from the template.
-_RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+# What kwargs may not be: arguments of their own, and those of transformers' apply_chat_template
+# that are no variables.
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "chat_template", "tokenize"})
+# Functions of templates: a variable of that name would hide them.
+_FUNCTIONS = frozenset({"raise_exception", "strftime_now", "range", "dict", "namespace"})
+_MAX_KWARGS = 32
+_NAME = re.compile(r"[^\W\d]\w*")
 _PROBE = "nanoflow probe"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -54,6 +60,7 @@ class ChatTemplate:
         self._clock = clock
         self._process = TemplateProcess(limits or RenderLimits())
         self._reads_parts: dict[str, bool] = {}
+        self._names: dict[str, frozenset[str]] = {}
 
     @classmethod
     def load(
@@ -106,7 +113,8 @@ class ChatTemplate:
                 joined by line ends if it does not.
             tools: JSON schemas of functions the model may call.
             add_generation_prompt: End with the beginning of the assistant's answer.
-            kwargs: Further variables, such as enable_thinking.
+            kwargs: Further variables, such as enable_thinking. Those that the template does not
+                read, its functions and special tokens are left out.
 
         Raises:
             ValueError: The messages are malformed, the template refuses them, fails or passes a
@@ -114,7 +122,9 @@ class ChatTemplate:
         """
         kwargs = kwargs or {}
         if taken := sorted(_RESERVED & kwargs.keys()):
-            raise ValueError(f"template kwargs {taken} have arguments of their own; use those")
+            raise ValueError(f"template kwargs {taken} are not for the template to read")
+        if len(kwargs) > _MAX_KWARGS:
+            raise ValueError(f"{len(kwargs)} template kwargs are more than {_MAX_KWARGS}")
         checked = [_checked(message, index) for index, message in enumerate(_listed(messages))]
         if tools is not None and not (_is_list(tools) and all(_is_object(t) for t in tools)):
             raise ValueError(f"tools must be a list of JSON objects, not {_described(tools)}")
@@ -128,7 +138,7 @@ class ChatTemplate:
             {
                 **self._special_tokens,
                 "documents": None,
-                **kwargs,
+                **self._allowed(kwargs, source),
                 "messages": checked,
                 "tools": tools,
                 "add_generation_prompt": add_generation_prompt,
@@ -143,6 +153,13 @@ class ChatTemplate:
     def _source(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         wanted = "tool_use" if tools is not None else "default"
         return self._templates.get(wanted, self._templates["default"])
+
+    def _allowed(self, kwargs: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """Those kwargs that the template reads and that are the caller's to set."""
+        if source not in self._names:
+            self._names[source] = frozenset(_NAME.findall(source)) - _FUNCTIONS
+        names = self._names[source] - self._special_tokens.keys()
+        return {name: value for name, value in kwargs.items() if name in names}
 
     def _render(self, source: str, variables: Mapping[str, Any], *, num_items: int) -> str:
         now = self._clock().isoformat()

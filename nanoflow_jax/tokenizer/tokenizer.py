@@ -17,6 +17,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: Highest token id plus one, added tokens included.
+        longest_token: Characters in the longest spelling of a token.
         bos_id: Begin-of-text id, None if the model has none.
         eos_id: End-of-text id, None if the model has none. Further ones may stand in the
             model's generation_config.json.
@@ -39,7 +40,9 @@ class Tokenizer:
         missing = [text for text in dict.fromkeys(named.values()) if text not in have]
         backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in missing])
         self._backend = backend
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.longest_token = max(map(len, vocabulary))
         self.bos_id = self._named_id(named, "bos_token")
         self.eos_id = self._named_id(named, "eos_token")
         self.special_ids = frozenset(
@@ -104,7 +107,9 @@ class Tokenizer:
                 f"the text holds a lone surrogate at character {error.start}, which is not "
                 "Unicode text; replace it before sending"
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of tokenizers' methods only those for batches let other threads run meanwhile.
+        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded.ids
         if add_special_tokens and self._adds_bos and ids[1:2] == [self.bos_id]:
             return ids[1:]
         return ids
@@ -116,7 +121,8 @@ class Tokenizer:
             ids: Not negative. A model's vocabulary is often padded beyond the tokenizer's.
             skip_special_tokens: Leave out `special_ids`.
         """
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        (text,) = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return text
 
     def id_to_token(self, token_id: int) -> str | None:

@@ -10,6 +10,10 @@ from nanoflow_jax.tokenizer import chat_template, tokenizer, tool_formats
 Prompt = str | Sequence[int]
 
 
+class TooLongError(ValueError):
+    """A text is refused for its length, before it is encoded."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Words:
     """How the model reads and writes text.
@@ -52,28 +56,49 @@ class Words:
             no_template=no_template,
         )
 
-    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, max_chars: int | None = None
+    ) -> list[int]:
         """Token ids of a prompt.
+
+        Args:
+            prompt: Text or token ids.
+            add_special_tokens: As in `Tokenizer.encode`.
+            max_chars: Longest text.
 
         Raises:
             ValueError: It is text and there is no tokenizer, or it is no Unicode text.
+            TooLongError: It is a longer text.
         """
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer; give the prompt as token ids")
+        if max_chars is not None and len(prompt) > max_chars:
+            raise TooLongError(
+                f"the text has {len(prompt)} characters, and at most {max_chars} are taken here; "
+                "shorten it"
+            )
         return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Any], *, max_chars: int | None = None, **options: Any
+    ) -> list[int]:
         """Token ids of a conversation; see `ChatTemplate.render`.
+
+        Args:
+            messages: As `ChatTemplate.render` takes them.
+            max_chars: Longest rendered text.
+            options: Further arguments of `ChatTemplate.render`.
 
         Raises:
             ValueError: There is no template, or it refuses the messages.
+            TooLongError: The conversation is longer.
         """
         if self.template is None or self.tokenizer is None:
             raise ValueError(self.no_template)
         text = self.template.render(messages, **options)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False, max_chars=max_chars)
 
     def close(self) -> None:
         """Ends the template's process."""

@@ -78,12 +78,12 @@ def test_an_index_that_does_not_fit_is_refused(make_model: Make, index: tuple[sl
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "/etc/passwd"])
-def test_a_text_file_cannot_lie_outside_the_folder(make_model: Make, name: str) -> None:
+def test_c11_a_text_file_cannot_lie_outside_the_folder(make_model: Make, name: str) -> None:
     with pytest.raises(CheckpointError, match="a text file must be a plain file name"):
         ModelFolder.open(make_model({"a": np.arange(6)})).text_file(name)
 
 
-def test_code_in_a_folder_is_never_run(make_model: Make, tmp_path: Path) -> None:
+def test_c3_code_in_a_folder_is_never_run(make_model: Make, tmp_path: Path) -> None:
     path = make_model({"a": np.arange(6)})
     config = {"auto_map": {"AutoConfig": "modeling.Config"}, "trust_remote_code": True}
     (path / "config.json").write_text(json.dumps(config))

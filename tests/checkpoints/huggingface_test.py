@@ -98,14 +98,14 @@ def test_a_broken_index_is_refused(make_model: Make, index: bytes, message: str)
 @pytest.mark.parametrize(
     "file", ["../model.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "", "..", 3, None]
 )
-def test_an_index_cannot_lead_out_of_its_folder(make_model: Make, file: Any) -> None:
+def test_c11_an_index_cannot_lead_out_of_its_folder(make_model: Make, file: Any) -> None:
     folder = _two(make_model)
     _write_index(folder, {"a": file})
     with pytest.raises(CheckpointError, match="the file of tensor 'a' must be a plain file name"):
         HuggingFaceWeights(folder)
 
 
-def test_an_index_to_a_pickle_is_refused(make_model: Make) -> None:
+def test_c3_an_index_to_a_pickle_is_refused(make_model: Make) -> None:
     folder = _two(make_model)
     _write_index(folder, {"a": "pytorch_model.bin"})
     with pytest.raises(CheckpointError, match=r"'pytorch_model.bin', but only \*\.safetensors"):
@@ -128,7 +128,7 @@ def test_a_tensor_in_two_files_is_refused(make_model: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-2.bin", "x.pth"])
-def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: str) -> None:
+def test_c3_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(CheckpointError, match=f"only {name}, a pickle.*convert it to safetensors"):

@@ -77,7 +77,7 @@ _FOUR = b"abcd"
         (_file({"a": _entry(offsets=[2**70, 2**70 + 4])}, _FOUR), "leaves a gap after"),
     ],
 )
-def test_a_malicious_file_is_refused_with_its_fault(
+def test_c10_a_malicious_file_is_refused_with_its_fault(
     tmp_path: Path, data: bytes, message: str
 ) -> None:
     path = tmp_path / "bad.safetensors"
@@ -208,7 +208,7 @@ _SHARED_FOLDER = settings(
     more=st.binary(max_size=3),
 )
 @example(flips=[], cut=None, more=b"")
-def test_a_damaged_file_is_refused_or_read_as_the_reference_reads_it(
+def test_c10_a_damaged_file_is_refused_or_read_as_the_reference_reads_it(
     tmp_path: Path,
     tensors: dict[str, np.ndarray],
     flips: list[tuple[int, int]],
@@ -259,7 +259,7 @@ _ENTRIES = st.builds(
     st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), _ENTRIES), st.binary(max_size=8)
 )
 @example({"a": _entry(offsets=[4, 8]), "b": _entry(offsets=[0, 4])}, b"12345678")
-def test_any_header_is_refused_or_names_only_bytes_of_the_file(
+def test_c10_any_header_is_refused_or_names_only_bytes_of_the_file(
     tmp_path: Path, header: dict[str, object], buffer: bytes
 ) -> None:
     path = tmp_path / "x.safetensors"

@@ -46,8 +46,8 @@ _NAN, _INF = math.nan, math.inf
 @pytest.mark.parametrize(
     ("name", "values", "wanted"),
     [
-        ("max_tokens", [0, -1, 1.5, "3", True], "an integer at least 1"),
-        ("min_tokens", [-1, None, 0.5], "an integer at least 0"),
+        ("max_tokens", [0, -1, 1.5, "3", True, 2**31, 10**30], "an integer from 1 to 2147483647"),
+        ("min_tokens", [-1, None, 0.5, 2**31], "an integer from 0 to 2147483647"),
         (
             "temperature",
             [-0.1, _NAN, _INF, 1e7, "1", None, True, 10**400],
@@ -70,7 +70,7 @@ _NAN, _INF = math.nan, math.inf
 )
 def test_a_value_outside_its_range_is_refused_by_name(name, values, wanted):
     for value in values:
-        with _raises(f"{name}={value!r} is not {wanted}"):
+        with _raises(f"{name}={value!r:.80} is not {wanted}"):
             SamplingParams(**{name: value})
 
 
@@ -113,7 +113,7 @@ def test_stop_strings_are_few_and_short(stop):
         SamplingParams(stop=stop)
 
 
-@pytest.mark.parametrize("ids", [(-1,), (1.0,), (True,), ("1",), 3, None])
+@pytest.mark.parametrize("ids", [(-1,), (1.0,), (True,), ("1",), (2**31,), 3, None])
 def test_stop_tokens_are_ids(ids):
     with _raises(f"stop_token_ids={ids!r} is not a list of token ids"):
         SamplingParams(stop_token_ids=ids)
@@ -124,10 +124,23 @@ def test_stop_tokens_are_few():
         SamplingParams(stop_token_ids=tuple(range(129)))
 
 
-@pytest.mark.parametrize("ids", [(), (-1,), (0.5,), "12", 3])
+@pytest.mark.parametrize("ids", [(), (-1,), (0.5,), (10**30,), "12", 3])
 def test_allowed_tokens_are_ids_and_at_least_one(ids):
     with _raises("allowed_token_ids is not a non-empty list of token ids"):
         SamplingParams(allowed_token_ids=ids)
+
+
+def test_allowed_tokens_are_not_too_many():
+    with _raises("allowed_token_ids has 8193 ids; at most 8192 are taken"):
+        SamplingParams(allowed_token_ids=(1,) * 8193)
+    assert SamplingParams(allowed_token_ids=[1] * 8192).allowed_token_ids == (1,) * 8192
+
+
+def test_a_complaint_is_short_however_long_the_value():
+    for name in ("stop", "stop_token_ids", "temperature", "max_tokens", "include_stop"):
+        with pytest.raises(ValueError, match=name) as caught:
+            SamplingParams(**{name: "a" * 100_000 if name != "stop" else (1,) * 16})
+        assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(

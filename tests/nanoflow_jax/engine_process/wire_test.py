@@ -1,5 +1,8 @@
 import socket
 
+import msgspec
+import pytest
+
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine_process import messages, wire
 
@@ -34,6 +37,28 @@ def test_the_end_of_the_socket_is_no_message_even_in_the_middle_of_one():
             ours.sendall(wire.Codec(messages.FromEngine).frame(_submit())[:cut])
             ours.close()
             assert wire.read_frame(its) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 129),
+        ("max_tokens", 2**31),
+        ("stop", ["a"] * 17),
+        ("stop_token_ids", [1] * 129),
+        ("allowed_token_ids", [1] * 8193),
+        ("logit_bias", dict.fromkeys(range(301), 1.0)),
+        ("logprobs", 21),
+        ("prompt_logprobs", 21),
+        ("grammar", {"kind": "regex", "text": "a" * 65537}),
+    ],
+)
+def test_c5_what_is_out_of_bounds_does_not_get_into_the_engine_either(field, value):
+    frame = wire.Codec(messages.FromEngine).frame(_submit())
+    sent = msgspec.msgpack.decode(frame[wire.HEADER_BYTES :], strict=False)
+    sent["params"][field] = value
+    with pytest.raises(msgspec.ValidationError, match=field):
+        wire.Codec(messages.ToEngine).decode(msgspec.msgpack.encode(sent))
 
 
 def test_results_keep_their_kinds():

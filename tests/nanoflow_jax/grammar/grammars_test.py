@@ -65,15 +65,15 @@ _HOSTILE = [
 
 
 @pytest.mark.parametrize(("grammar", "message"), _HOSTILE)
-def test_a_hostile_grammar_is_refused_with_its_reason(made, grammar, message):
+def test_c7_a_hostile_grammar_is_refused_with_its_reason(made, grammar, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        made.check(grammar)
+        made.prepare(grammar)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         made.matcher(grammar)
     assert made.matcher(_regex("a")).error is None
 
 
-def test_a_grammar_that_never_compiles_is_ended_by_the_clock():
+def test_c7_a_grammar_that_never_compiles_is_ended_by_the_clock():
     limits = compile_process.CompileLimits(cpu_seconds=0.3)
     made = grammars.Grammars(_FOLDER, vocab_size=_VOCAB, eos_ids=(_EOS,), limits=limits)
     many = [{"type": "string", "pattern": f"a{{{i}}}"} for i in range(100)]
@@ -93,7 +93,7 @@ def test_a_large_pattern_is_followed(made, text):
     assert _allowed(made.matcher(_regex(text)))
 
 
-def test_a_grammar_that_keeps_too_much_is_refused():
+def test_c7_a_grammar_that_keeps_too_much_is_refused():
     limits = compile_process.CompileLimits(grammar_bytes=-1)
     made = grammars.Grammars(_FOLDER, vocab_size=_VOCAB, eos_ids=(_EOS,), limits=limits)
     with pytest.raises(ValueError, match=r"is too costly: compiled it keeps \d+ bytes, more than"):
@@ -131,7 +131,7 @@ def test_ids_that_are_no_tokens_are_never_allowed(made):
     assert _allowed(made.matcher(_lark("start: <[320]>"))) == []
 
 
-def test_few_grammars_are_kept_and_the_one_used_last_is_not_dropped():
+def test_c7_few_grammars_are_kept_and_the_one_used_last_is_not_dropped():
     size = 128 << 10
     made = grammars.Grammars(_FOLDER, vocab_size=_VOCAB, eos_ids=(_EOS,), kept_bytes=2 * size + 100)
     for text in ("a", "b", "a", "c"):
@@ -144,4 +144,4 @@ def test_few_grammars_are_kept_and_the_one_used_last_is_not_dropped():
 def test_a_model_without_an_end_of_text_token_is_refused():
     made = grammars.Grammars(_FOLDER, vocab_size=_VOCAB, eos_ids=())
     with pytest.raises(ValueError, match=f"^{re.escape(str(_FOLDER))} names no end-of-text token"):
-        made.check(_regex("a"))
+        made.prepare(_regex("a"))

@@ -145,3 +145,11 @@ def test_our_own_ids_render_in_mistrals_template() -> None:
     text = template.render(tool_messages.prepare(messages, _MISTRAL))
     template.close()
     assert text.count(tool_messages.prepare(messages, _MISTRAL)[2]["tool_call_id"]) == 2
+
+
+def test_more_messages_parts_and_calls_than_can_be_looked_at_soon_are_refused() -> None:
+    part = {"type": "text", "text": "a"}
+    messages = [{"role": "user", "content": [part] * 4096}] * 2
+    with pytest.raises(ApiError, match="are 8194; at most 8192 are taken"):
+        tool_messages.prepare(messages, None)
+    assert tool_messages.prepare([{"role": "user", "content": "a"}] * 8192, None)

@@ -58,7 +58,7 @@ def test_what_a_killed_upload_left_is_removed_at_the_next_start_and_nothing_else
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "/etc/passwd", "..", "", "a\0b", "x" * 10_000, "\U0001f600"]
 )
-def test_the_name_that_a_client_gives_is_text_and_never_a_path(
+def test_c11_the_name_that_a_client_gives_is_text_and_never_a_path(
     tmp_path: pathlib.Path, name: str
 ) -> None:
     store = files.FileStore(tmp_path / "files")
@@ -69,7 +69,9 @@ def test_the_name_that_a_client_gives_is_text_and_never_a_path(
 
 
 @pytest.mark.parametrize("name", ["../secret", "file-../../secret", ".", "", "file-1", "secret"])
-def test_an_id_that_the_store_did_not_draw_finds_nothing(tmp_path: pathlib.Path, name: str) -> None:
+def test_c11_an_id_that_the_store_did_not_draw_finds_nothing(
+    tmp_path: pathlib.Path, name: str
+) -> None:
     (tmp_path / "secret").write_text("secret")
     store = files.FileStore(tmp_path / "files")
     for call in (store.get, store.path, store.open, store.hold, store.delete):

@@ -168,7 +168,7 @@ def test_a_wrong_template_is_named_as_the_cause(source, message):
         "{{ messages | attr('__class__') | attr('__mro__') | first | upper }}x{{ debug() }}",
     ],
 )
-def test_a_template_cannot_reach_python(source):
+def test_c3_a_template_cannot_reach_python(source):
     with pytest.raises(ValueError, match="fails on these messages"):
         _render(source)
 
@@ -261,10 +261,23 @@ def test_malformed_tools_are_refused(tools):
         _render(_CHATML, tools=tools)
 
 
-def test_kwargs_reach_the_template_but_not_its_arguments():
-    assert _render("{{ think }}{{ bos_token }}", kwargs={"think": 1, "bos_token": "B"}) == "1B"
-    with pytest.raises(ValueError, match=r"template kwargs \['messages', 'tools'\] have arguments"):
-        _render(_CHATML, kwargs={"tools": [], "messages": []})
+def test_kwargs_reach_the_template_if_it_reads_them_and_they_are_not_its_own():
+    source = "{{ think }}{{ bos_token }}{{ strftime_now('%%') }}"
+    given = {"think": 1, "bos_token": "B", "strftime_now": "no", "never read": "x"}
+    assert _render(source, kwargs=given) == "1<s>%"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tools": [], "messages": []}, r"kwargs \['messages', 'tools'\] are not for the template"),
+        ({"chat_template": "x"}, r"template kwargs \['chat_template'\] are not for the template"),
+        ({f"k{i}": i for i in range(33)}, "33 template kwargs are more than 32"),
+    ],
+)
+def test_c4_template_kwargs_that_are_no_variables_or_too_many_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        _render(_CHATML, kwargs=kwargs)
 
 
 def _folder(path: Path, **written: Any) -> ChatTemplate:

@@ -61,7 +61,7 @@ def _check_ends_soon(source, message, limits):
         ("{{ 'x' * 100001 }}", "produces 100001 characters, more than 100000"),
     ],
 )
-def test_a_bomb_ends_soon_and_the_next_rendering_works(source, message):
+def test_c4_a_bomb_ends_soon_and_the_next_rendering_works(source, message):
     _check_ends_soon(source, message, _SMALL)
 
 
