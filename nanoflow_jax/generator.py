@@ -11,9 +11,6 @@ from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import engine as engine_lib
 from nanoflow_jax.tokenizer import detokenizer, stop, tokenizer
 
-# Prompt tokens looked at for one with text; only special and byte tokens have none.
-_TAIL = 8
-
 
 class _TextChoice:
     """One choice while it is generated."""
@@ -29,7 +26,7 @@ class _TextChoice:
         self._params = params
         self._detokenizer = None
         if words is not None:
-            self._detokenizer = _continuing(
+            self._detokenizer = detokenizer.continuing(
                 words, prompt_ids, skip_special_tokens=params.skip_special_tokens
             )
         self._stop = stop.StopMatcher(params.stop, params.include_stop)
@@ -264,22 +261,6 @@ class Generator:
             if pending.wants_prompt_logprobs
             else None,
         )
-
-
-def _continuing(
-    words: tokenizer.Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool
-) -> detokenizer.Detokenizer:
-    """A detokenizer for what follows a prompt.
-
-    Decoders of the SentencePiece kind drop the space before the first word of a text. After a
-    prompt that ends in text the first generated word is not that word, so the decoder is shown
-    the prompt's last token with text; what that gives is not part of the output.
-    """
-    for token in reversed(prompt_ids[-_TAIL:]):
-        made = detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
-        if made.push(token):
-            return made
-    return detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
 
 
 def choice_seed(seed: int, index: int) -> int:

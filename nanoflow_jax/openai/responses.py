@@ -127,10 +127,10 @@ class Writer:
         if request.show.echo:
             given: _PromptLogprobs = completion.prompt_logprobs or ()
             entries += zip(completion.prompt_ids, given, strict=True)
-            offsets += self.offsets(request, 0).take(completion.prompt_ids, len(prompt))
+            offsets += self.offsets(request, ()).take(completion.prompt_ids, len(prompt))
         entries += zip(choice.token_ids, choice.logprobs, strict=True)
-        end = len(prompt) + len(choice.text)
-        offsets += self.offsets(request, len(prompt)).take(choice.token_ids, end)
+        counter = self.offsets(request, completion.prompt_ids, start=len(prompt))
+        offsets += counter.take(choice.token_ids, len(prompt) + len(choice.text))
         return self.token_logprobs(request, entries, offsets)
 
     def token_logprobs(
@@ -160,9 +160,19 @@ class Writer:
             found.setdefault(self._text(request, token), _finite(value))
         return found
 
-    def offsets(self, request: ApiRequest, start: int) -> "Offsets":
-        """A counter of where tokens begin in a text that is shown, from `start` on."""
-        return Offsets(self._words, start, skip_special_tokens=request.params.skip_special_tokens)
+    def offsets(self, request: ApiRequest, before: Sequence[int], *, start: int = 0) -> "Offsets":
+        """A counter of where tokens begin in a text that is shown.
+
+        Args:
+            request: Says whether special tokens are text.
+            before: Tokens before the first one that is counted.
+            start: Where that one begins.
+        """
+        if self._words is None:
+            return Offsets(None, start)
+        skip = request.params.skip_special_tokens
+        stream = detokenizer.continuing(self._words, before, skip_special_tokens=skip)
+        return Offsets(stream, start)
 
     def _chat(
         self, request: ApiRequest, completion: request_lib.Completion, head: Head
@@ -286,13 +296,9 @@ def _usage(completions: Sequence[request_lib.Completion]) -> dict[str, Any]:
 class Offsets:
     """Counts where tokens begin in a text that is shown."""
 
-    def __init__(
-        self, words: tokenizer.Tokenizer | None, start: int, *, skip_special_tokens: bool
-    ) -> None:
-        """Begin at character `start`."""
-        self._stream = None
-        if words is not None:
-            self._stream = detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
+    def __init__(self, stream: detokenizer.Detokenizer | None, start: int) -> None:
+        """Begin at character `start`; without a detokenizer tokens have no text."""
+        self._stream = stream
         self._start = start
 
     def take(self, token_ids: Iterable[int], end: int | None) -> list[int]:
