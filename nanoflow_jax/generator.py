@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import engine as engine_lib
-from nanoflow_jax.tokenizer import detokenizer, stop, tokenizer
+from nanoflow_jax.tokenizer import bad_words, detokenizer, stop, tokenizer
 
 
 class _TextChoice:
@@ -153,11 +153,17 @@ class Generator:
             raise ValueError("the request has no seed; set one, or draw one")
         if params.stop and self._words is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
+        if params.bad_words and self._words is None:
+            raise ValueError("bad_words needs a tokenizer, and this model has none")
+        bad: tuple[tuple[int, ...], ...] = ()
+        if self._words is not None:
+            bad = bad_words.token_sequences(params.bad_words, self._words)
         added: list[str] = []
         try:
             for index in range(params.n):
                 name = f"{request_id}/{index}"
-                self._engine.add(self._one_choice(name, prompt_ids, params, priority, index))
+                one = self._one_choice(name, prompt_ids, params, priority, index)
+                self._engine.add(dataclasses.replace(one, bad_tokens=bad))
                 added.append(name)
         except ValueError:
             for name in added:

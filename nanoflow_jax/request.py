@@ -15,6 +15,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LEN = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LEN = 256
 MAX_CHOICES = 128
 MAX_GRAMMAR_LEN = 65536
 
@@ -69,6 +71,8 @@ class SamplingParams:
             prompt or the output (arXiv 1909.05858).
         logit_bias: Added to the logits of these token ids.
         allowed_token_ids: If given, no other token is ever chosen.
+        bad_words: What these words begin with may come, their last token never after it. Each is
+            meant as the tokenizer writes it at the beginning of a text and after a space.
         stop: Generation ends at the first of these strings; it is not part of the text.
         stop_token_ids: Generation ends at these tokens; they are not part of the text.
         include_stop: Keep the stop string in the text.
@@ -92,6 +96,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False
@@ -106,7 +111,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "allowed_token_ids"):
+        for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -192,6 +197,14 @@ def _list_complaints(p: SamplingParams) -> list[str]:
             f"stop has {len(p.stop)} strings; at most {MAX_STOP_STRINGS} of at most "
             f"{MAX_STOP_LEN} characters are taken"
         )
+    words = p.bad_words
+    if not isinstance(words, tuple) or not all(isinstance(w, str) and w.strip() for w in words):
+        found.append(f"bad_words={words!r} is not a list of texts that are more than white space")
+    elif len(words) > MAX_BAD_WORDS or any(len(w) > MAX_BAD_WORD_LEN for w in words):
+        found.append(
+            f"bad_words has {len(words)} texts; at most {MAX_BAD_WORDS} of at most "
+            f"{MAX_BAD_WORD_LEN} characters are taken"
+        )
     ids = p.stop_token_ids
     if not isinstance(ids, tuple) or not all(_is_int(i) and i >= 0 for i in ids):
         found.append(f"stop_token_ids={ids!r} is not a list of token ids")
@@ -221,12 +234,15 @@ class Request:
         prompt_ids: Token ids, at least one.
         params: How to sample; `n` is 1 and `seed` is set: the caller has expanded choices.
         priority: Lower runs first; equal ones in order of arrival.
+        bad_tokens: The words of `params.bad_words` in tokens: after all but the last of a
+            sequence were generated, the last one is not.
     """
 
     request_id: str
     prompt_ids: Sequence[int]
     params: SamplingParams
     priority: int = 0
+    bad_tokens: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -201,10 +201,10 @@ class Engine:
         return forwarded
 
     def _needs_tokens(self, plan: scheduler.StepPlan) -> bool:
-        """Whether a grammar must see a token that is still on the device before the next draw."""
+        """Whether a mask depends on a token that is still on the device."""
         rows = ((row, self._sequences[row.request_id]) for row in plan.rows if row.samples)
         return any(
-            made.matcher is not None and len(made.token_ids) < row.start + row.length
+            made.mask_needs_tokens and len(made.token_ids) < row.start + row.length
             for row, made in rows
         )
 
@@ -305,7 +305,7 @@ def _error(made: sequence.Sequence, *, is_ok: bool) -> str | None:
         return None
     return (
         "no token could be drawn: the logits were not finite, or every token was banned by "
-        "logit_bias, allowed_token_ids, min_tokens or the grammar"
+        "logit_bias, allowed_token_ids, bad_words, min_tokens or the grammar"
     )
 
 

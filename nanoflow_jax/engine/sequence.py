@@ -63,23 +63,33 @@ class Sequence:
     @property
     def is_masked(self) -> bool:
         """Whether only some tokens may be drawn."""
-        return self.allowed is not None or self.matcher is not None
+        return self.allowed is not None or self.matcher is not None or bool(self.request.bad_tokens)
+
+    @property
+    def mask_needs_tokens(self) -> bool:
+        """Whether which tokens may be drawn depends on those before."""
+        return self.matcher is not None or any(len(bad) > 1 for bad in self.request.bad_tokens)
 
     def fill_mask(self, out: Int32[np.ndarray, "W"], *, position: int) -> None:
         """Writes which tokens may be drawn at a position.
 
         Args:
             out: Overwritten.
-            position: Of a request with a grammar, that of the first token not known.
+            position: Where `mask_needs_tokens`, that of the first token not known.
         """
+        if self.mask_needs_tokens:
+            assert position == len(self.token_ids), "the mask is not where the request is"
         if self.matcher is None:
-            assert self.allowed is not None
-            out[:] = self.allowed
-            return
-        assert position == len(self.token_ids), "the grammar is not where the request is"
-        self.matcher.fill_mask(out)
+            out[:] = -1
+        else:
+            self.matcher.fill_mask(out)
         if self.allowed is not None:
             out &= self.allowed
+        words = out.view(np.uint32)
+        for *before, last in self.request.bad_tokens:
+            start = len(self.token_ids) - len(before)
+            if start >= self.prompt_len and self.token_ids[start:] == before:
+                words[last // 32] &= ~(np.uint32(1) << np.uint32(last % 32))
 
     @property
     def meets_grammar(self) -> bool:
@@ -133,6 +143,8 @@ def make_sequence(
     _check_ids("logit_bias", p.logit_bias, vocab_size)
     _check_ids("allowed_token_ids", p.allowed_token_ids or (), vocab_size)
     _check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
+    for bad in request.bad_tokens:
+        _check_ids("bad_words", bad, vocab_size)
     ends = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else frozenset(eos_ids))
     most = max_context_len if p.max_tokens is None else len(prompt) + p.max_tokens
     return Sequence(

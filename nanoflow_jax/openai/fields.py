@@ -32,7 +32,6 @@ _NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "bad_words": ([],),
     "continue_final_message": (False,),
     "use_beam_search": (False,),
 }

@@ -19,6 +19,7 @@ _SAME = (
     "frequency_penalty",
     "repetition_penalty",
     "allowed_token_ids",
+    "bad_words",
     "stop",
     "stop_token_ids",
     "include_stop",

@@ -221,6 +221,14 @@ def test_choices_are_requests_of_their_own_and_complete_together():
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
+def test_each_choice_gets_the_tokens_of_bad_words():
+    engine = scripted_engine.ScriptedEngine({f"a/{i}": [] for i in range(2)})
+    made = generator.Generator(engine, _WORDS)
+    made.submit("a", [1], _params(n=2, bad_words=["cat"]))
+    wanted = (tuple(_ids("cat")), tuple(_ids(" cat")))
+    assert [asked.bad_tokens for asked in engine.requests.values()] == [wanted] * 2
+
+
 def test_a_choices_seed_follows_from_the_requests_seed_and_its_index():
     assert generator.choice_seed(5, 0) == 5
     assert generator.choice_seed(5, 1) == generator.choice_seed(5, 1)
@@ -280,6 +288,7 @@ def test_a_failed_choice_fails_its_request_and_no_other():
     [
         ({"seed": None}, _WORDS, "the request has no seed; set one, or draw one"),
         ({"stop": "x"}, None, "stop strings need a tokenizer, and this model has none"),
+        ({"bad_words": ["x"]}, None, "bad_words needs a tokenizer, and this model has none"),
     ],
 )
 def test_what_the_generator_cannot_do_is_refused(params, words, message):
