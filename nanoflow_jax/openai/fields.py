@@ -35,6 +35,7 @@ _NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "use_beam_search": (False,),
 }
+_WHY = {"suffix": "the models here have no tokens to fill in a middle"}
 
 
 class Fields:
@@ -101,8 +102,9 @@ class Fields:
 
 def unsupported(name: str) -> ApiError:
     """What a request for something that we cannot do is told."""
+    why = f": {_WHY[name]}" if name in _WHY else " yet"
     return ApiError(
-        f"{name} is not supported yet; leave it out", param=name, code="unsupported_parameter"
+        f"{name} is not supported{why}; leave it out", param=name, code="unsupported_parameter"
     )
 
 

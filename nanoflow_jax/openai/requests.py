@@ -187,9 +187,17 @@ def _max_completion_tokens(fields: Fields) -> int | None:
 
 
 def _template_options(fields: Fields) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "add_generation_prompt": fields.take_bool("add_generation_prompt", default=True)
-    }
+    continues = fields.take_bool("continue_final_message")
+    begins = fields.take_bool("add_generation_prompt", default=not continues)
+    if continues and begins:
+        raise ApiError(
+            "continue_final_message goes on with the final message and add_generation_prompt "
+            "begins another; set one of them to false",
+            param="continue_final_message",
+        )
+    options: dict[str, Any] = {"add_generation_prompt": begins}
+    if continues:
+        options["continue_final_message"] = True
     kwargs = fields.take("chat_template_kwargs")
     if kwargs is not None:
         if not isinstance(kwargs, Mapping):
