@@ -19,6 +19,14 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LEN = 256
 MAX_CHOICES = 128
 MAX_GRAMMAR_LEN = 65536
+_MOST_TOKENS = 2**31 - 1
+NO_TOKEN_LEFT = (
+    "no token could be drawn: every token was banned by allowed_token_ids, bad_words, min_tokens "
+    "or the grammar"
+)
+GRAMMAR_TOO_HARD = "the grammar could not be followed any further"
+# How errors begin that are of the request's own making, and not of the engine's.
+REQUEST_ERRORS = (NO_TOKEN_LEFT, GRAMMAR_TOO_HARD)
 
 
 class FinishReason(enum.StrEnum):
@@ -161,10 +169,10 @@ def _complaints(p: SamplingParams) -> list[str]:
         bracket = "(" if above_low else "["
         want(fits, name, f"a number in {bracket}{low:g}, {high:g}]")
 
-    integer("max_tokens", 1, optional=True)
-    integer("min_tokens", 0)
+    integer("max_tokens", 1, _MOST_TOKENS, optional=True)
+    integer("min_tokens", 0, _MOST_TOKENS)
     number("temperature", 0.0, 1e6)
-    integer("top_k", 0, 2**31 - 1)
+    integer("top_k", 0, _MOST_TOKENS)
     number("top_p", 0.0, 1.0, above_low=True)
     number("min_p", 0.0, 1.0)
     number("presence_penalty", -2.0, 2.0)

@@ -303,10 +303,9 @@ def _error(made: sequence.Sequence, *, is_ok: bool) -> str | None:
         return made.matcher.error
     if is_ok:
         return None
-    return (
-        "no token could be drawn: the logits were not finite, or every token was banned by "
-        "logit_bias, allowed_token_ids, bad_words, min_tokens or the grammar"
-    )
+    if made.has_token_left:
+        return "no token could be drawn: the logits were not finite"
+    return request_lib.NO_TOKEN_LEFT
 
 
 def _logprobs(token: int, row: Int32[np.ndarray, "X"], wanted: int) -> request_lib.TokenLogprobs:

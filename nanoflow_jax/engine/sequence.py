@@ -27,6 +27,7 @@ class Sequence:
         allowed: Bitmask over the vocabulary, if only some tokens are allowed.
         matcher: Follows the grammar through the generated tokens that have arrived, if the
             request has one.
+        vocab_size: V.
         prompt_logprobs_done: Prompt positions already reported.
     """
 
@@ -39,6 +40,7 @@ class Sequence:
     bias: tuple[Int32[np.ndarray, "B"], Float32[np.ndarray, "B"]]
     allowed: Int32[np.ndarray, "W"] | None
     matcher: matcher_lib.Matcher | None
+    vocab_size: int
     prompt_logprobs_done: int = 0
 
     @property
@@ -90,6 +92,17 @@ class Sequence:
             start = len(self.token_ids) - len(before)
             if start >= self.prompt_len and self.token_ids[start:] == before:
                 words[last // 32] &= ~(np.uint32(1) << np.uint32(last % 32))
+
+    @property
+    def has_token_left(self) -> bool:
+        """Whether the request lets any token come next, whatever the model says."""
+        position = len(self.token_ids)
+        mask = np.full(-(-self.vocab_size // 32), -1, np.int32)
+        if self.is_masked:
+            self.fill_mask(mask, position=position)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: self.vocab_size]
+        bits[list(self.bans_at(position))] = 0
+        return bool(bits.any())
 
     @property
     def meets_grammar(self) -> bool:
@@ -160,6 +173,7 @@ def make_sequence(
         ),
         allowed=_bitmask(p.allowed_token_ids, vocab_size),
         matcher=matcher,
+        vocab_size=vocab_size,
     )
 
 

@@ -272,8 +272,9 @@ def _ending(choice: request_lib.Choice) -> dict[str, Any]:
 
 
 def failed(message: str) -> ApiError:
-    """What is said of a request that failed while it ran."""
-    return ApiError(message, code="generation_failed", status_code=500)
+    """What is said of a request that failed while it ran, by its own fault or by ours."""
+    is_ours = not message.startswith(request_lib.REQUEST_ERRORS)
+    return ApiError(message, code="generation_failed", status_code=500 if is_ours else 400)
 
 
 def usage(prompt_tokens: int, output_tokens: int) -> dict[str, Any]:

@@ -49,8 +49,8 @@ _NAN, _INF = math.nan, math.inf
 @pytest.mark.parametrize(
     ("name", "values", "wanted"),
     [
-        ("max_tokens", [0, -1, 1.5, "3", True], "an integer at least 1"),
-        ("min_tokens", [-1, None, 0.5], "an integer at least 0"),
+        ("max_tokens", [0, -1, 1.5, "3", True, 2**31], "an integer from 1 to 2147483647"),
+        ("min_tokens", [-1, None, 0.5, 2**31], "an integer from 0 to 2147483647"),
         (
             "temperature",
             [-0.1, _NAN, _INF, 1e7, "1", None, True, 10**400],
@@ -80,7 +80,7 @@ def test_a_value_outside_its_range_is_refused_by_name(name, values, wanted):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_tokens", [1, None, 10**9]),
+        ("max_tokens", [1, None, 2**31 - 1]),
         ("temperature", [0, 0.0, 1e6]),
         ("top_k", [0, 2**31 - 1]),
         ("top_p", [1, 1.0, 1e-9]),

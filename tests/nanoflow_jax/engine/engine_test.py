@@ -168,8 +168,8 @@ def test_a_request_with_no_token_left_to_draw_fails_alone(engine):
     assert failed.finish_reason is FinishReason.ERROR
     assert failed.token_ids == []
     assert failed.error == (
-        "no token could be drawn: the logits were not finite, or every token was banned by "
-        "logit_bias, allowed_token_ids, bad_words, min_tokens or the grammar"
+        "no token could be drawn: every token was banned by allowed_token_ids, bad_words, "
+        "min_tokens or the grammar"
     )
     assert fine.token_ids == _greedy(6, 6)
 
