@@ -88,7 +88,7 @@ class Fields:
         for name, value in self.body.items():
             if name in self._taken:
                 continue
-            if name in _NOT_YET and value is not None and value not in _NOT_YET[name]:
+            if name in _NOT_YET and value is not None and not _asks_nothing(name, value):
                 raise unsupported(name)
             if name not in self._known:
                 close = difflib.get_close_matches(name[:80], sorted(self._known), n=1)
@@ -98,6 +98,11 @@ class Fields:
                     param=name[:80],
                     code="unknown_parameter",
                 )
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    # 0 equals False, but is no way to say it.
+    return any(type(value) is type(known) and value == known for known in _NOT_YET[name])
 
 
 def unsupported(name: str) -> ApiError:

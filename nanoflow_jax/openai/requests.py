@@ -126,7 +126,7 @@ def _parse_completion(fields: Fields, defaults: Mapping[str, Any]) -> ApiRequest
     if logprobs is not None:
         sampling["logprobs"] = logprobs
     shown = sampling.get("prompt_logprobs")
-    best_of = fields.take("best_of")
+    best_of = fields.take_int("best_of", 1, request_lib.MAX_CHOICES)
     params = sampling_fields.make(sampling)
     if echo and logprobs is not None:
         params = dataclasses.replace(params, prompt_logprobs=max(logprobs, shown or 0))
@@ -254,11 +254,17 @@ def _common(fields: Fields) -> dict[str, Any]:
         raise ApiError(
             "stream_options is an object that goes with stream: true", param="stream_options"
         )
+    told = {name: (options or {}).get(name) for name in ("include_usage", "continuous_usage_stats")}
+    for name, value in told.items():
+        if not isinstance(value, bool | None):
+            raise ApiError(
+                f"stream_options.{name}={value!r:.80} is not true or false", param="stream_options"
+            )
     return {
         "model": model,
         "stream": stream,
-        "include_usage": (options or {}).get("include_usage") is True,
-        "usage_in_each": (options or {}).get("continuous_usage_stats") is True,
+        "include_usage": told["include_usage"] is True,
+        "usage_in_each": told["continuous_usage_stats"] is True,
         "priority": fields.take_int("priority", -1000, 1000) or 0,
         "timeout_s": _timeout(fields.take("timeout_s")),
         "add_special_tokens": fields.take_optional_bool("add_special_tokens"),

@@ -14,7 +14,7 @@ from nanoflow_jax.serve.keys import ApiKeys
 
 ACCESS_LOG = logging.getLogger("nanoflow_jax.access")
 # Answers whether the server lives, to those who watch it; says nothing else.
-_OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health"})
 _LOCAL_NAMES = frozenset({"localhost", "testserver"})
 
 
@@ -84,7 +84,7 @@ class Gate:
                 status_code=403,
                 code="foreign_origin",
             )
-        if scope["path"] not in _OPEN_PATHS and not self._keys.open_to(
+        if scope["path"] not in OPEN_PATHS and not self._keys.open_to(
             headers.get(b"authorization")
         ):
             return ApiError(
