@@ -177,7 +177,7 @@ def _complaints(p: SamplingParams) -> list[str]:
     number("min_p", 0.0, 1.0)
     number("presence_penalty", -2.0, 2.0)
     number("frequency_penalty", -2.0, 2.0)
-    number("repetition_penalty", 0.0, 100.0, above_low=True)
+    number("repetition_penalty", 0.01, 100.0)  # less would make logits infinite
     integer("logprobs", 0, MAX_LOGPROBS, optional=True)
     integer("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
     integer("n", 1, MAX_CHOICES)

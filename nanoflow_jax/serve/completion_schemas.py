@@ -232,7 +232,7 @@ def _sampling_fields() -> dict[str, Any]:
         "min_p": nullable("number", minimum=0, maximum=1),
         "presence_penalty": nullable("number", **penalty),
         "frequency_penalty": nullable("number", **penalty),
-        "repetition_penalty": nullable("number", exclusiveMinimum=0, maximum=100),
+        "repetition_penalty": nullable("number", minimum=0.01, maximum=100),
         "logit_bias": nullable(
             "object",
             maxProperties=most.MAX_LOGIT_BIAS,

@@ -61,7 +61,7 @@ _NAN, _INF = math.nan, math.inf
         ("min_p", [-0.1, 1.1, _NAN], "a number in [0, 1]"),
         ("presence_penalty", [-2.1, 2.1, _NAN], "a number in [-2, 2]"),
         ("frequency_penalty", [-2.1, 2.1, "0"], "a number in [-2, 2]"),
-        ("repetition_penalty", [0, -1, 101, _INF], "a number in (0, 100]"),
+        ("repetition_penalty", [0, -1, 5e-324, 101, _INF], "a number in [0.01, 100]"),
         ("logprobs", [-1, 21, True, 1.0], "an integer from 0 to 20"),
         ("prompt_logprobs", [-1, 21, "5"], "an integer from 0 to 20"),
         ("n", [0, 129, None], "an integer from 1 to 128"),
