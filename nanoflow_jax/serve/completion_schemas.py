@@ -1,22 +1,15 @@
-"""What /openapi.json says of completions and chats.
-
-Bodies are read by `openai.requests`, whose messages say more than a schema can; tests hold the two
-together.
-"""
+"""What /openapi.json says of the routes of completions and chats."""
 
 from typing import Any
 
-from nanoflow_jax import request as request_lib
-from nanoflow_jax.openai import requests, structured, tool_messages, tools
+from nanoflow_jax.serve.body_schemas import chat_fields, completion_fields
 from nanoflow_jax.serve.schema_parts import (
-    INT32,
+    ERROR,
     OF_A_BODY,
     TEXT_OR_NULL,
-    TOKEN_ID,
     Schema,
     answers,
     array,
-    model_name,
     nullable,
     record,
     with_body,
@@ -25,7 +18,6 @@ from nanoflow_jax.serve.schema_parts import (
 _TEXT = {"type": "string"}
 _INT = {"type": "integer"}
 _NUMBER = {"type": "number"}
-_LOGPROBS = {"minimum": 0, "maximum": request_lib.MAX_LOGPROBS}
 _USAGE = record(
     {
         "prompt_tokens": _INT,
@@ -34,143 +26,114 @@ _USAGE = record(
         "prompt_tokens_details": record({"cached_tokens": _INT}),
     }
 )
-# Fields that are taken and change nothing, whatever they hold.
-_NO_EFFECT = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "cache_salt",
-    "spaces_between_special_tokens",
-    "reasoning_effort",
-    "verbosity",
-)
-# Fields that are taken only with values that ask for nothing.
-_ASK_NOTHING: Schema = {
-    "functions": {"enum": [None, []]},
-    "function_call": {"enum": [None, "none", "auto"]},
-    "modalities": {"enum": [None, ["text"]]},
-    "audio": {"type": "null"},
-    "prediction": {"type": "null"},
-    "web_search_options": {"type": "null"},
-    "use_beam_search": {"enum": [None, False]},
-    "suffix": {"enum": [None, ""]},
-}
-
-
-def completion_fields(model: str) -> dict[str, Any]:
-    """Fields of a completion's body."""
-    ids = array(TOKEN_ID, minItems=1)
-    several = {"minItems": 1, "maxItems": requests.MAX_PROMPTS}
-    return {
-        **_common_fields(model),
-        "prompt": {"anyOf": [_TEXT, array(_TEXT, **several), ids, array(ids, **several)]},
-        "echo": nullable("boolean"),
-        "logprobs": nullable("integer", **_LOGPROBS),
-        "best_of": nullable("integer", minimum=1, maximum=request_lib.MAX_CHOICES),
-        "tools": {"enum": [None, []]},
-        "tool_choice": {"enum": [None, "none", "auto"]},
-        "parallel_tool_calls": {},
-        "continue_final_message": {"enum": [None, False]},
-    }
-
-
-def chat_fields(model: str) -> dict[str, Any]:
-    """Fields of a chat's body."""
-    return {
-        **_common_fields(model),
-        "messages": array(_message(), minItems=1),
-        "max_completion_tokens": nullable("integer", minimum=1, maximum=INT32),
-        "logprobs": nullable("boolean"),
-        "top_logprobs": nullable("integer", **_LOGPROBS),
-        "tools": nullable("array", items=_tool(), maxItems=tools.MAX_TOOLS),
-        "tool_choice": _tool_choice(),
-        "parallel_tool_calls": nullable("boolean"),
-        "add_generation_prompt": nullable("boolean"),
-        "continue_final_message": nullable("boolean"),
-        "chat_template_kwargs": nullable("object"),
-    }
 
 
 def completions(model: str) -> dict[str, Any]:
     """Of POST /v1/completions."""
+    logprobs = record(
+        {
+            "tokens": array(_TEXT),
+            "token_logprobs": array(nullable("number")),
+            "top_logprobs": array(nullable("object", additionalProperties=_NUMBER)),
+            "text_offset": array(_INT),
+        }
+    )
     choice = record(
         {
             **_choice_fields(),
             "text": _TEXT,
-            "logprobs": {
-                "anyOf": [
-                    {"type": "null"},
-                    record(
-                        {
-                            "tokens": array(_TEXT),
-                            "token_logprobs": array(nullable("number")),
-                            "top_logprobs": array(nullable("object", additionalProperties=_NUMBER)),
-                            "text_offset": array(_INT),
-                        }
-                    ),
-                ]
-            },
+            "logprobs": _or_null(logprobs),
             **_shown_prompt(),
         },
         ["index", "text", "logprobs", "finish_reason", "stop_reason"],
     )
-    return _route(completion_fields(model), "prompt", choice, "text_completion")
+    answer = _answer("text_completion", choice)
+    chunk = _chunk("text_completion", _unfinished(choice))
+    return _route(completion_fields(model), "prompt", answer, chunk)
 
 
 def chat(model: str) -> dict[str, Any]:
     """Of POST /v1/chat/completions."""
     token = {"token": _TEXT, "logprob": _NUMBER, "bytes": nullable("array", items=_INT)}
     entry = record({**token, "top_logprobs": array(record(token))})
-    call = record(
-        {
-            "id": _TEXT,
-            "type": {"const": "function"},
-            "function": record({"name": _TEXT, "arguments": _TEXT}),
-        }
-    )
+    call = {
+        "id": _TEXT,
+        "type": {"const": "function"},
+        "function": record({"name": _TEXT, "arguments": _TEXT}),
+    }
+    more_of_a_call = record({"index": _INT, "function": record({"arguments": _TEXT})})
+    part_of_a_call = {"anyOf": [record({"index": _INT, **call}), more_of_a_call]}
     message = {
         "role": {"const": "assistant"},
         "content": TEXT_OR_NULL,
         "refusal": {"type": "null"},
-        "tool_calls": array(call, minItems=1),
+        "tool_calls": array(record(call), minItems=1),
+    }
+    delta = {
+        "role": {"const": "assistant"},
+        "content": _TEXT,
+        "tool_calls": array(part_of_a_call, minItems=1),
+    }
+    both = {
+        **_choice_fields("tool_calls"),
+        "logprobs": _or_null(record({"content": array(entry), "refusal": {"type": "null"}})),
     }
     choice = record(
-        {
-            **_choice_fields("tool_calls"),
-            "message": record(message, ["role", "content", "refusal"]),
-            "logprobs": {
-                "anyOf": [
-                    {"type": "null"},
-                    record({"content": array(entry), "refusal": {"type": "null"}}),
-                ]
-            },
-        },
+        {**both, "message": record(message, ["role", "content", "refusal"])},
         ["index", "message", "logprobs", "finish_reason", "stop_reason"],
     )
+    part = record(
+        {**both, "delta": record(delta, [])}, ["index", "delta", "logprobs", "finish_reason"]
+    )
     shown = _shown_prompt()
-    return _route(chat_fields(model), "messages", choice, "chat.completion", shown)
+    answer = _answer("chat.completion", choice, shown)
+    chunk = _chunk("chat.completion.chunk", _unfinished(part), shown)
+    return _route(chat_fields(model), "messages", answer, chunk)
 
 
-def _route(
-    fields: Schema, required: str, choice: Schema, kind: str, shown: Schema | None = None
-) -> dict[str, Any]:
-    head = {
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [{"type": "null"}, schema]}
+
+
+def _head(kind: str, choice: Schema) -> dict[str, Any]:
+    return {
         "id": _TEXT,
         "object": {"const": kind},
         "created": _INT,
         "model": _TEXT,
         "choices": array(choice),
-        "usage": _USAGE,
     }
-    events = {"text/event-stream": {"schema": _TEXT}}
-    found = record({**head, **(shown or {})}, list(head))
+
+
+def _answer(kind: str, choice: Schema, shown: Schema | None = None) -> Schema:
+    head = {**_head(kind, choice), "usage": _USAGE}
+    return record({**head, **(shown or {})}, list(head))
+
+
+def _chunk(kind: str, part: Schema, shown: Schema | None = None) -> Schema:
+    head = _head(kind, part)
+    return record({**head, "usage": _or_null(_USAGE), **(shown or {})}, list(head))
+
+
+def _unfinished(choice: Schema) -> Schema:
+    """A choice that may have no reason yet why it ended."""
+    fields = choice["properties"]
+    reasons = {"enum": [*fields["finish_reason"]["enum"], None]}
+    return {**choice, "properties": {**fields, "finish_reason": reasons}}
+
+
+def _route(fields: Schema, required: str, answer: Schema, chunk: Schema) -> dict[str, Any]:
+    """Arguments of a route's decorator; an event is told as an object, as in OpenAPI 3.2."""
+    told = {"anyOf": [chunk, ERROR]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": told}
+    event = {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+    }
+    events = {"text/event-stream": {"schema": event}}
     return with_body(
-        record(fields, [required]), answers(found, *OF_A_BODY, 429, 500, 504, more=events)
+        record(fields, [required]), answers(answer, *OF_A_BODY, 429, 500, 504, more=events)
     )
 
 
@@ -189,185 +152,3 @@ def _shown_prompt() -> dict[str, Any]:
         "prompt_token_ids": array(_INT),
         "prompt_logprobs": array(nullable("object", additionalProperties=entry)),
     }
-
-
-def _common_fields(model: str) -> dict[str, Any]:
-    return {
-        "model": model_name(model),
-        **_sampling_fields(),
-        **_form_fields(),
-        "stream": nullable("boolean"),
-        "stream_options": nullable(
-            "object",
-            properties={
-                "include_usage": nullable("boolean"),
-                "continuous_usage_stats": nullable("boolean"),
-            },
-            description="Goes with stream: true only.",
-        ),
-        "prompt_logprobs": nullable("integer", **_LOGPROBS),
-        "return_token_ids": nullable("boolean"),
-        "return_tokens_as_token_ids": nullable("boolean"),
-        "add_special_tokens": nullable("boolean"),
-        "truncate_prompt_tokens": nullable("integer", minimum=1, maximum=INT32),
-        "priority": nullable("integer", minimum=-1000, maximum=1000),
-        "timeout_s": nullable("number", exclusiveMinimum=0, maximum=1e6),
-        **{name: {"description": "Has no effect."} for name in _NO_EFFECT},
-        **_ASK_NOTHING,
-    }
-
-
-def _sampling_fields() -> dict[str, Any]:
-    most = request_lib
-    stop = {"type": "string", "minLength": 1, "maxLength": most.MAX_STOP_LEN}
-    bad_word = {"type": "string", "pattern": r"\S", "maxLength": most.MAX_BAD_WORD_LEN}
-    penalty = {"minimum": -2, "maximum": 2}
-    bias = {"type": "number", "minimum": -100, "maximum": 100}
-    return {
-        "max_tokens": nullable("integer", minimum=1, maximum=INT32),
-        "min_tokens": nullable("integer", minimum=0, maximum=INT32),
-        "temperature": nullable("number", minimum=0, maximum=1e6),
-        "top_p": nullable("number", exclusiveMinimum=0, maximum=1),
-        "top_k": nullable("integer", minimum=-1, maximum=INT32),
-        "min_p": nullable("number", minimum=0, maximum=1),
-        "presence_penalty": nullable("number", **penalty),
-        "frequency_penalty": nullable("number", **penalty),
-        "repetition_penalty": nullable("number", minimum=0.01, maximum=100),
-        "logit_bias": nullable(
-            "object",
-            maxProperties=most.MAX_LOGIT_BIAS,
-            propertyNames={"pattern": "^[0-9]{1,10}$"},
-            additionalProperties=bias,
-        ),
-        "allowed_token_ids": nullable("array", items=TOKEN_ID, minItems=1),
-        "bad_words": nullable("array", items=bad_word, maxItems=most.MAX_BAD_WORDS),
-        "stop": {"anyOf": [{"type": "null"}, stop, array(stop, maxItems=most.MAX_STOP_STRINGS)]},
-        "stop_token_ids": nullable("array", items=TOKEN_ID, maxItems=most.MAX_STOP_TOKEN_IDS),
-        "include_stop_str_in_output": nullable("boolean"),
-        "include_stop": nullable("boolean"),
-        "ignore_eos": nullable("boolean"),
-        "n": nullable("integer", minimum=1, maximum=most.MAX_CHOICES),
-        "seed": nullable("integer", minimum=-(2**63), maximum=2**64 - 1),
-        "skip_special_tokens": nullable("boolean"),
-    }
-
-
-def _form_fields() -> dict[str, Any]:
-    """Fields that ask for a form of the answer; one of them at most may be given."""
-    text = {"type": "string", "minLength": 1, "maxLength": request_lib.MAX_GRAMMAR_LEN}
-    choices = array({"type": "string", "minLength": 1}, minItems=1, maxItems=structured.MAX_CHOICES)
-    forms: dict[str, Any] = {
-        "json": {"anyOf": [{"type": "object"}, {"type": "string"}]},
-        "regex": text,
-        "choice": choices,
-        "grammar": text,
-        "json_object": {"const": True},
-    }
-    nothing: Schema = {
-        **{name: {"type": "null"} for name in forms},
-        "json_object": {"enum": [None, False]},
-    }
-    only = [
-        {
-            "type": "object",
-            "required": [name],
-            "properties": {**nothing, name: form},
-            "additionalProperties": {"type": "null"},
-        }
-        for name, form in forms.items()
-    ]
-    null: Schema = {"type": "null"}
-    return {
-        "response_format": {"anyOf": [null, *_response_formats()]},
-        "structured_outputs": {"anyOf": [null, *only]},
-        **{
-            f"guided_{name}": {"anyOf": [null, forms[name]]}
-            for name in ("json", "regex", "choice", "grammar")
-        },
-    }
-
-
-def _response_formats() -> list[Schema]:
-    schema = {
-        "type": "object",
-        "required": ["schema"],
-        "properties": {"schema": {"type": "object"}, "strict": nullable("boolean")},
-    }
-    return [
-        {
-            "type": "object",
-            "required": ["type"],
-            "properties": {"type": {"enum": ["text", "json_object"]}},
-        },
-        {
-            "type": "object",
-            "required": ["type", "json_schema"],
-            "properties": {"type": {"const": "json_schema"}, "json_schema": schema},
-        },
-    ]
-
-
-def _message() -> Schema:
-    """A message; fields that are not named here go to the chat template, which knows the roles."""
-    part = {
-        "type": "object",
-        "required": ["type", "text"],
-        "properties": {"type": {"const": "text"}, "text": _TEXT},
-    }
-    call = {
-        "type": "object",
-        "required": ["function"],
-        "properties": {
-            "id": TEXT_OR_NULL,
-            "function": {
-                "type": "object",
-                "required": ["name"],
-                "properties": {
-                    "name": _TEXT,
-                    "arguments": {"type": ["string", "object", "null"]},
-                },
-            },
-        },
-    }
-    content = [{"type": "null"}, _TEXT, array({"anyOf": [_TEXT, part]})]
-    return {
-        "type": "object",
-        "required": ["role"],
-        "properties": {
-            "role": _TEXT,
-            "content": {"anyOf": content},
-            "tool_calls": nullable("array", items=call, maxItems=tool_messages.MAX_CALLS),
-            "tool_call_id": TEXT_OR_NULL,
-        },
-    }
-
-
-def _tool() -> Schema:
-    parameters = {"type": ["object", "null"], "properties": {"type": {"const": "object"}}}
-    function = {
-        "type": "object",
-        "required": ["name"],
-        "properties": {
-            "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-            "description": TEXT_OR_NULL,
-            "strict": nullable("boolean"),
-            "parameters": parameters,
-        },
-    }
-    return {
-        "type": "object",
-        "required": ["type", "function"],
-        "properties": {"type": {"const": "function"}, "function": function},
-    }
-
-
-def _tool_choice() -> Schema:
-    named = {
-        "type": "object",
-        "required": ["type", "function"],
-        "properties": {
-            "type": {"const": "function"},
-            "function": {"type": "object", "required": ["name"], "properties": {"name": _TEXT}},
-        },
-    }
-    return {"anyOf": [{"enum": [None, "none", "auto", "required"]}, named]}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanoflow_jax.serve.completion_schemas import chat_fields, completion_fields
+from nanoflow_jax.serve.body_schemas import chat_fields, completion_fields
 from nanoflow_jax.serve.schema_parts import (
     OF_A_BODY,
     REASONS,
