@@ -1,4 +1,4 @@
-"""Uses every feature of the server through the openai SDK, of version 2 or 3, as its users do.
+"""Uses every feature of the server through the openai SDK, of version 2 or newer, as its users do.
 
 Run by `clients_test.py` with the interpreter of an environment that has the SDK:
 `python openai_features.py URL KEY`. Says one line per feature; ends with code 1 at the first that
