@@ -93,7 +93,7 @@ class Writer:
         prompt = self.echoed(request, number) if request.show.echo else ""
         shown: dict[str, Any] = {
             "text": prompt + choice.text,
-            "logprobs": self._completion_logprobs(request, completion, choice, prompt),
+            "logprobs": self._completion_logprobs(request, number, completion, choice),
             **_ending(choice),
         }
         if request.show.prompt_logprobs is not None:
@@ -116,21 +116,23 @@ class Writer:
     def _completion_logprobs(
         self,
         request: ApiRequest,
+        number: int,
         completion: request_lib.Completion,
         choice: request_lib.Choice,
-        prompt: str,
     ) -> dict[str, Any] | None:
         if choice.logprobs is None or request.params.logprobs is None:
             return None
         entries: list[tuple[int, request_lib.TokenLogprobs | None]] = []
         offsets: list[int] = []
+        start = 0
         if request.show.echo:
             given: _PromptLogprobs = completion.prompt_logprobs or ()
             entries += zip(completion.prompt_ids, given, strict=True)
-            offsets += self.offsets(request, ()).take(completion.prompt_ids, len(prompt))
+            offsets += self.prompt_offsets(request, number, completion.prompt_ids)
+            start = len(self.echoed(request, number))
         entries += zip(choice.token_ids, choice.logprobs, strict=True)
-        counter = self.offsets(request, completion.prompt_ids, start=len(prompt))
-        offsets += counter.take(choice.token_ids, len(prompt) + len(choice.text))
+        counter = self.offsets(request, completion.prompt_ids, start=start)
+        offsets += counter.take(choice.token_ids, start + len(choice.text))
         return self.token_logprobs(request, entries, offsets)
 
     def token_logprobs(
@@ -173,6 +175,19 @@ class Writer:
         skip = request.params.skip_special_tokens
         stream = detokenizer.continuing(self._words, before, skip_special_tokens=skip)
         return Offsets(stream, start)
+
+    def prompt_offsets(
+        self, request: ApiRequest, number: int, prompt_ids: Sequence[int]
+    ) -> list[int]:
+        """Where the tokens of a prompt begin in its echo."""
+        echoed = self.echoed(request, number)
+        if self._words is None or not isinstance(request.prompts[number], str):
+            return self.offsets(request, ()).take(prompt_ids, len(echoed))
+        # What the tokenizer puts before a text is not echoed; the text itself is, all of it.
+        whole = self._words.decode(prompt_ids, skip_special_tokens=False)
+        stream = detokenizer.Detokenizer(self._words, skip_special_tokens=False)
+        found = Offsets(stream, len(echoed) - len(whole)).take(prompt_ids, len(echoed))
+        return [max(0, offset) for offset in found]
 
     def _chat(
         self, request: ApiRequest, completion: request_lib.Completion, head: Head

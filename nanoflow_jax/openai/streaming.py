@@ -130,7 +130,7 @@ class StreamWriter:
         if is_first and request.show.echo:
             scores = self._scores.get(number, (None,) * len(prompt_ids))
             entries += zip(prompt_ids, scores, strict=True)
-            offsets += self._writer.offsets(request, ()).take(prompt_ids, len(echoed))
+            offsets += self._writer.prompt_offsets(request, number, prompt_ids)
         if is_first:
             counter = self._writer.offsets(request, prompt_ids, start=len(echoed))
             self._waiting[index] = _Waiting(counter, len(echoed))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hypothesis
+import pytest
 import sample_tokenizers
 import scripted_engine
 import streams
@@ -209,6 +210,19 @@ def test_the_space_of_the_first_generated_word_counts_in_text_offsets() -> None:
     (choice,) = asked.whole()["choices"]
     assert choice["text"] == "hello hello hello"
     assert choice["logprobs"]["text_offset"] == [0, 0, 5, 11]  # <s>, and three times " hello"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_text_offsets_of_an_echo_count_the_text_that_was_sent_and_no_more(skip: bool) -> None:
+    words = _sample("byte_level")
+    prompt = "</s>hello"
+    ids = words.encode(prompt)
+    assert len(ids) == 3  # <s>, </s> and hello
+    body = {"prompt": prompt, "logprobs": 0, "echo": True, "skip_special_tokens": skip}
+    asked = _Asked(Endpoint.COMPLETIONS, body, words, [[ids[-1]]], prompts=[ids])
+    (choice,) = asked.whole()["choices"]
+    assert choice["text"] == "</s>hellohello"
+    assert choice["logprobs"]["text_offset"] == [0, 0, 4, 9]
 
 
 def test_no_streamed_text_offset_lies_beyond_a_text_that_a_stop_string_cut() -> None:
