@@ -9,10 +9,7 @@ from collections.abc import Sequence
 
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import engine as engine_lib
-from nanoflow_jax.tokenizer import detokenizer, stop, tokenizer
-
-# Prompt tokens looked at for one with text; only special and byte tokens have none.
-_TAIL = 8
+from nanoflow_jax.tokenizer import bad_words, detokenizer, stop, tokenizer
 
 
 class _TextChoice:
@@ -29,7 +26,7 @@ class _TextChoice:
         self._params = params
         self._detokenizer = None
         if words is not None:
-            self._detokenizer = _continuing(
+            self._detokenizer = detokenizer.continuing(
                 words, prompt_ids, skip_special_tokens=params.skip_special_tokens
             )
         self._stop = stop.StopMatcher(params.stop, params.include_stop)
@@ -156,11 +153,17 @@ class Generator:
             raise ValueError("the request has no seed; set one, or draw one")
         if params.stop and self._words is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
+        if params.bad_words and self._words is None:
+            raise ValueError("bad_words needs a tokenizer, and this model has none")
+        bad: tuple[tuple[int, ...], ...] = ()
+        if self._words is not None:
+            bad = bad_words.token_sequences(params.bad_words, self._words)
         added: list[str] = []
         try:
             for index in range(params.n):
                 name = f"{request_id}/{index}"
-                self._engine.add(self._one_choice(name, prompt_ids, params, priority, index))
+                one = self._one_choice(name, prompt_ids, params, priority, index)
+                self._engine.add(dataclasses.replace(one, bad_tokens=bad))
                 added.append(name)
         except ValueError:
             for name in added:
@@ -264,22 +267,6 @@ class Generator:
             if pending.wants_prompt_logprobs
             else None,
         )
-
-
-def _continuing(
-    words: tokenizer.Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool
-) -> detokenizer.Detokenizer:
-    """A detokenizer for what follows a prompt.
-
-    Decoders of the SentencePiece kind drop the space before the first word of a text. After a
-    prompt that ends in text the first generated word is not that word, so the decoder is shown
-    the prompt's last token with text; what that gives is not part of the output.
-    """
-    for token in reversed(prompt_ids[-_TAIL:]):
-        made = detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
-        if made.push(token):
-            return made
-    return detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
 
 
 def choice_seed(seed: int, index: int) -> int:

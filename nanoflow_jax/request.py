@@ -16,9 +16,18 @@ MAX_STOP_LEN = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
 MAX_ALLOWED_TOKEN_IDS = 8192
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LEN = 256
 MAX_CHOICES = 128
 MAX_GRAMMAR_LEN = 65536
 _MAX_INT = 2**31 - 1
+NO_TOKEN_LEFT = (
+    "no token could be drawn: every token was banned by allowed_token_ids, bad_words, min_tokens "
+    "or the grammar"
+)
+GRAMMAR_TOO_HARD = "the grammar could not be followed any further"
+# How errors begin that are of the request's own making, and not of the engine's.
+REQUEST_ERRORS = (NO_TOKEN_LEFT, GRAMMAR_TOO_HARD)
 
 
 class FinishReason(enum.StrEnum):
@@ -71,6 +80,8 @@ class SamplingParams:
             prompt or the output (arXiv 1909.05858).
         logit_bias: Added to the logits of these token ids.
         allowed_token_ids: If given, no other token is ever chosen.
+        bad_words: What these words begin with may come, their last token never after it. Each is
+            meant as the tokenizer writes it at the beginning of a text and after a space.
         stop: Generation ends at the first of these strings; it is not part of the text.
         stop_token_ids: Generation ends at these tokens; they are not part of the text.
         include_stop: Keep the stop string in the text.
@@ -94,6 +105,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False
@@ -108,7 +120,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "allowed_token_ids"):
+        for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -169,7 +181,7 @@ def _complaints(p: SamplingParams) -> list[str]:
     number("min_p", 0.0, 1.0)
     number("presence_penalty", -2.0, 2.0)
     number("frequency_penalty", -2.0, 2.0)
-    number("repetition_penalty", 0.0, 100.0, above_low=True)
+    number("repetition_penalty", 0.01, 100.0)  # less would make logits infinite
     integer("logprobs", 0, MAX_LOGPROBS, optional=True)
     integer("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
     integer("n", 1, MAX_CHOICES)
@@ -202,6 +214,16 @@ def _list_complaints(p: SamplingParams) -> list[str]:
         )
     elif not all(isinstance(s, str) and s for s in p.stop):
         found.append(f"stop={p.stop!r:.80} is not a list of non-empty strings")
+    words = p.bad_words
+    if not isinstance(words, tuple) or not all(isinstance(w, str) and w.strip() for w in words):
+        found.append(
+            f"bad_words={words!r:.80} is not a list of texts that are more than white space"
+        )
+    elif len(words) > MAX_BAD_WORDS or any(len(w) > MAX_BAD_WORD_LEN for w in words):
+        found.append(
+            f"bad_words has {len(words)} texts; at most {MAX_BAD_WORDS} of at most "
+            f"{MAX_BAD_WORD_LEN} characters are taken"
+        )
     ids = p.stop_token_ids
     if isinstance(ids, tuple) and len(ids) > MAX_STOP_TOKEN_IDS:
         found.append(f"stop_token_ids has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are taken")
@@ -235,12 +257,15 @@ class Request:
         prompt_ids: Token ids, at least one.
         params: How to sample; `n` is 1 and `seed` is set: the caller has expanded choices.
         priority: Lower runs first; equal ones in order of arrival.
+        bad_tokens: The words of `params.bad_words` in tokens: after all but the last of a
+            sequence were generated, the last one is not.
     """
 
     request_id: str
     prompt_ids: Sequence[int]
     params: SamplingParams
     priority: int = 0
+    bad_tokens: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

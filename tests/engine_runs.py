@@ -43,12 +43,13 @@ def build_small(folder: pathlib.Path, **knobs: Any) -> engine.Engine:
 
 def ask(request_id: str, prompt: Sequence[int], **params: Any) -> request.Request:
     """A request; greedy, with seed 0 and at the usual priority unless told otherwise."""
-    priority = params.pop("priority", 0)
+    priority, bad_tokens = params.pop("priority", 0), params.pop("bad_tokens", ())
     return request.Request(
         request_id=request_id,
         prompt_ids=prompt,
         params=request.SamplingParams(**{"temperature": 0.0, "seed": 0, **params}),
         priority=priority,
+        bad_tokens=bad_tokens,
     )
 
 

@@ -260,10 +260,10 @@ class Engine:
         return forwarded
 
     def _needs_tokens(self, plan: step_plan.StepPlan) -> bool:
-        """Whether a grammar must see a token that is still on the device before the next draw."""
+        """Whether a mask depends on a token that is still on the device."""
         rows = ((row, self._sequences[row.request_id]) for row in plan.rows if row.samples)
         return any(
-            made.matcher is not None and len(made.token_ids) < row.start + row.length
+            made.mask_needs_tokens and len(made.token_ids) < row.start + row.length
             for row, made in rows
         )
 
@@ -368,10 +368,9 @@ def _error(made: sequence.Sequence, *, is_ok: bool) -> str | None:
         return made.matcher.error
     if is_ok:
         return None
-    return (
-        "no token could be drawn: the logits were not finite, or every token was banned by "
-        "logit_bias, allowed_token_ids, min_tokens or the grammar"
-    )
+    if made.has_token_left:
+        return "no token could be drawn: the logits were not finite"
+    return request_lib.NO_TOKEN_LEFT
 
 
 def _logprobs(token: int, row: Int32[np.ndarray, "X"], wanted: int) -> request_lib.TokenLogprobs:

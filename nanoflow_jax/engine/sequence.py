@@ -27,6 +27,7 @@ class Sequence:
         allowed: Bitmask over the vocabulary, if only some tokens are allowed.
         matcher: Follows the grammar through the generated tokens that have arrived, if the
             request has one.
+        vocab_size: V.
         prompt_logprobs_done: Prompt positions already reported, or about to be by a step in flight.
         prompt_logprobs_told: Prompt positions already reported.
     """
@@ -40,6 +41,7 @@ class Sequence:
     bias: tuple[Int32[np.ndarray, "B"], Float32[np.ndarray, "B"]]
     allowed: Int32[np.ndarray, "W"] | None
     matcher: matcher_lib.Matcher | None
+    vocab_size: int
     prompt_logprobs_done: int = 0
     prompt_logprobs_told: int = 0
 
@@ -65,23 +67,44 @@ class Sequence:
     @property
     def is_masked(self) -> bool:
         """Whether only some tokens may be drawn."""
-        return self.allowed is not None or self.matcher is not None
+        return self.allowed is not None or self.matcher is not None or bool(self.request.bad_tokens)
+
+    @property
+    def mask_needs_tokens(self) -> bool:
+        """Whether which tokens may be drawn depends on those before."""
+        return self.matcher is not None or any(len(bad) > 1 for bad in self.request.bad_tokens)
 
     def fill_mask(self, out: Int32[np.ndarray, "W"], *, position: int) -> None:
         """Writes which tokens may be drawn at a position.
 
         Args:
             out: Overwritten.
-            position: Of a request with a grammar, that of the first token not known.
+            position: Where `mask_needs_tokens`, that of the first token not known.
         """
+        if self.mask_needs_tokens:
+            assert position == len(self.token_ids), "the mask is not where the request is"
         if self.matcher is None:
-            assert self.allowed is not None
-            out[:] = self.allowed
-            return
-        assert position == len(self.token_ids), "the grammar is not where the request is"
-        self.matcher.fill_mask(out)
+            out[:] = -1
+        else:
+            self.matcher.fill_mask(out)
         if self.allowed is not None:
             out &= self.allowed
+        words = out.view(np.uint32)
+        for *before, last in self.request.bad_tokens:
+            start = len(self.token_ids) - len(before)
+            if start >= self.prompt_len and self.token_ids[start:] == before:
+                words[last // 32] &= ~(np.uint32(1) << np.uint32(last % 32))
+
+    @property
+    def has_token_left(self) -> bool:
+        """Whether the request lets any token come next, whatever the model says."""
+        position = len(self.token_ids)
+        mask = np.full(-(-self.vocab_size // 32), -1, np.int32)
+        if self.is_masked:
+            self.fill_mask(mask, position=position)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: self.vocab_size]
+        bits[list(self.bans_at(position))] = 0
+        return bool(bits.any())
 
     @property
     def meets_grammar(self) -> bool:
@@ -135,6 +158,8 @@ def make_sequence(
     _check_ids("logit_bias", p.logit_bias, vocab_size)
     _check_ids("allowed_token_ids", p.allowed_token_ids or (), vocab_size)
     _check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
+    for bad in request.bad_tokens:
+        _check_ids("bad_words", bad, vocab_size)
     ends = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else frozenset(eos_ids))
     most = max_context_len if p.max_tokens is None else len(prompt) + p.max_tokens
     return Sequence(
@@ -150,6 +175,7 @@ def make_sequence(
         ),
         allowed=_bitmask(p.allowed_token_ids, vocab_size),
         matcher=matcher,
+        vocab_size=vocab_size,
     )
 
 

@@ -4,6 +4,8 @@ import llguidance
 import numpy as np
 from jaxtyping import Int32
 
+from nanoflow_jax import request
+
 
 class Matcher:
     """Where in its grammar the text of one choice is.
@@ -52,7 +54,6 @@ class Matcher:
         if not self._state.is_error():
             return None
         return (
-            "the grammar could not be followed any further "
-            f"({self._state.stop_reason()}): it is too ambiguous or its patterns are too large at "
-            "this place; simplify it"
+            f"{request.GRAMMAR_TOO_HARD} ({self._state.stop_reason()}): it is too ambiguous or its "
+            "patterns are too large at this place; simplify it"
         )

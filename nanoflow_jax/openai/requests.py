@@ -5,70 +5,20 @@ A field that would change the answer and is not known is refused by name; one th
 """
 
 import dataclasses
-import difflib
 import enum
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.openai import structured, tool_messages
+from nanoflow_jax.openai import sampling_fields, tool_messages
 from nanoflow_jax.openai import tools as tools_lib
 from nanoflow_jax.openai.errors import ApiError
+from nanoflow_jax.openai.fields import Fields, is_int, unsupported
 from nanoflow_jax.tokenizer.tool_formats import ToolStyle
 
 MAX_PROMPTS = 2048  # prompts times n of one body
 
 Prompt = str | tuple[int, ...]
-
-# Fields with the same name and meaning here and in SamplingParams.
-_SAMPLING = (
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "allowed_token_ids",
-    "stop",
-    "stop_token_ids",
-    "include_stop",
-    "ignore_eos",
-    "n",
-    "seed",
-    "skip_special_tokens",
-)
-_NO_EFFECT = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "parallel_tool_calls",
-    "request_id",
-    "cache_salt",
-    "spaces_between_special_tokens",
-    "reasoning_effort",
-    "verbosity",
-)
-# What OpenAI or vLLM know and we do not, with the values that ask for nothing.
-_NOT_YET: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "suffix": ("",),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "bad_words": ([],),
-    "continue_final_message": (False,),
-    "use_beam_search": (False,),
-}
 
 
 class Endpoint(enum.StrEnum):
@@ -154,7 +104,7 @@ def parse(
     Raises:
         ApiError: A field is unknown, not supported or wrong; the message names it.
     """
-    fields = _Fields(endpoint, body)
+    fields = Fields(endpoint, body)
     if endpoint is Endpoint.COMPLETIONS:
         found = _parse_completion(fields, defaults)
     else:
@@ -169,19 +119,19 @@ def parse(
     return found
 
 
-def _parse_completion(fields: "_Fields", defaults: Mapping[str, Any]) -> ApiRequest:
+def _parse_completion(fields: Fields, defaults: Mapping[str, Any]) -> ApiRequest:
     echo = fields.take_bool("echo")
-    sampling = _sampling(fields, defaults)
+    sampling = sampling_fields.read(fields, defaults)
     logprobs = fields.take("logprobs")
     if logprobs is not None:
         sampling["logprobs"] = logprobs
     shown = sampling.get("prompt_logprobs")
-    best_of = fields.take("best_of")
-    params = _params(sampling)
+    best_of = fields.take_int("best_of", 1, request_lib.MAX_CHOICES)
+    params = sampling_fields.make(sampling)
     if echo and logprobs is not None:
         params = dataclasses.replace(params, prompt_logprobs=max(logprobs, shown or 0))
     if best_of not in (None, params.n):
-        raise _not_yet("best_of")
+        raise unsupported("best_of")
     return ApiRequest(
         endpoint=Endpoint.COMPLETIONS,
         prompts=_prompts(fields.take("prompt")),
@@ -192,44 +142,16 @@ def _parse_completion(fields: "_Fields", defaults: Mapping[str, Any]) -> ApiRequ
 
 
 def _parse_chat(
-    fields: "_Fields", defaults: Mapping[str, Any], tool_style: ToolStyle | None
+    fields: Fields, defaults: Mapping[str, Any], tool_style: ToolStyle | None
 ) -> ApiRequest:
-    sampling = {"max_tokens": None, **_sampling(fields, defaults)}
-    most = fields.take("max_completion_tokens")
+    sampling = {"max_tokens": None, **sampling_fields.read(fields, defaults)}
+    most = _max_completion_tokens(fields)
     if most is not None:
-        if not _is_int(most) or most < 1:
-            raise ApiError(
-                f"max_completion_tokens={most!r:.80} is not an integer at least 1",
-                param="max_completion_tokens",
-            )
-        if fields.body.get("max_tokens") not in (None, most):
-            raise ApiError(
-                f"max_tokens={fields.body['max_tokens']!r:.80} and "
-                f"max_completion_tokens={most!r:.80} differ; give one of them",
-                param="max_completion_tokens",
-            )
         sampling["max_tokens"] = most
     sampling["logprobs"] = _chat_logprobs(fields, sampling.get("logprobs"))
-    options: dict[str, Any] = {
-        "add_generation_prompt": fields.take_bool("add_generation_prompt", default=True)
-    }
-    kwargs = fields.take("chat_template_kwargs")
-    if kwargs is not None:
-        if not isinstance(kwargs, Mapping):
-            raise ApiError(
-                f"chat_template_kwargs={kwargs!r:.80} is not an object",
-                param="chat_template_kwargs",
-            )
-        options["kwargs"] = kwargs
-    messages = fields.take("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(
-            "messages is missing: a list of objects with a role and a content"
-            if messages is None
-            else f"messages={messages!r:.80} is not a list of objects with a role and a content",
-            param="messages",
-        )
-    params = _params(sampling)
+    options = _template_options(fields)
+    messages = _messages(fields.take("messages"))
+    params = sampling_fields.make(sampling)
     parallel = fields.take_bool("parallel_tool_calls", default=True)
     offered = tools_lib.read(fields.take("tools"), fields.take("tool_choice"), parallel, tool_style)
     if offered is not None:
@@ -246,12 +168,64 @@ def _parse_chat(
     )
 
 
-def _chat_logprobs(fields: "_Fields", default: int | None) -> int | None:
+def _max_completion_tokens(fields: Fields) -> int | None:
+    most = fields.take("max_completion_tokens")
+    if most is None:
+        return None
+    if not is_int(most) or most < 1:
+        raise ApiError(
+            f"max_completion_tokens={most!r:.80} is not an integer at least 1",
+            param="max_completion_tokens",
+        )
+    if fields.body.get("max_tokens") not in (None, most):
+        raise ApiError(
+            f"max_tokens={fields.body['max_tokens']!r:.80} and "
+            f"max_completion_tokens={most!r:.80} differ; give one of them",
+            param="max_completion_tokens",
+        )
+    return int(most)
+
+
+def _template_options(fields: Fields) -> dict[str, Any]:
+    continues = fields.take_bool("continue_final_message")
+    begins = fields.take_bool("add_generation_prompt", default=not continues)
+    if continues and begins:
+        raise ApiError(
+            "continue_final_message goes on with the final message and add_generation_prompt "
+            "begins another; set one of them to false",
+            param="continue_final_message",
+        )
+    options: dict[str, Any] = {"add_generation_prompt": begins}
+    if continues:
+        options["continue_final_message"] = True
+    kwargs = fields.take("chat_template_kwargs")
+    if kwargs is not None:
+        if not isinstance(kwargs, Mapping):
+            raise ApiError(
+                f"chat_template_kwargs={kwargs!r:.80} is not an object",
+                param="chat_template_kwargs",
+            )
+        options["kwargs"] = kwargs
+    return options
+
+
+def _messages(value: Any) -> list[Any]:
+    if isinstance(value, list) and value:
+        return value
+    raise ApiError(
+        "messages is missing: a list of objects with a role and a content"
+        if value is None
+        else f"messages={value!r:.80} is not a list of objects with a role and a content",
+        param="messages",
+    )
+
+
+def _chat_logprobs(fields: Fields, default: int | None) -> int | None:
     wanted = fields.take_bool("logprobs", default=default is not None)
     top = fields.take("top_logprobs")
     if top is None:
         return (default or 0) if wanted else None
-    if not _is_int(top) or not 0 <= top <= request_lib.MAX_LOGPROBS:
+    if not is_int(top) or not 0 <= top <= request_lib.MAX_LOGPROBS:
         raise ApiError(
             f"top_logprobs={top!r:.80} is not an integer from 0 to {request_lib.MAX_LOGPROBS}",
             param="top_logprobs",
@@ -261,50 +235,7 @@ def _chat_logprobs(fields: "_Fields", default: int | None) -> int | None:
     return int(top)
 
 
-def _sampling(fields: "_Fields", defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of SamplingParams that mean the same at both endpoints."""
-    found = dict(defaults)
-    for name in (*_SAMPLING, "max_tokens", "prompt_logprobs"):
-        value = fields.take(name)
-        if value is not None:
-            found[name] = value
-    top_k = fields.take("top_k")
-    if top_k is not None:
-        found["top_k"] = 0 if top_k == -1 else top_k  # vLLM's way to say all
-    include_stop = fields.take("include_stop_str_in_output")
-    if include_stop is not None:
-        found["include_stop"] = include_stop
-    bias = fields.take("logit_bias")
-    if bias is not None:
-        found["logit_bias"] = _bias(bias)
-    grammar = structured.take(fields.take)
-    if grammar is not None:
-        found["grammar"] = grammar
-    return found
-
-
-def _bias(value: Any) -> dict[int, Any]:
-    """Biases by token id; JSON knows only text as a key."""
-    if not isinstance(value, Mapping):
-        raise ApiError(
-            f"logit_bias={value!r:.80} is not an object of token ids with numbers",
-            param="logit_bias",
-        )
-    for key in value:
-        if re.fullmatch(r"[0-9]{1,10}", key) is None:
-            raise ApiError(f"logit_bias: {key!r:.40} is no token id", param="logit_bias")
-    return {int(key): bias for key, bias in value.items()}
-
-
-def _params(sampling: Mapping[str, Any]) -> request_lib.SamplingParams:
-    try:
-        return request_lib.SamplingParams(**sampling)
-    except ValueError as error:
-        name = re.match(r"\w+", str(error))
-        raise ApiError(str(error), param=name[0] if name else None) from error
-
-
-def _show(fields: "_Fields", *, echo: bool, prompt_logprobs: int | None) -> Show:
+def _show(fields: Fields, *, echo: bool, prompt_logprobs: int | None) -> Show:
     return Show(
         echo=echo,
         prompt_logprobs=prompt_logprobs,
@@ -313,7 +244,7 @@ def _show(fields: "_Fields", *, echo: bool, prompt_logprobs: int | None) -> Show
     )
 
 
-def _common(fields: "_Fields") -> dict[str, Any]:
+def _common(fields: Fields) -> dict[str, Any]:
     model = fields.take("model")
     if model is not None and not isinstance(model, str):
         raise ApiError(f"model={model!r:.80} is not text", param="model")
@@ -323,11 +254,17 @@ def _common(fields: "_Fields") -> dict[str, Any]:
         raise ApiError(
             "stream_options is an object that goes with stream: true", param="stream_options"
         )
+    told = {name: (options or {}).get(name) for name in ("include_usage", "continuous_usage_stats")}
+    for name, value in told.items():
+        if not isinstance(value, bool | None):
+            raise ApiError(
+                f"stream_options.{name}={value!r:.80} is not true or false", param="stream_options"
+            )
     return {
         "model": model,
         "stream": stream,
-        "include_usage": (options or {}).get("include_usage") is True,
-        "usage_in_each": (options or {}).get("continuous_usage_stats") is True,
+        "include_usage": told["include_usage"] is True,
+        "usage_in_each": told["continuous_usage_stats"] is True,
         "priority": fields.take_int("priority", -1000, 1000) or 0,
         "timeout_s": _timeout(fields.take("timeout_s")),
         "add_special_tokens": fields.take_optional_bool("add_special_tokens"),
@@ -349,11 +286,11 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
-        if all(_is_int(token) for token in value):
+        if all(is_int(token) for token in value):
             return (tuple(value),)
         if all(isinstance(prompt, str) for prompt in value):
             return tuple(value)
-        if all(isinstance(p, list) and p and all(_is_int(t) for t in p) for p in value):
+        if all(isinstance(p, list) and p and all(is_int(t) for t in p) for p in value):
             return tuple(tuple(prompt) for prompt in value)
     raise ApiError(
         "prompt is missing"
@@ -362,69 +299,3 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
         "such lists",
         param="prompt",
     )
-
-
-def _not_yet(name: str) -> ApiError:
-    return ApiError(
-        f"{name} is not supported yet; leave it out", param=name, code="unsupported_parameter"
-    )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-class _Fields:
-    """Hands out the fields of a body and knows which were never asked for."""
-
-    def __init__(self, endpoint: Endpoint, body: Mapping[str, Any]) -> None:
-        self.body = body
-        self._endpoint = endpoint
-        self._known = {*_NO_EFFECT, *_NOT_YET}
-        self._taken: set[str] = set()
-
-    def take(self, name: str) -> Any:
-        """The value of a field, None if it is null or not there."""
-        self._known.add(name)
-        self._taken.add(name)
-        return self.body.get(name)
-
-    def take_bool(self, name: str, *, default: bool = False) -> bool:
-        """The value of a field that is true or false."""
-        value = self.take(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ApiError(f"{name}={value!r:.80} is not true or false", param=name)
-        return value
-
-    def take_optional_bool(self, name: str) -> bool | None:
-        """The value of a field that is true, false or not given."""
-        return None if self.take(name) is None else self.take_bool(name)
-
-    def take_int(self, name: str, low: int, high: int) -> int | None:
-        """The value of a field that is an integer within bounds, or not given."""
-        value = self.take(name)
-        if value is None:
-            return None
-        if not _is_int(value) or not low <= value <= high:
-            raise ApiError(
-                f"{name}={value!r:.80} is not an integer from {low} to {high}", param=name
-            )
-        return int(value)
-
-    def check_all_taken(self) -> None:
-        """Refuses fields that nobody asked for, and those that we cannot serve yet."""
-        for name, value in self.body.items():
-            if name in self._taken:
-                continue
-            if name in _NOT_YET and value is not None and value not in _NOT_YET[name]:
-                raise _not_yet(name)
-            if name not in self._known:
-                close = difflib.get_close_matches(name[:80], sorted(self._known), n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise ApiError(
-                    f"{name!r:.80} is no field of {self._endpoint}{hint}",
-                    param=name[:80],
-                    code="unknown_parameter",
-                )

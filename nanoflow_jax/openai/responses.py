@@ -93,7 +93,7 @@ class Writer:
         prompt = self.echoed(request, number) if request.show.echo else ""
         shown: dict[str, Any] = {
             "text": prompt + choice.text,
-            "logprobs": self._completion_logprobs(request, completion, choice, prompt),
+            "logprobs": self._completion_logprobs(request, number, completion, choice),
             **_ending(choice),
         }
         if request.show.prompt_logprobs is not None:
@@ -116,21 +116,23 @@ class Writer:
     def _completion_logprobs(
         self,
         request: ApiRequest,
+        number: int,
         completion: request_lib.Completion,
         choice: request_lib.Choice,
-        prompt: str,
     ) -> dict[str, Any] | None:
         if choice.logprobs is None or request.params.logprobs is None:
             return None
         entries: list[tuple[int, request_lib.TokenLogprobs | None]] = []
         offsets: list[int] = []
+        start = 0
         if request.show.echo:
             given: _PromptLogprobs = completion.prompt_logprobs or ()
             entries += zip(completion.prompt_ids, given, strict=True)
-            offsets += self.offsets(request, 0).take(completion.prompt_ids, len(prompt))
+            offsets += self.prompt_offsets(request, number, completion.prompt_ids)
+            start = len(self.echoed(request, number))
         entries += zip(choice.token_ids, choice.logprobs, strict=True)
-        end = len(prompt) + len(choice.text)
-        offsets += self.offsets(request, len(prompt)).take(choice.token_ids, end)
+        counter = self.offsets(request, completion.prompt_ids, start=start)
+        offsets += counter.take(choice.token_ids, start + len(choice.text))
         return self.token_logprobs(request, entries, offsets)
 
     def token_logprobs(
@@ -160,9 +162,32 @@ class Writer:
             found.setdefault(self._text(request, token), _finite(value))
         return found
 
-    def offsets(self, request: ApiRequest, start: int) -> "Offsets":
-        """A counter of where tokens begin in a text that is shown, from `start` on."""
-        return Offsets(self._words, start, skip_special_tokens=request.params.skip_special_tokens)
+    def offsets(self, request: ApiRequest, before: Sequence[int], *, start: int = 0) -> "Offsets":
+        """A counter of where tokens begin in a text that is shown.
+
+        Args:
+            request: Says whether special tokens are text.
+            before: Tokens before the first one that is counted.
+            start: Where that one begins.
+        """
+        if self._words is None:
+            return Offsets(None, start)
+        skip = request.params.skip_special_tokens
+        stream = detokenizer.continuing(self._words, before, skip_special_tokens=skip)
+        return Offsets(stream, start)
+
+    def prompt_offsets(
+        self, request: ApiRequest, number: int, prompt_ids: Sequence[int]
+    ) -> list[int]:
+        """Where the tokens of a prompt begin in its echo."""
+        echoed = self.echoed(request, number)
+        if self._words is None or not isinstance(request.prompts[number], str):
+            return self.offsets(request, ()).take(prompt_ids, len(echoed))
+        # What the tokenizer puts before a text is not echoed; the text itself is, all of it.
+        whole = self._words.decode(prompt_ids, skip_special_tokens=False)
+        stream = detokenizer.Detokenizer(self._words, skip_special_tokens=False)
+        found = Offsets(stream, len(echoed) - len(whole)).take(prompt_ids, len(echoed))
+        return [max(0, offset) for offset in found]
 
     def _chat(
         self, request: ApiRequest, completion: request_lib.Completion, head: Head
@@ -262,8 +287,9 @@ def _ending(choice: request_lib.Choice) -> dict[str, Any]:
 
 
 def failed(message: str) -> ApiError:
-    """What is said of a request that failed while it ran."""
-    return ApiError(message, code="generation_failed", status_code=500)
+    """What is said of a request that failed while it ran, by its own fault or by ours."""
+    is_ours = not message.startswith(request_lib.REQUEST_ERRORS)
+    return ApiError(message, code="generation_failed", status_code=500 if is_ours else 400)
 
 
 def usage(prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
@@ -286,13 +312,9 @@ def _usage(completions: Sequence[request_lib.Completion]) -> dict[str, Any]:
 class Offsets:
     """Counts where tokens begin in a text that is shown."""
 
-    def __init__(
-        self, words: tokenizer.Tokenizer | None, start: int, *, skip_special_tokens: bool
-    ) -> None:
-        """Begin at character `start`."""
-        self._stream = None
-        if words is not None:
-            self._stream = detokenizer.Detokenizer(words, skip_special_tokens=skip_special_tokens)
+    def __init__(self, stream: detokenizer.Detokenizer | None, start: int) -> None:
+        """Begin at character `start`; without a detokenizer tokens have no text."""
+        self._stream = stream
         self._start = start
 
     def take(self, token_ids: Iterable[int], end: int | None) -> list[int]:

@@ -43,7 +43,7 @@ class StreamWriter:
             "created": head.created,
             "model": head.model,
         }
-        self._offsets: dict[int, responses.Offsets] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._begun: set[int] = set()
         self._scores: dict[int, Sequence[request_lib.TokenLogprobs | None]] = {}
         self._held: dict[int, list[request_lib.Delta]] = {}
@@ -100,24 +100,15 @@ class StreamWriter:
         self, index: int, number: int, delta: request_lib.Delta, *, is_first: bool
     ) -> list[dict[str, Any]]:
         request, show = self._request, self._request.show
-        if not (is_first or self._says_something(delta)):
-            return []
         prompt_ids = self._prompts[number]
-        echoes = is_first and show.echo
-        text = self._writer.echoed(request, number) if echoes else ""
-        shown: dict[str, Any] = {"index": index, "text": text + delta.text, "logprobs": None}
+        echoed = self._writer.echoed(request, number) if is_first and show.echo else ""
+        token_ids, logprobs = delta.token_ids, None
         if request.params.logprobs is not None:
-            entries: list[tuple[int, request_lib.TokenLogprobs | None]] = []
-            offsets: list[int] = []
-            if echoes:
-                scores = self._scores.get(number, (None,) * len(prompt_ids))
-                entries += zip(prompt_ids, scores, strict=True)
-                offsets += self._writer.offsets(request, 0).take(prompt_ids, len(text))
-            if is_first:
-                self._offsets[index] = self._writer.offsets(request, len(text))
-            entries += zip(delta.token_ids, delta.logprobs, strict=True)
-            offsets += self._offsets[index].take(delta.token_ids, None)
-            shown["logprobs"] = self._writer.token_logprobs(request, entries, offsets)
+            token_ids, logprobs = self._logprobs(index, number, delta, echoed, is_first=is_first)
+        has_news = is_first or delta.text or delta.finish_reason is not None
+        if not (has_news or logprobs or request.usage_in_each or (show.token_ids and token_ids)):
+            return []
+        shown: dict[str, Any] = {"index": index, "text": echoed + delta.text, "logprobs": logprobs}
         shown["finish_reason"] = _reason(delta)
         shown["stop_reason"] = delta.stop_reason
         if is_first and show.prompt_logprobs is not None:
@@ -126,22 +117,47 @@ class StreamWriter:
         if show.token_ids:
             if is_first:
                 shown["prompt_token_ids"] = list(prompt_ids)
-            shown["token_ids"] = list(delta.token_ids)
+            shown["token_ids"] = list(token_ids)
         return [self._chunk(shown)]
+
+    def _logprobs(
+        self, index: int, number: int, delta: request_lib.Delta, echoed: str, *, is_first: bool
+    ) -> tuple[tuple[int, ...], dict[str, Any] | None]:
+        """New tokens of a completion whose place is certain, and their `logprobs` if any are."""
+        request, prompt_ids = self._request, self._prompts[number]
+        entries: list[tuple[int, request_lib.TokenLogprobs | None]] = []
+        offsets: list[int] = []
+        if is_first and request.show.echo:
+            scores = self._scores.get(number, (None,) * len(prompt_ids))
+            entries += zip(prompt_ids, scores, strict=True)
+            offsets += self._writer.prompt_offsets(request, number, prompt_ids)
+        if is_first:
+            counter = self._writer.offsets(request, prompt_ids, start=len(echoed))
+            self._waiting[index] = _Waiting(counter, len(echoed))
+        certain = self._waiting[index].take(delta)
+        entries += [(entry.token_id, entry) for entry, _ in certain]
+        offsets += [offset for _, offset in certain]
+        token_ids = tuple(entry.token_id for entry, _ in certain)
+        if not entries:
+            return token_ids, None
+        return token_ids, self._writer.token_logprobs(request, entries, offsets)
 
     def _chat_delta(
         self, index: int, number: int, delta: request_lib.Delta, *, is_first: bool
     ) -> list[dict[str, Any]]:
         request, show = self._request, self._request.show
         more: dict[str, Any] = {}
+        is_first = is_first and len(self._begun) == 1  # these are of the answer, not of a choice
         if is_first and show.prompt_logprobs is not None:
             scores = self._scores.get(number, (None,))
             more["prompt_logprobs"] = self._writer.prompt_logprobs(request, scores)
         if is_first and show.token_ids:
             more["prompt_token_ids"] = list(self._prompts[number])
         said = self._said(index, delta)
-        if not (more or said or self._says_something(delta)):
-            return []
+        has_news = more or said or delta.finish_reason is not None
+        shows_tokens = request.params.logprobs is not None or show.token_ids
+        if not (has_news or shows_tokens or request.usage_in_each):
+            return []  # half a character is nothing to see
         choices = [self._chat_choice(index, part) for part in said or [{}]]
         first, last = choices[0], choices[-1]
         if request.params.logprobs is not None:
@@ -150,7 +166,7 @@ class StreamWriter:
             first["token_ids"] = list(delta.token_ids)
         last["finish_reason"] = self._chat_reason(index, delta)
         last["stop_reason"] = delta.stop_reason
-        return [self._chunk(choice, **more) for choice in choices]
+        return [self._chunk(first, **more), *map(self._chunk, choices[1:])]
 
     def _said(self, index: int, delta: request_lib.Delta) -> list[dict[str, Any]]:
         """What new text is to a chat: content, or parts of calls."""
@@ -173,20 +189,33 @@ class StreamWriter:
             return _reason(delta)
         return tools.finish_reason(delta.finish_reason, has_calls=self._parser(index).num_calls > 0)
 
-    def _says_something(self, delta: request_lib.Delta) -> bool:
-        """Whether a client can see any difference; half a character is nothing to see."""
-        request = self._request
-        return bool(
-            (delta.text and not self._is_chat)
-            or delta.finish_reason is not None
-            or request.params.logprobs is not None
-            or request.show.token_ids
-            or request.usage_in_each
-        )
-
     @staticmethod
     def _chat_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+class _Waiting:
+    """Tokens of one choice of a completion until it is certain where in the text they begin.
+
+    A stop string may still cut text that is held back; a token that would begin there begins at
+    the end of the text then.
+    """
+
+    def __init__(self, counter: responses.Offsets, start: int) -> None:
+        self._counter = counter
+        self._text_end = start
+        self._tokens: list[tuple[request_lib.TokenLogprobs, int]] = []
+
+    def take(self, delta: request_lib.Delta) -> list[tuple[request_lib.TokenLogprobs, int]]:
+        """Adds new tokens; those that are certain now, each with its offset."""
+        self._text_end += len(delta.text)
+        offsets = self._counter.take(delta.token_ids, None)
+        self._tokens += zip(delta.logprobs, offsets, strict=True)
+        end, found = self._text_end, self._tokens
+        if delta.finish_reason is None:
+            found = [(entry, offset) for entry, offset in self._tokens if offset <= end]
+        self._tokens = self._tokens[len(found) :]
+        return [(entry, min(offset, end)) for entry, offset in found]
 
 
 def _reason(delta: request_lib.Delta) -> str | None:

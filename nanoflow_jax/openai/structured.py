@@ -11,7 +11,7 @@ from nanoflow_jax import request as request_lib
 from nanoflow_jax.openai.errors import ApiError
 
 _OBJECT = '{"type": "object"}'
-_MAX_CHOICES = 1000
+MAX_CHOICES = 1000
 _OLD = {
     "guided_json": "json",
     "guided_regex": "regex",
@@ -70,7 +70,7 @@ def _response_format(form: Any) -> request_lib.Grammar | None:
             f"{name}.json_schema={part!r:.80} is not an object with a schema, itself an object",
             param=name,
         )
-    if part.get("strict") not in (None, True, False):
+    if not isinstance(part.get("strict"), bool | None):
         raise ApiError(
             f"{name}.json_schema.strict={part['strict']!r:.80} is not true or false", param=name
         )
@@ -83,7 +83,9 @@ def _structured_outputs(outputs: Any) -> request_lib.Grammar:
         raise ApiError(
             f"{name}={outputs!r:.80} is not an object with one of {', '.join(_KEYS)}", param=name
         )
-    given = {key: value for key, value in outputs.items() if value not in (None, False)}
+    given = {key: value for key, value in outputs.items() if value is not None}
+    if given.get("json_object") is False:
+        del given["json_object"]
     unknown = [key for key in given if key not in _KEYS]
     if unknown:
         raise ApiError(
@@ -126,11 +128,11 @@ def _grammar(key: str, value: Any, name: str) -> request_lib.Grammar:
 def _choice(value: Any, name: str) -> request_lib.Grammar:
     if (
         not isinstance(value, list)
-        or not 1 <= len(value) <= _MAX_CHOICES
+        or not 1 <= len(value) <= MAX_CHOICES
         or not all(isinstance(choice, str) and choice for choice in value)
     ):
         raise ApiError(
-            f"{name}={value!r:.80} is not a list of 1 to {_MAX_CHOICES} texts, none of them empty",
+            f"{name}={value!r:.80} is not a list of 1 to {MAX_CHOICES} texts, none of them empty",
             param=name.partition(".")[0],
         )
     # A literal of llguidance's Lark is a JSON string.

@@ -9,6 +9,7 @@ import starlette.exceptions
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.serve import completions, gate, keys, routes
@@ -32,7 +33,7 @@ def build_app(
         api_keys: Who may use it.
         more: Routers of other parts: page, files, batches.
     """
-    app = fastapi.FastAPI(
+    app = _App(
         title="nanoflow_jax",
         description="OpenAI-compatible server of one model.",
         # Their pages load scripts from elsewhere.
@@ -40,15 +41,43 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(routes.router(service))
-    for router in more:
+    app.needs_key = api_keys.are_needed
+    for router in (routes.router(service), *more):
         app.include_router(router)
+        app.known_routes += router.routes
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(starlette.exceptions.HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(Exception, _on_crash)
     names = [name for name in service.section.allowed_hosts.split(",") if name.strip()]
     return gate.Gate(app, keys=api_keys, allowed_hosts=[*names, service.section.host])
+
+
+class _App(fastapi.FastAPI):
+    """An application that describes itself as it is behind its gate.
+
+    Attributes:
+        needs_key: Whether the gate asks for a key.
+        known_routes: Those of its routers.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.needs_key = False
+        self.known_routes: list[BaseRoute] = []
+
+    def openapi(self) -> dict[str, Any]:
+        """What /openapi.json says."""
+        found = super().openapi()
+        for path, operations in found["paths"].items():
+            for operation in operations.values():
+                # FastAPI's own form of refusal, which `_on_validation_error` replaces.
+                operation["responses"].pop("422", None)
+                if self.needs_key and path not in gate.OPEN_PATHS:
+                    operation["security"] = [{"key": []}]
+        schemes = {"key": {"type": "http", "scheme": "bearer"}} if self.needs_key else {}
+        found.setdefault("components", {})["securitySchemes"] = schemes
+        return found
 
 
 def error_response(error: ApiError) -> Response:
@@ -74,7 +103,16 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         )
     )
     made.headers.update(error.headers or {})
+    if error.status_code == 405:
+        made.headers["allow"] = ", ".join(sorted(_methods(request)))
     return made
+
+
+def _methods(request: Request) -> set[str]:
+    """What can be done with a path; Starlette names only the methods of its first route."""
+    routes_of_app = request.app.known_routes
+    matching = (r for r in routes_of_app if r.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in matching for method in getattr(route, "methods", None) or ()}
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

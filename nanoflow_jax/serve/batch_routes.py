@@ -16,6 +16,7 @@ from nanoflow_jax.serve import batch_schemas as schemas
 from nanoflow_jax.serve import batches, files, multipart
 from nanoflow_jax.serve.batch_record import Batch
 from nanoflow_jax.serve.body import read_bytes
+from nanoflow_jax.serve.schema_parts import errors
 
 _CHUNK_BYTES = 1 << 18
 _MAX_BODY_BYTES = 1 << 18
@@ -23,13 +24,6 @@ _READ_S = 20.0
 _BATCH_FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 
 _Item = TypeVar("_Item", files.FileInfo, Batch)
-_Responses = dict[int | str, dict[str, Any]]
-
-
-def _errors(*codes: int) -> _Responses:
-    return {code: {"model": schemas.ErrorBody} for code in codes}
-
-
 _UPLOAD_FORM = {
     "requestBody": {
         "required": True,
@@ -96,7 +90,7 @@ def _add_file_routes(router: fastapi.APIRouter, store: files.FileStore) -> None:
         "/v1/files",
         operation_id="create_file",
         openapi_extra=_UPLOAD_FORM,
-        responses=_errors(400, 408, 413, 429, 503, 507),
+        responses=errors(408, 413, 429, 503, 507),
     )
     async def create_file(request: fastapi.Request) -> schemas.FileObject:
         """Uploads the rows of a batch."""
@@ -112,7 +106,7 @@ def _add_file_routes(router: fastapi.APIRouter, store: files.FileStore) -> None:
             raise ApiError("the client left in the middle of the upload") from error
         return schemas.FileObject.of(info)
 
-    @router.get("/v1/files", operation_id="list_files", responses=_errors(400))
+    @router.get("/v1/files", operation_id="list_files", responses=errors())
     async def list_files(
         purpose: Annotated[str | None, fastapi.Query(max_length=64)] = None,
         limit: Annotated[int, fastapi.Query(ge=1, le=10_000)] = 10_000,
@@ -132,13 +126,13 @@ def _add_file_routes(router: fastapi.APIRouter, store: files.FileStore) -> None:
             has_more=has_more,
         )
 
-    @router.get("/v1/files/{file_id}", operation_id="retrieve_file", responses=_errors(400, 404))
+    @router.get("/v1/files/{file_id}", operation_id="retrieve_file", responses=errors(404))
     async def retrieve_file(file_id: str) -> schemas.FileObject:
         """Says what is known of a file."""
         return schemas.FileObject.of(await asyncio.to_thread(store.get, file_id))
 
     @router.delete(
-        "/v1/files/{file_id}", operation_id="delete_file", responses=_errors(400, 404, 409, 503)
+        "/v1/files/{file_id}", operation_id="delete_file", responses=errors(404, 409, 503)
     )
     async def delete_file(file_id: str) -> schemas.FileDeleted:
         """Deletes a file that no batch needs."""
@@ -151,7 +145,7 @@ def _add_file_routes(router: fastapi.APIRouter, store: files.FileStore) -> None:
         response_class=responses.StreamingResponse,
         responses={
             200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}},
-            **_errors(400, 404, 503),
+            **errors(404, 503),
         },
     )
     async def download_file(file_id: str) -> responses.Response:
@@ -164,7 +158,7 @@ def _add_batch_routes(router: fastapi.APIRouter, store: batches.BatchStore) -> N
         "/v1/batches",
         operation_id="create_batch",
         openapi_extra=_BATCH_BODY,
-        responses=_errors(400, 404, 408, 413, 429, 503, 507),
+        responses=errors(404, 408, 413, 429, 503, 507),
     )
     async def create_batch(request: fastapi.Request) -> schemas.BatchObject:
         """Makes a batch of the rows of a file."""
@@ -176,7 +170,7 @@ def _add_batch_routes(router: fastapi.APIRouter, store: batches.BatchStore) -> N
         )
         return schemas.BatchObject.of(made)
 
-    @router.get("/v1/batches", operation_id="list_batches", responses=_errors(400))
+    @router.get("/v1/batches", operation_id="list_batches", responses=errors())
     async def list_batches(
         limit: Annotated[int, fastapi.Query(ge=1, le=100)] = 20,
         after: Annotated[str | None, fastapi.Query(max_length=64)] = None,
@@ -191,9 +185,7 @@ def _add_batch_routes(router: fastapi.APIRouter, store: batches.BatchStore) -> N
             has_more=has_more,
         )
 
-    @router.get(
-        "/v1/batches/{batch_id}", operation_id="retrieve_batch", responses=_errors(400, 404)
-    )
+    @router.get("/v1/batches/{batch_id}", operation_id="retrieve_batch", responses=errors(404))
     async def retrieve_batch(batch_id: str) -> schemas.BatchObject:
         """Says how far a batch is."""
         return schemas.BatchObject.of(await asyncio.to_thread(store.get, batch_id))
@@ -201,7 +193,7 @@ def _add_batch_routes(router: fastapi.APIRouter, store: batches.BatchStore) -> N
     @router.post(
         "/v1/batches/{batch_id}/cancel",
         operation_id="cancel_batch",
-        responses=_errors(400, 404, 409, 503, 507),
+        responses=errors(404, 409, 503, 507),
     )
     async def cancel_batch(batch_id: str) -> schemas.BatchObject:
         """Ends a batch early; its finished rows are kept."""

@@ -138,18 +138,3 @@ class BatchList(pydantic.BaseModel):
     first_id: str | None
     last_id: str | None
     has_more: bool
-
-
-class ErrorDetail(pydantic.BaseModel):
-    """What is wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(pydantic.BaseModel):
-    """OpenAI's form of an error."""
-
-    error: ErrorDetail

@@ -14,7 +14,7 @@ from nanoflow_jax.serve import log
 from nanoflow_jax.serve.keys import ApiKeys
 
 # Answers whether the server lives, to those who watch it; says nothing else.
-_OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health"})
 # The page asks every second: such lines would bury the others.
 _QUIET_PATHS = frozenset({"/page/stats"})
 _LOCAL_NAMES = frozenset({"localhost"})
@@ -88,7 +88,7 @@ class Gate:
                 status_code=403,
                 code="foreign_origin",
             )
-        if scope["path"] not in _OPEN_PATHS and not self._keys.open_to(
+        if scope["path"] not in OPEN_PATHS and not self._keys.open_to(
             headers.get(b"authorization")
         ):
             return ApiError(

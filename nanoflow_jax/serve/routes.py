@@ -12,11 +12,10 @@ from starlette.responses import Response
 
 from nanoflow_jax.openai import requests
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.serve import body, completions, schemas
+from nanoflow_jax.serve import body, completion_schemas, completions, schemas
 from nanoflow_jax.serve import service as service_lib
 
 JsonResponse = completions.JsonResponse
-_MAX_DETOKENIZE = 1 << 20
 # Tokens up to this number become text at once: a thread costs more.
 _FEW_TOKENS = 2000
 
@@ -26,12 +25,12 @@ def router(service: service_lib.Service) -> fastapi.APIRouter:
     made = fastapi.APIRouter()
     words = service.words
 
-    @made.post("/v1/completions", **schemas.completions(service.model_name))
+    @made.post("/v1/completions", **completion_schemas.completions(service.model_name))
     async def create_completion(http: Request) -> Response:
         """Continues one or several prompts."""
         return await completions.answer(service, requests.Endpoint.COMPLETIONS, http)
 
-    @made.post("/v1/chat/completions", **schemas.chat(service.model_name))
+    @made.post("/v1/chat/completions", **completion_schemas.chat(service.model_name))
     async def create_chat_completion(http: Request) -> Response:
         """Answers a conversation."""
         return await completions.answer(service, requests.Endpoint.CHAT, http)
@@ -69,7 +68,13 @@ def router(service: service_lib.Service) -> fastapi.APIRouter:
     async def detokenize(http: Request) -> Response:
         """The text of token ids."""
         fields = await _read(service, http)
-        tokens = fields.get("tokens")
+        tokens = fields.pop("tokens", None)
+        for name in fields:
+            raise ApiError(
+                f"{name!r:.80} is no field of /detokenize, which has model and tokens",
+                param=name[:80],
+                code="unknown_parameter",
+            )
         if isinstance(tokens, list) and len(tokens) <= _FEW_TOKENS:
             text = _detokenized(service, tokens)
         else:
@@ -142,7 +147,7 @@ def _tokenize_request(
     service: service_lib.Service, fields: dict[str, Any]
 ) -> tuple[requests.ApiRequest, bool]:
     with_texts = fields.pop("return_token_strs", None)
-    if with_texts not in (None, True, False):
+    if not isinstance(with_texts, bool | None):
         raise ApiError(
             f"return_token_strs={with_texts!r:.80} is not true or false", param="return_token_strs"
         )
@@ -158,10 +163,9 @@ def _tokenize_request(
 
 def _detokenized(service: service_lib.Service, tokens: Any) -> str:
     ready = service.check_ready()
-    if not isinstance(tokens, list) or len(tokens) > _MAX_DETOKENIZE:
-        raise ApiError(
-            f"tokens is not a list of at most {_MAX_DETOKENIZE} token ids", param="tokens"
-        )
+    most = schemas.MAX_DETOKENIZE
+    if not isinstance(tokens, list) or len(tokens) > most:
+        raise ApiError(f"tokens is not a list of at most {most} token ids", param="tokens")
     for token in tokens:
         if (
             not isinstance(token, int)

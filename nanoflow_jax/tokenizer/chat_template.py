@@ -14,11 +14,22 @@ _MORE_FILES = "additional_chat_templates"
 _OLD_FILE = "chat_template.json"
 # What kwargs may not be: arguments of their own, and those of transformers' apply_chat_template
 # that are no variables.
-_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "chat_template", "tokenize"})
+_RESERVED = frozenset(
+    {
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "tokenize",
+    }
+)
 # Functions of templates: a variable of that name would hide them.
 _FUNCTIONS = frozenset({"raise_exception", "strftime_now", "range", "dict", "namespace"})
 _MAX_KWARGS = 32
 _NAME = re.compile(r"[^\W\d]\w*")
+# Marks where the message to continue ends; its last space tells whether a template strips.
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _PROBE = "nanoflow probe"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -99,7 +110,8 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation.
@@ -112,14 +124,24 @@ class ChatTemplate:
                 `{"type": "text", "text": ...}`. Parts go to the template if it reads them, and are
                 joined by line ends if it does not.
             tools: JSON schemas of functions the model may call.
-            add_generation_prompt: End with the beginning of the assistant's answer.
+            add_generation_prompt: End with the beginning of the assistant's answer; None: unless
+                the final message is continued.
+            continue_final_message: End with the text of the final message, for the model to go
+                on with it.
             kwargs: Further variables, such as enable_thinking. Those that the template does not
                 read, its functions and special tokens are left out.
 
         Raises:
             ValueError: The messages are malformed, the template refuses them, fails or passes a
-                limit.
+                limit; or the final message is to be continued and cannot be.
         """
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        elif add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt begins an answer and continue_final_message goes on with "
+                "the final message; set one of them to false"
+            )
         kwargs = kwargs or {}
         if taken := sorted(_RESERVED & kwargs.keys()):
             raise ValueError(f"template kwargs {taken} are not for the template to read")
@@ -133,7 +155,10 @@ class ChatTemplate:
             source
         ):
             checked = [_joined(message) for message in checked]
-        return self._render(
+        final = ""
+        if continue_final_message:
+            final, checked[-1] = _marked(checked[-1])
+        text = self._render(
             source,
             {
                 **self._special_tokens,
@@ -145,6 +170,7 @@ class ChatTemplate:
             },
             num_items=len(checked) + len(tools or ()),
         )
+        return _cut_at_mark(text, final) if continue_final_message else text
 
     def close(self) -> None:
         """End the rendering process; a later rendering starts another."""
@@ -277,6 +303,29 @@ def _joined(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, list):
         return message
     return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _marked(message: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The text of a message's end, and the message with a mark behind it."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content, {**message, "content": content + _MARK}
+    if not content:
+        raise ValueError("continue_final_message: the final message has no text to continue")
+    *parts, last = content
+    return last["text"], {**message, "content": [*parts, {**last, "text": last["text"] + _MARK}]}
+
+
+def _cut_at_mark(text: str, final: str) -> str:
+    """A rendered conversation up to the end of its final message, as transformers cuts it."""
+    place = text.rfind(_MARK.strip())
+    if place < 0 or final.strip() not in text:
+        raise ValueError(
+            "continue_final_message: the chat template does not write the final message as it is; "
+            "leave continue_final_message out"
+        )
+    # A template that strips messages has stripped this one's end only behind the mark.
+    return text[:place] if text.startswith(_MARK, place) else text[:place].rstrip()
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:

@@ -10,13 +10,15 @@ byte turns a whole run of byte tokens, already emitted, into replacement charact
 import codecs
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from nanoflow_jax.tokenizer.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Prompt tokens looked at for one with text; only special and byte tokens have none.
+_TAIL = 8
 
 
 class Detokenizer:
@@ -62,6 +64,22 @@ class Detokenizer:
             pieces = [out for piece in pieces for out in step.push(piece)]
             pieces += step.finish()
         return "".join(pieces)
+
+
+def continuing(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool
+) -> Detokenizer:
+    """A detokenizer for what follows a prompt.
+
+    Decoders of the SentencePiece kind drop the space before the first word of a text. After a
+    prompt that ends in text the first generated word is not that word, so the decoder is shown
+    the prompt's last token with text; what that gives is not part of the output.
+    """
+    for token in reversed(prompt_ids[-_TAIL:]):
+        made = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        if made.push(token):
+            return made
+    return Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
 
 
 class _Step(Protocol):

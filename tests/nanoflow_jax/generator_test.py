@@ -1,7 +1,6 @@
-import collections
-
 import hypothesis
 import pytest
+import scripted_engine
 from golden import cases
 from hypothesis import strategies as st
 
@@ -11,45 +10,6 @@ from nanoflow_jax.tokenizer.tokenizer import Tokenizer
 
 _WORDS = Tokenizer.load(cases.load("qwen3").path)  # byte-level: any text can be said
 _EOS = _WORDS.eos_id
-
-
-class _FakeEngine:
-    """Says what it was told to say, one token of each request a step."""
-
-    def __init__(self, scripts):
-        self._scripts = scripts
-        self._queues = {}
-        self.requests = {}
-        self.aborted = {}
-
-    def add(self, request):
-        if 999 in request.prompt_ids:
-            raise ValueError("prompt: 999 is not a token id of this model")
-        self.requests[request.request_id] = request
-        self._queues[request.request_id] = collections.deque(self._scripts[request.request_id])
-
-    def abort(self, request_id, *, output_len=None):
-        if self._queues.pop(request_id, None) is not None:
-            self.aborted[request_id] = output_len
-
-    def step(self):
-        updates = []
-        for name, queue in list(self._queues.items()):
-            if queue:
-                update = queue.popleft()
-                updates.append(update)
-                if update.finish_reason is not None:
-                    del self._queues[name]
-        return updates
-
-
-def _say(name, tokens, *, reason=FinishReason.LENGTH, **last):
-    """One update for each token; the last one carries the reason."""
-    updates = [RequestUpdate(request_id=name, token_ids=(token,)) for token in tokens[:-1]]
-    if reason is FinishReason.STOP:
-        last.setdefault("stop_token_id", tokens[-1])
-    final = RequestUpdate(request_id=name, token_ids=(tokens[-1],), finish_reason=reason, **last)
-    return [*updates, final]
 
 
 def _ids(text):
@@ -73,7 +33,9 @@ def _run(made, *, most=200):
 
 
 def _one(tokens, *, words=_WORDS, reason=FinishReason.LENGTH, last=None, **params):
-    engine = _FakeEngine({"a/0": _say("a/0", tokens, reason=reason, **(last or {}))})
+    engine = scripted_engine.ScriptedEngine(
+        {"a/0": scripted_engine.say("a/0", tokens, reason=reason, **(last or {}))}
+    )
     made = generator.Generator(engine, words)
     made.submit("a", [1], _params(**params))
     deltas, (completion,) = _run(made)
@@ -137,7 +99,9 @@ def test_a_stop_string_that_straddles_tokens_is_cut_at_its_first_character():
 def test_a_stop_string_is_looked_for_after_min_tokens_only():
     ids = _ids("one two one two three")
     early = len(_ids("one two"))
-    made = generator.Generator(_FakeEngine({"r/0": _say("r/0", ids)}), _WORDS)
+    made = generator.Generator(
+        scripted_engine.ScriptedEngine({"r/0": scripted_engine.say("r/0", ids)}), _WORDS
+    )
 
     made.submit("r", [5], _params(stop=(" two",), min_tokens=early))
 
@@ -150,7 +114,9 @@ def test_a_continuation_keeps_the_space_that_follows_its_prompt():
     words = Tokenizer.load(cases.load("llama").path)  # drops the first space of a whole text
     ids = words.encode("hello world and more")
     cut = next(i for i in range(2, len(ids)) if words.id_to_token(ids[i]).startswith("\u2581"))
-    made = generator.Generator(_FakeEngine({"r/0": _say("r/0", ids[cut:])}), words)
+    made = generator.Generator(
+        scripted_engine.ScriptedEngine({"r/0": scripted_engine.say("r/0", ids[cut:])}), words
+    )
 
     made.submit("r", ids[:cut], _params())
 
@@ -159,7 +125,9 @@ def test_a_continuation_keeps_the_space_that_follows_its_prompt():
 
 
 def test_what_may_begin_a_stop_string_is_held_back_and_given_at_the_end():
-    engine = _FakeEngine({"a/0": _say("a/0", [*_ids("one"), *_ids(" sto")])})
+    engine = scripted_engine.ScriptedEngine(
+        {"a/0": scripted_engine.say("a/0", [*_ids("one"), *_ids(" sto")])}
+    )
     made = generator.Generator(engine, _WORDS)
     made.submit("a", [1], _params(stop="stop"))
     deltas, (completion,) = _run(made)
@@ -207,7 +175,7 @@ def test_logprobs_follow_their_tokens():
             finish_reason=FinishReason.LENGTH,
         ),
     ]
-    made = generator.Generator(_FakeEngine({"a/0": script}), None)
+    made = generator.Generator(scripted_engine.ScriptedEngine({"a/0": script}), None)
     made.submit("a", [1], _params(logprobs=0))
     deltas, (completion,) = _run(made)
     assert completion.choices[0].logprobs == tuple(entries)
@@ -219,9 +187,9 @@ def test_prompt_logprobs_come_with_none_for_the_first_token():
     script = [
         RequestUpdate(request_id="a/0", prompt_logprobs=entries[:1]),
         RequestUpdate(request_id="a/0", prompt_logprobs=entries[1:]),
-        *_say("a/0", [4]),
+        *scripted_engine.say("a/0", [4]),
     ]
-    made = generator.Generator(_FakeEngine({"a/0": script}), None)
+    made = generator.Generator(scripted_engine.ScriptedEngine({"a/0": script}), None)
     made.submit("a", [7, 8, 9], _params(prompt_logprobs=0))
     deltas, (completion,) = _run(made)
     assert completion.prompt_logprobs == (None, *entries)
@@ -231,11 +199,11 @@ def test_prompt_logprobs_come_with_none_for_the_first_token():
 
 def test_choices_are_requests_of_their_own_and_complete_together():
     scripts = {
-        "a/0": _say("a/0", _ids("x y z")),
-        "a/1": _say("a/1", _ids("u")),
-        "a/2": _say("a/2", [*_ids("vw"), _EOS], reason=FinishReason.STOP),
+        "a/0": scripted_engine.say("a/0", _ids("x y z")),
+        "a/1": scripted_engine.say("a/1", _ids("u")),
+        "a/2": scripted_engine.say("a/2", [*_ids("vw"), _EOS], reason=FinishReason.STOP),
     }
-    engine = _FakeEngine(scripts)
+    engine = scripted_engine.ScriptedEngine(scripts)
     made = generator.Generator(engine, _WORDS)
     made.submit("a", [1, 2], _params(n=3, prompt_logprobs=2, temperature=0.5), priority=4)
     deltas, (completion,) = _run(made)
@@ -253,6 +221,14 @@ def test_choices_are_requests_of_their_own_and_complete_together():
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
+def test_each_choice_gets_the_tokens_of_bad_words():
+    engine = scripted_engine.ScriptedEngine({f"a/{i}": [] for i in range(2)})
+    made = generator.Generator(engine, _WORDS)
+    made.submit("a", [1], _params(n=2, bad_words=["cat"]))
+    wanted = (tuple(_ids("cat")), tuple(_ids(" cat")))
+    assert [asked.bad_tokens for asked in engine.requests.values()] == [wanted] * 2
+
+
 def test_a_choices_seed_follows_from_the_requests_seed_and_its_index():
     assert generator.choice_seed(5, 0) == 5
     assert generator.choice_seed(5, 1) == generator.choice_seed(5, 1)
@@ -261,8 +237,10 @@ def test_a_choices_seed_follows_from_the_requests_seed_and_its_index():
 
 
 def test_an_aborted_request_reports_nothing_more():
-    scripts = {name: _say(name, _ids("one two three")) for name in ("a/0", "a/1", "b/0")}
-    engine = _FakeEngine(scripts)
+    scripts = {
+        name: scripted_engine.say(name, _ids("one two three")) for name in ("a/0", "a/1", "b/0")
+    }
+    engine = scripted_engine.ScriptedEngine(scripts)
     made = generator.Generator(engine, _WORDS)
     made.submit("a", [1], _params(n=2))
     made.submit("b", [1], _params())
@@ -278,7 +256,7 @@ def test_an_aborted_request_reports_nothing_more():
 
 
 def test_updates_of_an_aborted_request_that_come_late_are_dropped():
-    engine = _FakeEngine({"a/0": _say("a/0", _ids("one two"))})
+    engine = scripted_engine.ScriptedEngine({"a/0": scripted_engine.say("a/0", _ids("one two"))})
     made = generator.Generator(engine, _WORDS)
     made.submit("a", [1], _params())
     engine.abort = lambda *_, **__: None  # as if its tokens were already on their way
@@ -290,11 +268,11 @@ def test_updates_of_an_aborted_request_that_come_late_are_dropped():
 def test_a_failed_choice_fails_its_request_and_no_other():
     failed = RequestUpdate(request_id="a/1", finish_reason=FinishReason.ERROR, error="no luck")
     scripts = {
-        "a/0": _say("a/0", _ids("one two three")),
+        "a/0": scripted_engine.say("a/0", _ids("one two three")),
         "a/1": [RequestUpdate(request_id="a/1", token_ids=(5,)), failed],
-        "b/0": _say("b/0", _ids("fine")),
+        "b/0": scripted_engine.say("b/0", _ids("fine")),
     }
-    engine = _FakeEngine(scripts)
+    engine = scripted_engine.ScriptedEngine(scripts)
     made = generator.Generator(engine, _WORDS)
     made.submit("a", [1], _params(n=2))
     made.submit("b", [2], _params())
@@ -310,17 +288,20 @@ def test_a_failed_choice_fails_its_request_and_no_other():
     [
         ({"seed": None}, _WORDS, "the request has no seed; set one, or draw one"),
         ({"stop": "x"}, None, "stop strings need a tokenizer, and this model has none"),
+        ({"bad_words": ["x"]}, None, "bad_words needs a tokenizer, and this model has none"),
     ],
 )
 def test_what_the_generator_cannot_do_is_refused(params, words, message):
-    made = generator.Generator(_FakeEngine({}), words)
+    made = generator.Generator(scripted_engine.ScriptedEngine({}), words)
     with pytest.raises(ValueError, match=f"^{message}$"):
         made.submit("a", [1], _params(**params))
     assert made.num_pending == 0
 
 
 def test_an_id_in_use_is_refused():
-    made = generator.Generator(_FakeEngine({"a/0": _say("a/0", [5])}), None)
+    made = generator.Generator(
+        scripted_engine.ScriptedEngine({"a/0": scripted_engine.say("a/0", [5])}), None
+    )
     made.submit("a", [1], _params())
     with pytest.raises(ValueError, match=r"^request id 'a' is already in use$"):
         made.submit("a", [1], _params())
@@ -329,7 +310,7 @@ def test_an_id_in_use_is_refused():
 
 
 def test_a_request_that_the_engine_refuses_leaves_none_of_its_choices_behind():
-    class _Full(_FakeEngine):
+    class _Full(scripted_engine.ScriptedEngine):
         def add(self, request):
             if request.request_id == "a/2":
                 raise ValueError("no memory for this request")

@@ -33,10 +33,13 @@ def test_any_penalty_takes_a_row_of_the_penalty_table(penalty):
 
 
 def test_lists_and_a_lone_stop_string_become_tuples():
-    params = SamplingParams(stop="end", stop_token_ids=[1, 2], allowed_token_ids=[3])
+    params = SamplingParams(
+        stop="end", stop_token_ids=[1, 2], allowed_token_ids=[3], bad_words=["no"]
+    )
     assert params.stop == ("end",)
     assert params.stop_token_ids == (1, 2)
     assert params.allowed_token_ids == (3,)
+    assert params.bad_words == ("no",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
@@ -58,7 +61,7 @@ _NAN, _INF = math.nan, math.inf
         ("min_p", [-0.1, 1.1, _NAN], "a number in [0, 1]"),
         ("presence_penalty", [-2.1, 2.1, _NAN], "a number in [-2, 2]"),
         ("frequency_penalty", [-2.1, 2.1, "0"], "a number in [-2, 2]"),
-        ("repetition_penalty", [0, -1, 101, _INF], "a number in (0, 100]"),
+        ("repetition_penalty", [0, -1, 5e-324, 101, _INF], "a number in [0.01, 100]"),
         ("logprobs", [-1, 21, True, 1.0], "an integer from 0 to 20"),
         ("prompt_logprobs", [-1, 21, "5"], "an integer from 0 to 20"),
         ("n", [0, 129, None], "an integer from 1 to 128"),
@@ -77,7 +80,7 @@ def test_a_value_outside_its_range_is_refused_by_name(name, values, wanted):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_tokens", [1, None, 10**9]),
+        ("max_tokens", [1, None, 2**31 - 1]),
         ("temperature", [0, 0.0, 1e6]),
         ("top_k", [0, 2**31 - 1]),
         ("top_p", [1, 1.0, 1e-9]),
@@ -111,6 +114,20 @@ def test_stop_is_a_list_of_texts(stop):
 def test_stop_strings_are_few_and_short(stop):
     with _raises(f"stop has {len(stop)} strings; at most 16 of at most 1024 characters are taken"):
         SamplingParams(stop=stop)
+
+
+@pytest.mark.parametrize("words", [("",), ("a", " \n"), (1,), 5, "ab", None])
+def test_bad_words_are_a_list_of_texts(words):
+    with _raises(f"bad_words={words!r} is not a list of texts that are more than white space"):
+        SamplingParams(bad_words=words)
+
+
+@pytest.mark.parametrize("words", [("a",) * 129, ("a" * 257,)])
+def test_bad_words_are_few_and_short(words):
+    with _raises(
+        f"bad_words has {len(words)} texts; at most 128 of at most 256 characters are taken"
+    ):
+        SamplingParams(bad_words=words)
 
 
 @pytest.mark.parametrize("ids", [(-1,), (1.0,), (True,), ("1",), (2**31,), 3, None])

@@ -73,6 +73,11 @@ def _greedy(index, count):
             {"stop_token_ids": (1000,)},
             "stop_token_ids: 1000 is not a token id of this model, 0 to 352",
         ),
+        (
+            [1],
+            {"bad_tokens": ((3, 999),)},
+            "bad_words: 999 is not a token id of this model, 0 to 352",
+        ),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_alone(engine, prompt, params, message):
@@ -161,8 +166,8 @@ def test_a_request_with_no_token_left_to_draw_fails_alone(engine):
     assert failed.finish_reason is FinishReason.ERROR
     assert failed.token_ids == []
     assert failed.error == (
-        "no token could be drawn: the logits were not finite, or every token was banned by "
-        "logit_bias, allowed_token_ids, min_tokens or the grammar"
+        "no token could be drawn: every token was banned by allowed_token_ids, bad_words, "
+        "min_tokens or the grammar"
     )
     assert fine.token_ids == _greedy(6, 6)
 

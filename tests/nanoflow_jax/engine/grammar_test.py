@@ -277,8 +277,8 @@ def test_a_grammar_that_ends_before_min_tokens_leaves_no_token(engine):
     )
     assert bad.finish_reason is FinishReason.ERROR
     assert bad.error == (
-        "no token could be drawn: the logits were not finite, or every token was banned by "
-        "logit_bias, allowed_token_ids, min_tokens or the grammar"
+        "no token could be drawn: every token was banned by allowed_token_ids, bad_words, "
+        "min_tokens or the grammar"
     )
     assert len(good.token_ids) >= 20
     assert good.error is None

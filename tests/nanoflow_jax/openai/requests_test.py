@@ -51,6 +51,7 @@ def test_a_prompt_has_four_forms(prompt: Any, wanted: Any) -> None:
         ("repetition_penalty", 1.1, "repetition_penalty", 1.1),
         ("logit_bias", {"7": -100, "08": 1.5}, "logit_bias", {7: -100, 8: 1.5}),
         ("allowed_token_ids", [1, 2], "allowed_token_ids", (1, 2)),
+        ("bad_words", ["no", " way"], "bad_words", ("no", " way")),
         ("stop", "end", "stop", ("end",)),
         ("stop", ["a", "b"], "stop", ("a", "b")),
         ("stop_token_ids", [3], "stop_token_ids", (3,)),
@@ -144,6 +145,18 @@ def test_options_of_answer_and_template_are_read() -> None:
     }
 
 
+def test_a_chat_begins_an_answer_or_goes_on_with_one() -> None:
+    begun = {"add_generation_prompt": True}
+    assert _chat().template_options == _chat(continue_final_message=False).template_options == begun
+    continued = {"add_generation_prompt": False, "continue_final_message": True}
+    assert _chat(continue_final_message=True).template_options == continued
+    assert _chat(**continued).template_options == continued
+
+
+def test_suffix_may_be_empty() -> None:
+    assert _completion(suffix="") == _completion(suffix=None) == _completion()
+
+
 _BAD_ANYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1}, r"temperature=-1 is not a number in \[0, 1e\+06\]"),
     ({"temperature": True}, "temperature=True is not a number"),
@@ -161,6 +174,7 @@ _BAD_ANYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": [1]}, r"logit_bias=\[1\] is not an object of token ids with numbers"),
     ({"logit_bias": {str(i): 0 for i in range(301)}}, "logit_bias has 301 entries; at most 300"),
     ({"allowed_token_ids": []}, "allowed_token_ids is not a non-empty list"),
+    ({"bad_words": [" "]}, "bad_words=.* is not a list of texts that are more than white space"),
     ({"prompt_logprobs": 21}, "prompt_logprobs=21 is not an integer from 0 to 20"),
     ({"return_token_ids": 1}, "return_token_ids=1 is not true or false"),
     ({"model": 3}, "model=3 is not text"),
@@ -197,7 +211,7 @@ def test_a_wrong_field_is_refused_by_name(parse: Any, body: dict[str, Any], mess
         ({"echo": "yes"}, "echo='yes' is not true or false"),
         ({"echo": True, "logprobs": "many"}, "logprobs='many' is not an integer"),
         ({"best_of": 2}, "best_of is not supported yet"),
-        ({"suffix": "x"}, "suffix is not supported yet"),
+        ({"suffix": "x"}, "suffix is not supported: the models here have no tokens to fill in a"),
         ({"max_completion_tokens": 4}, "'max_completion_tokens' is no field of /v1/completions"),
         ({"messages": []}, "'messages' is no field of /v1/completions"),
     ],
@@ -220,6 +234,11 @@ def test_a_wrong_completion_is_refused(body: dict[str, Any], message: str) -> No
         ({"max_completion_tokens": 3, "max_tokens": 4}, "max_tokens=4 and max_completion_tokens=3"),
         ({"chat_template_kwargs": 1}, "chat_template_kwargs=1 is not an object"),
         ({"add_generation_prompt": 1}, "add_generation_prompt=1 is not true or false"),
+        ({"continue_final_message": 1}, "continue_final_message=1 is not true or false"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message goes on with the final message and add_generation_prompt",
+        ),
         ({"echo": True}, "'echo' is no field of /v1/chat/completions"),
         ({"prompt": "x"}, "'prompt' is no field of /v1/chat/completions"),
     ],

@@ -243,8 +243,18 @@ def test_text_offsets_end_where_a_stop_string_cut_the_text() -> None:
     assert found["text_offset"] == [0, 1, 2, 2]
 
 
-def test_a_prompt_that_failed_while_running_is_an_error_of_ours() -> None:
-    failed = request_lib.Completion(request_id="r", prompt_ids=(1,), choices=(), error="not finite")
-    with pytest.raises(errors.ApiError, match="not finite") as refused:
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ("no token could be drawn: the logits were not finite", 500),
+        (request_lib.NO_TOKEN_LEFT, 400),
+        (f"{request_lib.GRAMMAR_TOO_HARD} (MaxTokensParser)", 400),
+    ],
+)
+def test_a_prompt_that_failed_while_running_is_an_error_of_ours_or_of_the_request(
+    message: str, status: int
+) -> None:
+    failed = request_lib.Completion(request_id="r", prompt_ids=(1,), choices=(), error=message)
+    with pytest.raises(errors.ApiError) as refused:
         _completion({}, _done(_choice("a")), failed)
-    assert refused.value.status_code == 500
+    assert (str(refused.value), refused.value.status_code) == (message, status)

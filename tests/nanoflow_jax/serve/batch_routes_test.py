@@ -428,6 +428,6 @@ def test_the_description_of_the_routes_has_every_field_and_error(tmp_path: pathl
     batch = found["paths"]["/v1/batches"]["post"]
     schema = batch["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["input_file_id", "endpoint", "completion_window"]
-    assert {"BatchObject", "FileObject", "ErrorBody"} <= found["components"]["schemas"].keys()
+    assert {"BatchObject", "FileObject"} <= found["components"]["schemas"].keys()
     download = found["paths"]["/v1/files/{file_id}/content"]["get"]
     assert list(download["responses"]["200"]["content"]) == ["application/jsonl"]

@@ -1,5 +1,8 @@
 """The server as a whole, started as its users start it."""
 
+import contextlib
+import http.client
+import json
 import os
 import signal
 import time
@@ -30,6 +33,26 @@ def test_a_stream_is_the_answer_in_pieces(server):
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
     assert events[-1]["choices"] == []
     assert events[-1]["usage"] == whole["usage"]
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/v1/files", "GET, POST"), ("/v1/files/x", "DELETE, GET"), ("/v1/completions", "POST")],
+)
+def test_a_method_that_a_path_does_not_know_is_answered_with_those_it_knows(server, path, methods):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("PATCH", path)
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("allow")) == (405, methods)
+        assert "Method Not Allowed" in json.load(answer)["error"]["message"]
+
+
+def test_a_request_that_bans_all_tokens_is_at_fault_itself(server):
+    body = {**_PROMPT, "allowed_token_ids": [100], "structured_outputs": {"regex": "0"}}
+    status, answer = server.ask("/v1/completions", body)
+    assert status == 400
+    assert "every token was banned by allowed_token_ids" in answer["error"]["message"]
 
 
 def test_a_forced_tool_is_called(server):
