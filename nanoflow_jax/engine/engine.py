@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 
 import numpy as np
 from jaxtyping import Int32
@@ -71,6 +72,7 @@ class Engine:
         *,
         grammars: grammars_lib.Grammars | None,
         run_ahead: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = step_runner
         self._scheduler = step_scheduler
@@ -78,6 +80,7 @@ class Engine:
         self._limits = limits
         self._grammars = grammars
         self._run_ahead = run_ahead
+        self._clock = clock
         self._sequences: dict[str, sequence.Sequence] = {}
         self._keys: dict[str, str] = {}
         self._num_added = 0
@@ -198,7 +201,14 @@ class Engine:
         self.counters.steps += 1
         self.counters.decode_tokens += len(plan.decode)
         self.counters.prompt_tokens += sum(row.length for row in plan.chunks)
+        self._note_starts(plan)
         return forwarded
+
+    def _note_starts(self, plan: scheduler.StepPlan) -> None:
+        for row in plan.rows:
+            made = self._sequences[row.request_id]
+            if made.started_s is None:
+                made.started_s = self._clock()
 
     def _needs_tokens(self, plan: scheduler.StepPlan) -> bool:
         """Whether a grammar must see a token that is still on the device before the next draw."""
@@ -263,6 +273,7 @@ class Engine:
             logprobs=() if wanted is None else (_logprobs(token, row[2:], wanted),),
             finish_reason=reason,
             stop_token_id=token if reason is request_lib.FinishReason.STOP and is_end else None,
+            started_s=made.started_s if made.num_generated == 1 else None,
         )
 
     def _prompt_updates(self, collected: runner.Collected) -> list[request_lib.RequestUpdate]:

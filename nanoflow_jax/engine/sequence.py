@@ -28,6 +28,7 @@ class Sequence:
         matcher: Follows the grammar through the generated tokens that have arrived, if the
             request has one.
         prompt_logprobs_done: Prompt positions already reported.
+        started_s: When its prompt first began to run, once it has.
     """
 
     request: request_lib.Request
@@ -40,6 +41,7 @@ class Sequence:
     allowed: Int32[np.ndarray, "W"] | None
     matcher: matcher_lib.Matcher | None
     prompt_logprobs_done: int = 0
+    started_s: float | None = None
 
     @property
     def params(self) -> request_lib.SamplingParams:

@@ -126,6 +126,7 @@ class EngineClient:
                 params=params,
                 priority=priority,
                 stream=stream,
+                sent_s=time.monotonic(),
             )
         )
         return ticket
