@@ -2,6 +2,10 @@
 
 `python -m nanoflow_jax.bench throughput --workload=FILE [--model=DIR ...]`
 `python -m nanoflow_jax.bench serving --workload=FILE --url=URL [--concurrency=64 --nostream]`
+`python -m nanoflow_jax.bench overhead --workload=FILE --url=URL [--model=DIR ...]`
+`python -m nanoflow_jax.bench soak --workload=FILE --url=URL --concurrency=200 [--model=DIR ...]`
+
+The last two also run the workload offline, so they take the knobs that the server was started with.
 """
 
 import json
@@ -13,8 +17,8 @@ from typing import Any
 from absl import app
 from absl import flags as absl_flags
 
-from nanoflow_jax import config, flags
-from nanoflow_jax.bench import serving, throughput
+from nanoflow_jax import config, flags, llm, start_up
+from nanoflow_jax.bench import http_client, overhead, serving, soak, throughput
 from nanoflow_jax.engine import build
 from nanoflow_jax.workload import file as workload_file
 
@@ -26,7 +30,12 @@ def _define() -> None:
     absl_flags.DEFINE_string("workload", None, "JSON file of request mixes.")
     absl_flags.DEFINE_string("mix", None, "Name of the mix in the file; all of them if empty.")
     absl_flags.DEFINE_integer("repeats", 3, "Runs of each mix.", lower_bound=1)
-    absl_flags.DEFINE_string("url", "http://127.0.0.1:8000", "Server to ask, for serving.")
+    absl_flags.DEFINE_integer(
+        "pairs", 25, "How often overhead asks for a first token on each side.", lower_bound=1
+    )
+    absl_flags.DEFINE_float("seconds", 60.0, "How long soak begins new requests.", lower_bound=0.0)
+    absl_flags.DEFINE_integer("seed", 0, "Of what soak's clients do.")
+    absl_flags.DEFINE_string("url", "http://127.0.0.1:8000", "Server to ask.")
     absl_flags.DEFINE_integer("concurrency", 64, "Clients of the server.", lower_bound=1)
     absl_flags.DEFINE_boolean("stream", True, "Ask the server for tokens as they come.")
     absl_flags.DEFINE_string("api_key", "", "Key of the server.")
@@ -48,7 +57,7 @@ def _write(rows: list[dict[str, Any]]) -> None:
         pathlib.Path(_FLAGS.json).write_text(text, encoding="utf-8")
 
 
-def _throughput() -> None:
+def _throughput() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
     start = time.perf_counter()
@@ -68,15 +77,15 @@ def _throughput() -> None:
             rows.append({"mix": name, "output_per_s": result.output_per_s, **vars(result)})
     print(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
     _write(rows)
+    return 0
 
 
-def _serving() -> None:
-    target = serving.Target(
-        url=_FLAGS.url.rstrip("/"),
-        concurrency=_FLAGS.concurrency,
-        stream=_FLAGS.stream,
-        api_key=_FLAGS.api_key,
-    )
+def _server() -> http_client.Server:
+    return http_client.Server(url=_FLAGS.url.rstrip("/"), api_key=_FLAGS.api_key)
+
+
+def _serving() -> int:
+    target = serving.Target(server=_server(), concurrency=_FLAGS.concurrency, stream=_FLAGS.stream)
     rows = []
     for name, mix in _mixes().items():
         serving.run(target, mix[:2])
@@ -97,9 +106,52 @@ def _serving() -> None:
                 }
             )
     _write(rows)
+    return 0
 
 
-_BENCHMARKS = {"throughput": _throughput, "serving": _serving}
+def _offline() -> llm.LLM:
+    reports = start_up.reports(lambda text: print(text, file=sys.stderr))
+    return llm.LLM.from_config(flags.engine_config(_FLAGS), reports)
+
+
+def _overhead() -> int:
+    server = _server()
+    with _offline() as model:
+        for name, mix in _mixes().items():
+            if len(mix) > 1:
+                found = overhead.rounds(
+                    model, server, mix, concurrency=_FLAGS.concurrency, count=_FLAGS.repeats
+                )
+                print(f"{name}\n{overhead.report_rounds(found)}")
+            first = overhead.first_tokens(model, server, mix[0], pairs=_FLAGS.pairs)
+            print(f"{name}\n{overhead.report_first_tokens(first)}")
+    return 0
+
+
+def _soak() -> int:
+    mix = [work for mix in _mixes().values() for work in mix]
+    with _offline() as model:
+        expected = soak.expect(model, mix)
+    found = soak.run(
+        _server(),
+        expected,
+        concurrency=_FLAGS.concurrency,
+        seconds=_FLAGS.seconds,
+        seed=_FLAGS.seed,
+    )
+    print(soak.report(found))
+    _write([vars(found)])
+    for complaint in found.complaints:
+        print(f"error: {complaint}", file=sys.stderr)
+    return 1 if found.complaints else 0
+
+
+_BENCHMARKS = {
+    "throughput": _throughput,
+    "serving": _serving,
+    "overhead": _overhead,
+    "soak": _soak,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -108,11 +160,10 @@ def main(argv: list[str]) -> int:
         print(f"error: name one benchmark: {', '.join(_BENCHMARKS)}", file=sys.stderr)
         return 2
     try:
-        _BENCHMARKS[argv[1]]()
+        return _BENCHMARKS[argv[1]]()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

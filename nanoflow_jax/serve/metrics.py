@@ -11,6 +11,7 @@ from prometheus_client import core
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine_process import client as client_lib
 from nanoflow_jax.engine_process import messages
+from nanoflow_jax.serve import memory
 
 PREFIX = "nanoflow"
 _SECONDS = (
@@ -162,6 +163,8 @@ class _LoadCollector:
         yield counter("engine_cpu_seconds", "Processor time of this engine.", load.cpu_s)
         yield counter("engine_starts", "Engines started.", self._client.num_starts)
         yield counter("front_cpu_seconds", "Processor time of the server.", time.process_time())
+        for name, held in memory.of_server(self._client.pid).items():
+            yield gauge(f"{name}_resident_memory_bytes", f"Memory of the {name} in RAM.", held)
         yield gauge("start_time_seconds", "When the server started.", self._started)
         if ready is not None:
             info = core.GaugeMetricFamily(
