@@ -12,7 +12,7 @@ from nanoflow_jax import request as request_lib
 from nanoflow_jax.bench import http_client, serving, throughput
 from nanoflow_jax.workload import file as workload_file
 
-_Mix = Sequence[workload_file.WorkRequest]
+Mix = Sequence[workload_file.WorkRequest]
 OFFLINE = "offline"
 # Enough to see a first token come by itself.
 _FIRST_TOKENS = 4
@@ -21,7 +21,7 @@ _FIRST_TOKENS = 4
 def rounds(
     model: llm.LLM,
     server: http_client.Server,
-    mix: _Mix,
+    mix: Mix,
     *,
     concurrency: int,
     count: int,
@@ -46,7 +46,7 @@ def rounds(
     """
     whole = serving.Target(server=server, concurrency=concurrency, stream=False)
     streamed = dataclasses.replace(whole, stream=True)
-    ways: dict[str, Callable[[_Mix], serving.Serving]] = {
+    ways: dict[str, Callable[[Mix], serving.Serving]] = {
         OFFLINE: functools.partial(_offline, model),
         "server": functools.partial(serving.run, whole),
         "server, streaming": functools.partial(serving.run, streamed),
@@ -62,7 +62,7 @@ def rounds(
     return found
 
 
-def _offline(model: llm.LLM, mix: _Mix) -> serving.Serving:
+def _offline(model: llm.LLM, mix: Mix) -> serving.Serving:
     params = [_params(work.output_len) for work in mix]
     first_steps, cpu = model.engine.counters.steps, time.process_time()
     start = time.perf_counter()
@@ -97,15 +97,12 @@ def report_rounds(found: Sequence[dict[str, serving.Serving]]) -> str:
         ratios = [
             done[name].result.output_per_s / done[OFFLINE].result.output_per_s for done in found
         ]
-        cpu = ", ".join(
-            f"{who} {statistics.median(run.cpu_s.get(who, 0.0) for run in runs):.2f} s"
-            for who in runs[0].cpu_s
-        )
+        cpu_s = {who: statistics.median(run.cpu_s[who] for run in runs) for who in runs[0].cpu_s}
         lines.append(
             f"{name}: median {statistics.median(speeds):.1f} tokens/s "
             f"({', '.join(f'{speed:.1f}' for speed in speeds)}); of offline in its round: median "
             f"{statistics.median(ratios):.3f} ({', '.join(f'{ratio:.3f}' for ratio in ratios)}); "
-            f"processor time: {cpu or 'the server does not tell'}"
+            f"processor time: {serving.cpu_text(cpu_s)}"
         )
     return "\n".join(lines)
 

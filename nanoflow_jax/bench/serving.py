@@ -108,6 +108,12 @@ def body(work: workload_file.WorkRequest, *, stream: bool) -> dict[str, Any]:
     return made
 
 
+def cpu_text(cpu_s: dict[str, float]) -> str:
+    """Processor times for people."""
+    shown = ", ".join(f"{who} {seconds:.2f} s" for who, seconds in cpu_s.items())
+    return shown or "the server does not tell"
+
+
 def num_tokens(answer: http_client.Answer, *, stream: bool) -> int:
     """Generated tokens, as the server counts them.
 

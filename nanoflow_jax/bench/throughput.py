@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -101,6 +102,11 @@ def report(result: Throughput) -> str:
         f"time per output token: {percentiles(result.per_token_s)}",
     ]
     return "\n".join(lines)
+
+
+def row(result: Throughput) -> dict[str, Any]:
+    """The run as a row for programs."""
+    return {"output_per_s": result.output_per_s, **vars(result)}
 
 
 def percentiles(seconds: Sequence[float]) -> str:

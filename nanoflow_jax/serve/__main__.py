@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console
@@ -62,4 +62,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     _define(flags.FLAGS)
-    app.run(main)
+    console.start(main)
