@@ -20,7 +20,7 @@ class Ticket:
     Deltas of a choice that nobody has read yet are merged, so what waits here is never more than
     the request's whole output.
 
-    Invariant: after a `Completion` or an error nothing follows.
+    Invariant: after a `Completion` or an error nothing follows; what is put then is dropped.
     """
 
     def __init__(self, request_id: str, prompt_ids: Sequence[int]) -> None:
@@ -34,6 +34,8 @@ class Ticket:
 
     def put(self, event: Event | Exception) -> None:
         """Adds an event; called in the event loop."""
+        if self._end is not None:
+            return
         match event:
             case request_lib.ScoredPrompt():
                 self._scored = event
@@ -50,7 +52,7 @@ class Ticket:
         """The next event.
 
         Raises:
-            ValueError: The engine refused the request.
+            ValueError: The engine refused the request, or its time was up.
             EngineStoppedError: The engine ended.
         """
         await self._has_news.wait()
