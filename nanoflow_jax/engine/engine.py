@@ -197,11 +197,11 @@ class Engine:
             return updates
 
     def _forward(self, plan: scheduler.StepPlan) -> runner.Forwarded:
+        self._note_starts(plan)
         forwarded = self._runner.forward(self._inputs.build(plan, self._sequences))
         self.counters.steps += 1
         self.counters.decode_tokens += len(plan.decode)
         self.counters.prompt_tokens += sum(row.length for row in plan.chunks)
-        self._note_starts(plan)
         return forwarded
 
     def _note_starts(self, plan: scheduler.StepPlan) -> None:
