@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ _PAUSE_S = 0.05
 _SAMPLE_S = 1.0
 _HEALTH_S = 0.5
 _IDLE_S = 60.0
+# After a failure, so that a server that is gone is not asked as fast as it can be.
+_RETRY_S = 0.5
 # Memory is judged after caches and buffers have filled.
 _WARM_UP_FRACTION = 0.25
 
@@ -63,10 +65,10 @@ class Soak:
         first_token_s: Of compared ones that were not slow.
         per_token_s: Of the same.
         health_s: How long /health took, each time.
-        health_failures: When it did not say that it is well.
+        health_failures: When it, or the server's figures, could not be had.
         memory: Resident bytes by process.
         pages_before: Pages held at the start.
-        pages_after: At the end, once idle.
+        pages_after: At the end, once idle; None if the server is gone by then.
     """
 
     seconds: float = 0.0
@@ -83,13 +85,15 @@ class Soak:
     health_failures: list[str] = dataclasses.field(default_factory=list)
     memory: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)
     pages_before: int = 0
-    pages_after: int = 0
+    pages_after: int | None = 0
 
     @property
     def complaints(self) -> list[str]:
         """What must not be, one line each."""
         found = [*self.mismatches, *self.failures, *self.health_failures]
-        if self.pages_after != self.pages_before:
+        if self.pages_after is None:
+            found.append("the server is gone at the end")
+        elif self.pages_after != self.pages_before:
             found.append(
                 f"{self.pages_after} pages are held at the end, {self.pages_before} were at first"
             )
@@ -154,13 +158,18 @@ def run(
     return run.soak
 
 
-def _pages_once_idle(server: http_client.Server) -> int:
+def _pages_once_idle(server: http_client.Server) -> int | None:
     deadline = time.monotonic() + _IDLE_S
     while True:
-        stats = server.stats()
+        try:
+            stats = server.stats()
+        except OSError:
+            return None
+        if not stats:
+            return None
         if time.monotonic() > deadline or not stats["running"] + stats["waiting"]:
             return int(stats["pages_used"])
-        time.sleep(_HEALTH_S)
+        time.sleep(_RETRY_S)
 
 
 class _Run:
@@ -181,7 +190,10 @@ class _Run:
 
     async def all(self, concurrency: int, seed: int) -> None:
         """Runs the clients, and watches the server as long as they last."""
-        watchers = [asyncio.create_task(self._watch_health()), asyncio.create_task(self._sample())]
+        watchers = [
+            asyncio.create_task(self._again(self._watch_health)),
+            asyncio.create_task(self._again(self._sample)),
+        ]
         try:
             await asyncio.gather(
                 *(self._client(random.Random(f"{seed}/{i}")) for i in range(concurrency))
@@ -209,6 +221,7 @@ class _Run:
                     await self._read(expected)
             except (OSError, ValueError) as error:
                 self.soak.failures.append(f"after {self._age_s:.1f} s: {error!r:.300}")
+                await asyncio.sleep(_RETRY_S)
 
     async def _leave(self, expected: Expected, draws: random.Random) -> None:
         parts = draws.randint(1, max(1, expected.work.output_len - 1))
@@ -249,23 +262,30 @@ class _Run:
         self.soak.output_tokens += len(token_ids)
         return len(token_ids)
 
-    async def _watch_health(self) -> None:
-        async with self._server.connected() as connection:
-            while True:
-                answer = await connection.ask(self._server.message("/health"))
-                self.soak.health_s.append(answer.last_s)
-                if answer.status != 200:
-                    said = f"/health answered {answer.status} after {self._age_s:.1f} s"
-                    self.soak.health_failures.append(said)
-                await asyncio.sleep(_HEALTH_S)
+    async def _again(self, watch: Callable[[http_client.Connection], Awaitable[None]]) -> None:
+        """Watches over one connection, and over another one after a failure."""
+        while True:
+            try:
+                async with self._server.connected() as connection:
+                    await watch(connection)
+            except (OSError, ValueError) as error:
+                said = f"after {self._age_s:.1f} s, while watching: {error!r:.300}"
+                self.soak.health_failures.append(said)
+                await asyncio.sleep(_RETRY_S)
 
-    async def _sample(self) -> None:
-        async with self._server.connected() as connection:
-            while True:
-                stats = (await connection.ask(self._server.message("/page/stats"))).json()
-                for name, value in stats["memory_bytes"].items():
-                    self.soak.memory.setdefault(name, []).append((self._age_s, value))
-                await asyncio.sleep(_SAMPLE_S)
+    async def _watch_health(self, connection: http_client.Connection) -> None:
+        while True:
+            answer = await connection.ask(self._server.message("/health"))
+            self.soak.health_s.append(answer.last_s)
+            answer.json()
+            await asyncio.sleep(_HEALTH_S)
+
+    async def _sample(self, connection: http_client.Connection) -> None:
+        while True:
+            stats = (await connection.ask(self._server.message("/page/stats"))).json()
+            for name, value in stats["memory_bytes"].items():
+                self.soak.memory.setdefault(name, []).append((self._age_s, value))
+            await asyncio.sleep(_SAMPLE_S)
 
 
 def difference(expected: Expected, token_ids: Sequence[int], text: str) -> str | None:
@@ -299,12 +319,13 @@ def report(soak: Soak) -> str:
         f"time to first token: {throughput.percentiles(soak.first_token_s)}",
         f"time per output token: {throughput.percentiles(soak.per_token_s)}",
         f"/health: asked {len(soak.health_s)} times, failed {len(soak.health_failures)} times, "
-        f"{throughput.percentiles(soak.health_s)}, slowest {max(soak.health_s) * 1e3:.1f} ms",
+        f"{throughput.percentiles(soak.health_s)}, slowest "
+        f"{max(soak.health_s, default=0.0) * 1e3:.1f} ms",
         f"pages held: {soak.pages_before} before, {soak.pages_after} after",
     ]
     for name, samples in soak.memory.items():
         warm = [(at, value) for at, value in samples if at >= _WARM_UP_FRACTION * soak.seconds]
-        values = [value / 2**20 for _, value in warm]
+        values = [value / 2**20 for _, value in warm or samples]
         lines.append(
             f"memory of the {name} after warm-up: {min(values):.1f} to {max(values):.1f} MiB, "
             f"{slope_per_minute(warm) / 2**20:+.2f} MiB a minute"

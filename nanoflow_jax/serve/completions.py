@@ -185,7 +185,7 @@ class _Work:
             while left:
                 number, found = await ready.get()
                 if isinstance(found, Exception):
-                    raise _api_error(found) from found
+                    raise _api_error(found)
                 yield number, found
                 left -= isinstance(found, request_lib.Completion)
         finally:
@@ -242,18 +242,18 @@ async def _told(coroutine: Awaitable[Found]) -> Found:
     """Awaits a ticket; its errors become those of the API."""
     try:
         return await coroutine
+    except ApiError:
+        raise
     except (ValueError, tickets_lib.EngineStoppedError) as error:
         raise _api_error(error) from error
 
 
 def _api_error(error: Exception) -> ApiError:
-    match error:
-        case ApiError():
-            return error
-        case tickets_lib.EngineStoppedError():
-            return service_lib.stopped(error)
-        case _:
-            return ApiError(str(error))
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, tickets_lib.EngineStoppedError):
+        return service_lib.stopped(error)
+    return ApiError(str(error))
 
 
 def _event(data: Any) -> bytes:

@@ -1,8 +1,13 @@
+import contextlib
+import http.server
+import json
+import threading
+
 import pytest
 
 from nanoflow_jax import llm
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.bench import soak
+from nanoflow_jax.bench import http_client, soak
 from nanoflow_jax.workload.file import WorkRequest
 
 
@@ -66,3 +71,53 @@ def test_growth_is_the_slope_of_all_samples():
 def test_pages_that_are_still_held_are_a_complaint():
     found = soak.Soak(pages_before=0, pages_after=2, mismatches=["x"])
     assert found.complaints == ["x", "2 pages are held at the end, 0 were at first"]
+
+
+class _Dying(http.server.BaseHTTPRequestHandler):
+    """A server that tells its figures once and then is not well."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        was_well, self.server.is_well = self.server.is_well, False
+        body = json.dumps({"pages_used": 0}).encode()
+        self.send_response(200 if was_well else 503)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def _dying_server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Dying) as server:
+        server.is_well = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield http_client.Server(url=f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_server_that_dies_under_the_load_is_told_with_all_that_failed():
+    with _dying_server() as server:
+        found = soak.run(server, [_expected()], concurrency=2, seconds=0.1)
+    assert len(found.failures) >= 2
+    assert "the server closed the connection" in found.failures[0]
+    assert any("the server answered" in failure for failure in found.health_failures)
+    assert found.complaints[-1] == "the server is gone at the end"
+    assert "failures: 2" in soak.report(found)
+
+
+def test_a_server_of_another_make_is_refused():
+    with _dying_server() as server:
+        server.stats()
+        with pytest.raises(ValueError, match="is no server of this project"):
+            soak.run(server, [_expected()], concurrency=1, seconds=0.1)
