@@ -14,6 +14,8 @@ from typing import Any
 
 import httptools
 
+_STREAM_END = b"data: [DONE]\n\n"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Server:
@@ -104,6 +106,11 @@ class Answer:
         found: dict[str, Any] = json.loads(self.body)
         return found
 
+    @property
+    def is_whole_stream(self) -> bool:
+        """Whether the body ends as a stream does."""
+        return self.body.endswith(_STREAM_END)
+
     def events(self) -> list[dict[str, Any]]:
         """The events of a whole stream.
 
@@ -111,11 +118,12 @@ class Answer:
             ValueError: The server refused the request or broke the stream off.
         """
         self._check()
-        parts = self.body.split(b"\n\n")
-        if parts[-2:] != [b"data: [DONE]", b""]:
+        if not self.is_whole_stream:
             raise ValueError(f"the stream ends with {self.body[-200:]!r}")
         events = [
-            json.loads(part.removeprefix(b"data: ")) for part in parts[:-2] if part[:1] != b":"
+            json.loads(part.removeprefix(b"data: "))
+            for part in self.body.removesuffix(_STREAM_END).split(b"\n\n")
+            if part and part[:1] != b":"
         ]
         if "error" in events[-1]:
             raise ValueError(f"the server answered {events[-1]['error']['message']}")
