@@ -29,6 +29,10 @@ class Server:
     url: str
     api_key: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.url.startswith("http://"):
+            raise ValueError(f"--url={self.url} is not of the form http://HOST:PORT")
+
     @property
     def headers(self) -> dict[str, str]:
         """What every request needs."""

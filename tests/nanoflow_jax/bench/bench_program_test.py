@@ -21,6 +21,11 @@ _WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
             2,
             "error: --json=none/rows.json cannot be written: No such file or directory\n",
         ),
+        (
+            ["serving", "--workload=w.json", "--url=https://example.org"],
+            2,
+            "error: --url=https://example.org is not of the form http://HOST:PORT\n",
+        ),
         *(
             (
                 [name, "--workload=w.json", "--url=http://127.0.0.1:1"],
