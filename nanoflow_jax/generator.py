@@ -210,6 +210,7 @@ class Generator:
         scored: list[request_lib.ScoredPrompt] = []
         deltas: list[request_lib.Delta] = []
         completions = []
+        started_s: dict[str, float] = {}
         for update in self._engine.step():
             owner = self._owners.get(update.request_id)
             if owner is None:
@@ -227,6 +228,10 @@ class Generator:
                     )
                 )
                 continue
+            if update.started_s is not None:
+                started_s[request_id] = min(
+                    update.started_s, started_s.get(request_id, update.started_s)
+                )
             pending.prompt_logprobs.extend(update.prompt_logprobs)
             if update.prompt_logprobs and pending.is_scored:
                 scored.append(
@@ -240,7 +245,10 @@ class Generator:
             if done is not None:
                 completions.append(done)
         return request_lib.StepResult(
-            scored=tuple(scored), deltas=tuple(deltas), completions=tuple(completions)
+            scored=tuple(scored),
+            deltas=tuple(deltas),
+            completions=tuple(completions),
+            started_s=started_s,
         )
 
     def _take(

@@ -298,6 +298,7 @@ class RequestUpdate:
         finish_reason: Set on the last update.
         stop_token_id: The token that ended the request, which is not among `token_ids`'s text.
         error: Why the request failed, if it did.
+        started_s: With its first token: when its prompt began to run, by the engine's clock.
     """
 
     request_id: str
@@ -307,6 +308,7 @@ class RequestUpdate:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    started_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -393,8 +395,10 @@ class StepResult:
         scored: Prompts whose log-probabilities are complete with this step.
         deltas: What was added to choices, in order.
         completions: Requests that are finished with this step.
+        started_s: When the prompts began to run of requests whose first token came.
     """
 
     scored: tuple[ScoredPrompt, ...] = ()
     deltas: tuple[Delta, ...]
     completions: tuple[Completion, ...]
+    started_s: Mapping[str, float] = dataclasses.field(default_factory=dict)

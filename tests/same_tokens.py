@@ -8,7 +8,8 @@ request ends there and is counted. More than one request in a hundred so ended f
 import math
 from collections.abc import Sequence
 
-MIN_MARGIN = 1e-4
+from nanoflow_jax.bench.near_ties import MIN_MARGIN, num_certain
+
 MAX_ENDED_FRACTION = 0.01
 
 
@@ -60,7 +61,7 @@ def _num_before_small_margin(
         )
     if any(math.isnan(margin) for margin in margins):
         raise ValueError(f"request {request} has a reference margin that is not a number")
-    return next((i for i, margin in enumerate(margins) if margin < MIN_MARGIN), len(margins))
+    return num_certain(margins)
 
 
 def _check_request(

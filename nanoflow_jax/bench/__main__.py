@@ -2,19 +2,26 @@
 
 `python -m nanoflow_jax.bench throughput --workload=FILE [--model=DIR ...]`
 `python -m nanoflow_jax.bench serving --workload=FILE --url=URL [--concurrency=64 --nostream]`
+`python -m nanoflow_jax.bench overhead --workload=FILE --url=URL [--model=DIR ...]`
+`python -m nanoflow_jax.bench soak --workload=FILE --url=URL --concurrency=200 [--model=DIR ...]`
+
+The last two run the workload offline too, so they take the knobs that the server was started with.
+Exit codes: 0 done, 1 failed while measuring or found a fault, 2 wrong flags or files, 130
+interrupted.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from absl import app
 from absl import flags as absl_flags
 
-from nanoflow_jax import config, flags
-from nanoflow_jax.bench import serving, throughput
+from nanoflow_jax import config, console, flags, llm, start_up
+from nanoflow_jax.bench import http_client, overhead, serving, soak, throughput
 from nanoflow_jax.engine import build
 from nanoflow_jax.workload import file as workload_file
 
@@ -26,7 +33,12 @@ def _define() -> None:
     absl_flags.DEFINE_string("workload", None, "JSON file of request mixes.")
     absl_flags.DEFINE_string("mix", None, "Name of the mix in the file; all of them if empty.")
     absl_flags.DEFINE_integer("repeats", 3, "Runs of each mix.", lower_bound=1)
-    absl_flags.DEFINE_string("url", "http://127.0.0.1:8000", "Server to ask, for serving.")
+    absl_flags.DEFINE_integer(
+        "pairs", 25, "How often overhead asks for a first token on each side.", lower_bound=1
+    )
+    absl_flags.DEFINE_float("seconds", 60.0, "How long soak begins new requests.", lower_bound=0.0)
+    absl_flags.DEFINE_integer("seed", 0, "Of what soak's clients do.")
+    absl_flags.DEFINE_string("url", "http://127.0.0.1:8000", "Server to ask.")
     absl_flags.DEFINE_integer("concurrency", 64, "Clients of the server.", lower_bound=1)
     absl_flags.DEFINE_boolean("stream", True, "Ask the server for tokens as they come.")
     absl_flags.DEFINE_string("api_key", "", "Key of the server.")
@@ -42,79 +54,144 @@ def _mixes() -> dict[str, tuple[workload_file.WorkRequest, ...]]:
     return {_FLAGS.mix: mixes[_FLAGS.mix]} if _FLAGS.mix else mixes
 
 
-def _write(rows: list[dict[str, Any]]) -> None:
-    if _FLAGS.json:
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        pathlib.Path(_FLAGS.json).write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def _rows() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes a row for each run, once the file of --json is known to be one that can be written."""
+    if not _FLAGS.json:
+        yield lambda row: None
+        return
+    try:
+        file = open(_FLAGS.json, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"--json={_FLAGS.json} cannot be written: {error.strerror}") from error
+    with file:
+        yield lambda row: print(json.dumps(row), file=file)
 
 
-def _throughput() -> None:
+def _throughput() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
-    start = time.perf_counter()
-    engine = build.build_engine(
-        engine_config,
-        build.open_model(engine_config.model),
-        build.Reports(settings=lambda s: print(s, file=sys.stderr)),
-    )
-    compile_s = sum(engine.compile_seconds.values())
-    print(f"start {time.perf_counter() - start:.1f} s, compile {compile_s:.1f} s of processor time")
-    rows = []
-    for name, mix in mixes.items():
-        throughput.run(engine, mix[:2], name="warm-up")
-        for repeat in range(_FLAGS.repeats):
-            result = throughput.run(engine, mix, name=f"{name}-{repeat}")
-            print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
-            rows.append({"mix": name, "output_per_s": result.output_per_s, **vars(result)})
-    print(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
-    _write(rows)
+    with _rows() as write:
+        start = time.perf_counter()
+        engine = build.build_engine(
+            engine_config,
+            build.open_model(engine_config.model),
+            build.Reports(settings=lambda s: print(s, file=sys.stderr)),
+        )
+        compile_s = sum(engine.compile_seconds.values())
+        started_s = time.perf_counter() - start
+        print(f"start {started_s:.1f} s, compile {compile_s:.1f} s of processor time")
+        for name, mix in mixes.items():
+            throughput.run(engine, mix[:2], name="warm-up")
+            for repeat in range(_FLAGS.repeats):
+                result = throughput.run(engine, mix, name=f"{name}-{repeat}")
+                print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
+                write({"mix": name, **throughput.row(result)})
+        print(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
+    return 0
 
 
-def _serving() -> None:
-    target = serving.Target(
-        url=_FLAGS.url.rstrip("/"),
-        concurrency=_FLAGS.concurrency,
-        stream=_FLAGS.stream,
-        api_key=_FLAGS.api_key,
-    )
-    rows = []
-    for name, mix in _mixes().items():
-        serving.run(target, mix[:2])
-        for repeat in range(_FLAGS.repeats):
-            found = serving.run(target, mix)
-            result = found.result
-            print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
-            shown = ", ".join(f"{who} {seconds:.1f} s" for who, seconds in found.cpu_s.items())
-            print(f"processor time: {shown or 'the server does not tell'}")
-            rows.append(
-                {
-                    "mix": name,
-                    "stream": target.stream,
-                    "concurrency": target.concurrency,
-                    "output_per_s": result.output_per_s,
-                    "cpu_s": found.cpu_s,
-                    **vars(result),
-                }
+@contextlib.contextmanager
+def _server() -> Iterator[http_client.Server]:
+    """The server of --url; says what to do if it cannot be reached."""
+    server = http_client.Server(url=_FLAGS.url.rstrip("/"), api_key=_FLAGS.api_key)
+    try:
+        yield server
+    except OSError as error:
+        raise console.RunError(
+            f"{server.url} did not answer ({error}); start the server, or give its --url"
+        ) from error
+
+
+def _serving() -> int:
+    mixes = _mixes()
+    with _rows() as write, _server() as server:
+        target = serving.Target(server=server, concurrency=_FLAGS.concurrency, stream=_FLAGS.stream)
+        for name, mix in mixes.items():
+            serving.run(target, mix[:2])
+            for repeat in range(_FLAGS.repeats):
+                found = serving.run(target, mix)
+                result = found.result
+                print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
+                print(f"processor time: {serving.cpu_text(found.cpu_s)}")
+                row = {"stream": target.stream, "concurrency": target.concurrency}
+                write({"mix": name, **row, "cpu_s": found.cpu_s, **throughput.row(result)})
+    return 0
+
+
+def _offline() -> llm.LLM:
+    with _server() as server:
+        server.stats()  # better missed now than after loading
+    reports = start_up.reports(lambda text: print(text, file=sys.stderr))
+    return llm.LLM.from_config(flags.engine_config(_FLAGS), reports)
+
+
+def _overhead() -> int:
+    mixes = _mixes()
+    with _rows() as write, _offline() as model, _server() as server:
+        for name, mix in mixes.items():
+            for row in _overhead_of(model, server, name, mix):
+                write({"mix": name, **row})
+    return 0
+
+
+def _overhead_of(
+    model: llm.LLM, server: http_client.Server, name: str, mix: overhead.Mix
+) -> Iterator[dict[str, Any]]:
+    if len(mix) > 1:
+        rounds = overhead.rounds(
+            model, server, mix, concurrency=_FLAGS.concurrency, count=_FLAGS.repeats
+        )
+        print(f"{name}\n{overhead.report_rounds(rounds)}")
+        for done in rounds:
+            for way, run in done.items():
+                yield {"way": way, "cpu_s": run.cpu_s, **throughput.row(run.result)}
+    pairs = overhead.first_tokens(model, server, mix[0], pairs=_FLAGS.pairs)
+    print(f"{name}\n{overhead.report_first_tokens(pairs)}")
+    yield from map(vars, pairs)
+
+
+def _soak() -> int:
+    mix = [work for mix in _mixes().values() for work in mix]
+    with _rows() as write:
+        with _offline() as model:
+            expected = soak.expect(model, mix)
+        with _server() as server:
+            found = soak.run(
+                server,
+                expected,
+                concurrency=_FLAGS.concurrency,
+                seconds=_FLAGS.seconds,
+                seed=_FLAGS.seed,
             )
-    _write(rows)
+        write(vars(found))
+    print(soak.report(found))
+    for complaint in found.complaints:
+        print(f"error: {complaint}", file=sys.stderr)
+    return console.FAILED if found.complaints else 0
 
 
-_BENCHMARKS = {"throughput": _throughput, "serving": _serving}
+_BENCHMARKS = {
+    "throughput": _throughput,
+    "serving": _serving,
+    "overhead": _overhead,
+    "soak": _soak,
+}
+
+
+def _run(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in _BENCHMARKS:
+        raise ValueError(f"name one benchmark: {', '.join(_BENCHMARKS)}")
+    return _BENCHMARKS[arguments[0]]()
 
 
 def main(argv: list[str]) -> int:
-    """Runs the benchmark named on the command line."""
-    if len(argv) != 2 or argv[1] not in _BENCHMARKS:
-        print(f"error: name one benchmark: {', '.join(_BENCHMARKS)}", file=sys.stderr)
-        return 2
-    try:
-        _BENCHMARKS[argv[1]]()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the benchmark named on the command line; returns the exit code."""
+    return console.run(
+        lambda: _run(argv[1:]), say=lambda text: print(text, file=sys.stderr), debug=False
+    )
 
 
 if __name__ == "__main__":
     _define()
-    app.run(main)
+    console.start(main)

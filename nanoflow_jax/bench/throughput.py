@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -97,13 +98,19 @@ def report(result: Throughput) -> str:
         f"{result.output_tokens} tokens, {result.steps} steps in {result.seconds:.3f} s",
         f"output {result.output_per_s:.1f} tokens/s, input and output "
         f"{result.total_per_s:.1f} tokens/s",
-        f"time to first token: {_percentiles(result.first_token_s)}",
-        f"time per output token: {_percentiles(result.per_token_s)}",
+        f"time to first token: {percentiles(result.first_token_s)}",
+        f"time per output token: {percentiles(result.per_token_s)}",
     ]
     return "\n".join(lines)
 
 
-def _percentiles(seconds: Sequence[float]) -> str:
+def row(result: Throughput) -> dict[str, Any]:
+    """The run as a row for programs."""
+    return {"output_per_s": result.output_per_s, **vars(result)}
+
+
+def percentiles(seconds: Sequence[float]) -> str:
+    """Times for people."""
     if not seconds:
         return "none"
     p50, p90, p99 = np.percentile(np.asarray(seconds) * 1e3, [50, 90, 99])

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 
 import jax
 import numpy as np
@@ -76,6 +77,7 @@ class Engine:
         *,
         grammars: grammars_lib.Grammars | None,
         run_ahead: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = step_runner
         self._scheduler = step_scheduler
@@ -83,6 +85,7 @@ class Engine:
         self._limits = limits
         self._grammars = grammars
         self._run_ahead = run_ahead
+        self._clock = clock
         self._sequences: dict[str, sequence.Sequence] = {}
         self._keys: dict[str, str] = {}
         self._num_added = 0
@@ -253,11 +256,18 @@ class Engine:
         return self._scheduler.restart()
 
     def _forward(self, plan: step_plan.StepPlan) -> runner.Forwarded:
+        self._note_starts(plan)
         forwarded = self._runner.forward(self._inputs.build(plan, self._sequences))
         self.counters.steps += 1
         self.counters.decode_tokens += len(plan.decode)
         self.counters.prompt_tokens += sum(row.length for row in plan.chunks)
         return forwarded
+
+    def _note_starts(self, plan: step_plan.StepPlan) -> None:
+        for row in plan.rows:
+            made = self._sequences[row.request_id]
+            if made.started_s is None:
+                made.started_s = self._clock()
 
     def _needs_tokens(self, plan: step_plan.StepPlan) -> bool:
         """Whether a mask depends on a token that is still on the device."""
@@ -315,6 +325,7 @@ class Engine:
                 logprobs=() if wanted is None else (_logprobs(token, row[2:], wanted),),
                 finish_reason=reason,
                 stop_token_id=token if reason is request_lib.FinishReason.STOP and is_end else None,
+                started_s=made.started_s if made.num_generated == 1 else None,
             )
         )
 

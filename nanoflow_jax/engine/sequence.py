@@ -30,6 +30,7 @@ class Sequence:
         vocab_size: V.
         prompt_logprobs_done: Prompt positions already reported, or about to be by a step in flight.
         prompt_logprobs_told: Prompt positions already reported.
+        started_s: When its prompt first began to run, once it has.
     """
 
     request: request_lib.Request
@@ -44,6 +45,7 @@ class Sequence:
     vocab_size: int
     prompt_logprobs_done: int = 0
     prompt_logprobs_told: int = 0
+    started_s: float | None = None
 
     @property
     def params(self) -> request_lib.SamplingParams:

@@ -129,6 +129,7 @@ class EngineClient:
                 params=params,
                 priority=priority,
                 stream=stream,
+                sent_s=time.monotonic(),
             )
         )
         self._tickets[name] = ticket

@@ -25,6 +25,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         params: Its seed is set.
         priority: Lower runs first.
         stream: Whether tokens are wanted as they come; without, only the finished request is.
+        sent_s: When, by the clock that all processes of a machine share.
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     params: request_lib.SamplingParams
     priority: int
     stream: bool
+    sent_s: float
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -130,16 +132,18 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How a request went, for statistics.
+    """How a request went, for statistics; all seconds count from its sending by the front.
 
     Attributes:
-        first_token_s: From its arrival in the engine to its first token, of any choice.
-        end_s: From its arrival to its last.
+        started_s: Until its prompt began to run, if it gave a token.
+        first_token_s: Until its first token, of any choice, if it gave one.
+        end_s: Until its last.
         num_tokens: Generated for all its choices.
         reasons: Why each choice ended.
     """
 
-    first_token_s: float
+    started_s: float | None
+    first_token_s: float | None
     end_s: float
     num_tokens: int
     reasons: tuple[str, ...]

@@ -24,7 +24,7 @@ class Ticket:
     Deltas of a choice that nobody has read yet are merged, so what waits here is never more than
     the request's whole output.
 
-    Invariant: after a `Completion` or an error nothing follows.
+    Invariant: after a `Completion` or an error nothing follows; what is put then is dropped.
     """
 
     def __init__(self, request_id: str, prompt_ids: Sequence[int]) -> None:
@@ -38,6 +38,8 @@ class Ticket:
 
     def put(self, event: Event | Exception) -> None:
         """Adds an event; called in the event loop."""
+        if self._end is not None:
+            return
         match event:
             case request_lib.ScoredPrompt():
                 self._scored = event
@@ -54,7 +56,8 @@ class Ticket:
         """The next event.
 
         Raises:
-            ValueError: The engine refused the request; `GrammarRefusedError` for its grammar.
+            ValueError: The engine refused the request (`GrammarRefusedError` for its grammar), or
+                its time was up.
             EngineStoppedError: The engine ended.
         """
         await self._has_news.wait()

@@ -111,7 +111,8 @@ class _Served:
     """A request in the engine, as the loop needs to know it."""
 
     stream: bool
-    arrived_s: float
+    sent_s: float
+    started_s: float | None = None
     first_token_s: float | None = None
 
 
@@ -190,7 +191,7 @@ class Worker:
             refused = messages.Refused(request_id=message.request_id, message=str(error))
             self._connection.send(refused)
             return
-        self._served[message.request_id] = _Served(stream=message.stream, arrived_s=self._clock())
+        self._served[message.request_id] = _Served(stream=message.stream, sent_s=message.sent_s)
 
     def _trace(self, act: Callable[[], None]) -> None:
         try:
@@ -206,7 +207,8 @@ class Worker:
         for delta in result.deltas:
             served = self._served[delta.request_id]
             if served.first_token_s is None:
-                served.first_token_s = now - served.arrived_s
+                served.started_s = result.started_s[delta.request_id] - served.sent_s
+                served.first_token_s = now - served.sent_s
         done = [self._served.pop(completion.request_id) for completion in result.completions]
         streams = {c.request_id for c, s in zip(result.completions, done, strict=True) if s.stream}
         streams |= {name for name, served in self._served.items() if served.stream}
@@ -257,8 +259,9 @@ def _told(completion: request_lib.Completion, served: _Served) -> request_lib.Co
 def _times(completion: request_lib.Completion, served: _Served, now: float) -> messages.Times:
     failed = (str(request_lib.FinishReason.ERROR),) if completion.error is not None else ()
     return messages.Times(
-        first_token_s=served.first_token_s or 0.0,
-        end_s=now - served.arrived_s,
+        started_s=served.started_s,
+        first_token_s=served.first_token_s,
+        end_s=now - served.sent_s,
         num_tokens=sum(len(choice.token_ids) for choice in completion.choices),
         reasons=failed or tuple(str(choice.finish_reason) for choice in completion.choices),
     )

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -111,10 +111,10 @@ class _Work:
             prompts = await service.encode(self._request)
             tickets = service.submit(self._request, prompts)
             service.metrics.begin(self._request.params)
-            with service.client.aborting(tickets):
+            with self._held(tickets):
                 completions = []
                 for ticket in tickets:
-                    completion = await self._bounded(ticket.completion())
+                    completion = await _told(ticket.completion())
                     service.count(ticket)
                     completions.append(completion)
             return service.writer.body(self._request, completions, service.head())
@@ -126,7 +126,7 @@ class _Work:
             prompts = await service.encode(request)
             tickets = service.submit(request, prompts)
             service.metrics.begin(request.params)
-            with service.client.aborting(tickets):
+            with self._held(tickets):
                 writer = streaming.StreamWriter(service.writer, request, service.head(), prompts)
                 events = self._events(tickets)
                 async with contextlib.aclosing(events):
@@ -143,13 +143,35 @@ class _Work:
                         return
                 yield _events(writer.usage()) + streaming.DONE
 
+    @contextlib.contextmanager
+    def _held(self, tickets: Sequence[tickets_lib.Ticket]) -> Iterator[None]:
+        """Ends what takes too long; on the way out, takes what is left out of the engine."""
+        loop = asyncio.get_running_loop()
+        left_s = self._deadline - time.monotonic()
+        alarm = loop.call_at(loop.time() + left_s, self._end_all, tickets)
+        try:
+            with self._service.client.aborting(tickets):
+                yield
+        finally:
+            alarm.cancel()
+
+    def _end_all(self, tickets: Sequence[tickets_lib.Ticket]) -> None:
+        error = ApiError(
+            f"the request was not finished {time.monotonic() - self._began:.0f} s after it "
+            "arrived, its time limit",
+            code="timeout",
+            status_code=504,
+        )
+        for ticket in tickets:
+            ticket.put(error)
+
     async def _events(
         self, tickets: Sequence[tickets_lib.Ticket]
     ) -> AsyncGenerator[tuple[int, tickets_lib.Event], None]:
         """What comes of several prompts, each with its number, as it comes."""
         if len(tickets) == 1:
             while True:
-                event = await self._bounded(tickets[0].next())
+                event = await _told(tickets[0].next())
                 yield 0, event
                 if isinstance(event, request_lib.Completion):
                     return
@@ -159,10 +181,9 @@ class _Work:
         left = len(tickets)
         try:
             while left:
-                number, found = await self._bounded(ready.get())
+                number, found = await ready.get()
                 if isinstance(found, Exception):
-                    await self._bounded(_raise(found))
-                    continue
+                    raise _api_error(found)
                 yield number, found
                 left -= isinstance(found, request_lib.Completion)
         finally:
@@ -188,25 +209,6 @@ class _Work:
                 if event.error is not None:
                     raise responses.failed(event.error)
         return b""
-
-    async def _bounded(self, coroutine: Awaitable[Found]) -> Found:
-        """Awaits the engine until the request's deadline, or until the server stops."""
-        try:
-            async with asyncio.timeout(self._deadline - time.monotonic()):
-                return await coroutine
-        except TimeoutError as error:
-            raise ApiError(
-                f"the request was not finished {time.monotonic() - self._began:.0f} s after it "
-                "arrived, its time limit",
-                code="timeout",
-                status_code=504,
-            ) from error
-        except tickets_lib.GrammarRefusedError as error:
-            raise ApiError(str(error), param="response_format") from error
-        except ValueError as error:
-            raise ApiError(str(error)) from error
-        except tickets_lib.EngineStoppedError as error:
-            raise service_lib.stopped(error) from error
 
     def _note(self, delta: request_lib.Delta) -> None:
         """Measures the time since the last tokens, for each of the new ones."""
@@ -234,8 +236,24 @@ async def _pump(
         await ready.put((number, event))
 
 
-async def _raise(error: Exception) -> None:
-    raise error
+async def _told(coroutine: Awaitable[Found]) -> Found:
+    """Awaits a ticket; its errors become those of the API."""
+    try:
+        return await coroutine
+    except ApiError:
+        raise
+    except (ValueError, tickets_lib.EngineStoppedError) as error:
+        raise _api_error(error) from error
+
+
+def _api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, tickets_lib.EngineStoppedError):
+        return service_lib.stopped(error)
+    if isinstance(error, tickets_lib.GrammarRefusedError):
+        return ApiError(str(error), param="response_format")
+    return ApiError(str(error))
 
 
 def _event(data: Any) -> bytes:

@@ -11,6 +11,7 @@ from prometheus_client import core
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine_process import client as client_lib
 from nanoflow_jax.engine_process import messages
+from nanoflow_jax.serve import memory
 
 PREFIX = "nanoflow"
 _SECONDS = (
@@ -51,7 +52,16 @@ class Metrics:
             "inter_token_latency_seconds", "Between tokens of a stream.", _SECONDS
         )
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _SECONDS)
+        self.queue = histogram(
+            "request_queue_time_seconds", "Arrival until the prompt began to run.", _SECONDS
+        )
+        self.prefill = histogram(
+            "request_prefill_time_seconds", "Prompt began to run to first token.", _SECONDS
+        )
         self.decode = histogram("request_decode_time_seconds", "First to last token.", _SECONDS)
+        self.inference = histogram(
+            "request_inference_time_seconds", "Prompt began to run to last token.", _SECONDS
+        )
         self.step_tokens = histogram("iteration_tokens_total", "Tokens of a step.", _TOKENS)
         self.prompt_len = histogram("request_prompt_tokens", "Prompt tokens.", _TOKENS)
         self.output_len = histogram("request_generation_tokens", "Generated tokens.", _TOKENS)
@@ -83,44 +93,39 @@ class Metrics:
         if params.max_tokens is not None:
             self.params_max.observe(params.max_tokens)
 
-    def finish(
-        self,
-        *,
-        prompt_tokens: int,
-        output_tokens: int,
-        reasons: Sequence[str],
-        first_token_s: float | None,
-        total_s: float,
-    ) -> None:
+    def finish(self, times: messages.Times, *, prompt_tokens: int) -> None:
         """Counts a request that has ended.
 
         Args:
-            prompt_tokens: Of one prompt.
-            output_tokens: Of all its choices.
-            reasons: Why each choice ended.
-            first_token_s: Arrival to first token; None if there was none.
-            total_s: Arrival to end.
+            times: How it went.
+            prompt_tokens: Of its prompt.
         """
         self.prompt_tokens.inc(prompt_tokens)
-        self.generation_tokens.inc(output_tokens)
+        self.generation_tokens.inc(times.num_tokens)
         self.totals["prompt_tokens"] += prompt_tokens
-        self.totals["generation_tokens"] += output_tokens
-        for reason in reasons:
+        self.totals["generation_tokens"] += times.num_tokens
+        for reason in times.reasons:
             self.requests.labels(reason).inc()
             self.totals[reason] += 1
         self.prompt_len.observe(prompt_tokens)
-        self.output_len.observe(output_tokens)
-        self.e2e.observe(total_s)
-        self.recent["e2e_s"].append(total_s)
-        if first_token_s is None:
-            return
+        self.output_len.observe(times.num_tokens)
+        self.e2e.observe(times.end_s)
+        self.recent["e2e_s"].append(times.end_s)
+        if times.first_token_s is not None and times.started_s is not None:
+            self._count_parts(times, times.started_s, times.first_token_s)
+
+    def _count_parts(self, times: messages.Times, started_s: float, first_token_s: float) -> None:
+        decode_s = times.end_s - first_token_s
+        self.queue.observe(started_s)
+        self.prefill.observe(first_token_s - started_s)
+        self.decode.observe(decode_s)
+        self.inference.observe(times.end_s - started_s)
         self.ttft.observe(first_token_s)
-        self.decode.observe(total_s - first_token_s)
         self.recent["ttft_s"].append(first_token_s)
-        each = output_tokens / max(1, len(reasons))
+        each = times.num_tokens / max(1, len(times.reasons))
         if each > 1:
-            self.tpot.observe((total_s - first_token_s) / (each - 1))
-            self.recent["tpot_s"].append((total_s - first_token_s) / (each - 1))
+            self.tpot.observe(decode_s / (each - 1))
+            self.recent["tpot_s"].append(decode_s / (each - 1))
 
     def text(self) -> bytes:
         """All of it in Prometheus' text form."""
@@ -158,6 +163,8 @@ class _LoadCollector:
         yield counter("engine_cpu_seconds", "Processor time of this engine.", load.cpu_s)
         yield counter("engine_starts", "Engines started.", self._client.num_starts)
         yield counter("front_cpu_seconds", "Processor time of the server.", time.process_time())
+        for name, held in memory.of_server(self._client.pid).items():
+            yield gauge(f"{name}_resident_memory_bytes", f"Memory of the {name} in RAM.", held)
         yield gauge("start_time_seconds", "When the server started.", self._started)
         if ready is not None:
             info = core.GaugeMetricFamily(

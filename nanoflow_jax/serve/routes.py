@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from nanoflow_jax.openai import requests
 from nanoflow_jax.openai.errors import ApiError
-from nanoflow_jax.serve import body, completion_schemas, completions, schemas
+from nanoflow_jax.serve import body, completion_schemas, completions, memory, schemas
 from nanoflow_jax.serve import service as service_lib
 
 JsonResponse = completions.JsonResponse
@@ -222,4 +222,5 @@ def _stats(service: service_lib.Service) -> dict[str, Any]:
         "latency": service.metrics.percentiles(),
         "operations": [],
         "cpu_s": {"engine": load.cpu_s, "front": time.process_time()},
+        "memory_bytes": memory.of_server(service.client.pid),
     }

@@ -188,15 +188,8 @@ class Service:
 
     def count(self, ticket: tickets.Ticket) -> None:
         """Adds a finished request to the statistics."""
-        times = ticket.times
-        assert times is not None
-        self.metrics.finish(
-            prompt_tokens=len(ticket.prompt_ids),
-            output_tokens=times.num_tokens,
-            reasons=times.reasons,
-            first_token_s=times.first_token_s if times.num_tokens else None,
-            total_s=times.end_s,
-        )
+        assert ticket.times is not None
+        self.metrics.finish(ticket.times, prompt_tokens=len(ticket.prompt_ids))
 
     def submit(
         self, request: requests.ApiRequest, prompts: Sequence[Sequence[int]]

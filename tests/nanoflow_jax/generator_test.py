@@ -49,6 +49,16 @@ def _one(tokens, *, words=_WORDS, reason=FinishReason.LENGTH, last=None, **param
     return engine, choice
 
 
+def test_a_request_began_to_run_with_the_first_of_its_choices():
+    first_tokens = {
+        f"a/{index}": [RequestUpdate(request_id=f"a/{index}", token_ids=(5,), started_s=started_s)]
+        for index, started_s in enumerate((2.5, 1.5))
+    }
+    made = generator.Generator(_FakeEngine(first_tokens), None)
+    made.submit("a", [1], _params(n=2))
+    assert made.step().started_s == {"a": 1.5}
+
+
 def test_tokens_become_text():
     tokens = _ids("Hello, wörld \u2615!")
     engine, choice = _one(tokens)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import time
 
 import jax
 import numpy as np
@@ -126,6 +127,18 @@ def test_the_update_that_ends_a_request_names_the_stop_token(engine):
     while engine.has_work:
         updates += engine.step()
     assert [(u.token_ids, u.stop_token_id) for u in updates] == [((tokens[0],), tokens[0])]
+
+
+def test_the_first_token_says_when_its_prompt_began_to_run(engine):
+    engine.add(ask("a", [7] * 60, max_tokens=3, ignore_eos=True))  # takes three steps
+    before = time.monotonic()
+    updates = engine.step()
+    after = time.monotonic()
+    while engine.has_work:
+        updates += engine.step()
+    first, *others = updates
+    assert before <= first.started_s <= after
+    assert [update.started_s for update in others] == [None, None]
 
 
 def test_end_of_text_ends_a_request_unless_it_is_ignored(engine):

@@ -40,6 +40,18 @@ def test_unread_deltas_of_a_choice_are_merged_and_the_end_comes_last():
     assert last.prompt_ids == (1, 2)
 
 
+def test_what_comes_after_the_end_is_dropped():
+    async def read() -> None:
+        ticket = tickets.Ticket("r", [1])
+        ticket.put(ValueError("too late"))
+        ticket.put(_end())
+        ticket.put(_delta("a"))
+        with pytest.raises(ValueError, match="too late"):
+            await ticket.next()
+
+    asyncio.run(read())
+
+
 def test_a_reader_waits_for_news_and_an_error_follows_what_came_before_it():
     async def read() -> str:
         ticket = tickets.Ticket("r", [1])

@@ -17,7 +17,7 @@ def _submit() -> messages.Submit:
         grammar=request_lib.Grammar(kind=request_lib.GrammarKind.REGEX, text="[0-9]+"),
     )
     return messages.Submit(
-        request_id="r", prompt_ids=(1, 2), params=params, priority=3, stream=True
+        request_id="r", prompt_ids=(1, 2), params=params, priority=3, stream=True, sent_s=1.5
     )
 
 

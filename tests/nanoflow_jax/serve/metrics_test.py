@@ -9,13 +9,14 @@ _DOCUMENT = pathlib.Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 def _finished(made: metrics.Metrics, first_s: float, total_s: float) -> None:
-    made.finish(
-        prompt_tokens=3,
-        output_tokens=5,
-        reasons=("stop",),
+    times = messages.Times(
+        started_s=first_s / 4,
         first_token_s=first_s,
-        total_s=total_s,
+        end_s=total_s,
+        num_tokens=5,
+        reasons=("stop",),
     )
+    made.finish(times, prompt_tokens=3)
 
 
 def test_every_documented_name_is_there():
@@ -27,7 +28,28 @@ def test_every_documented_name_is_there():
     names = set(re.findall(r"`(nanoflow_\w+)", _DOCUMENT.read_text("utf-8"))) - {"nanoflow_"}
     assert len(names) > 20
     missing = {name for name in names if name not in text}
-    assert missing == {"nanoflow_cache_config_info"}  # known once the engine is ready
+    # Known once the engine is there.
+    assert missing == {"nanoflow_cache_config_info", "nanoflow_engine_resident_memory_bytes"}
+
+
+def test_the_time_of_a_request_is_told_in_parts():
+    made = metrics.Metrics()
+    _finished(made, 2.0, 10.0)
+    text = made.text().decode()
+    for part, seconds in (("queue", 0.5), ("prefill", 1.5), ("decode", 8), ("inference", 9.5)):
+        assert f"nanoflow_request_{part}_time_seconds_sum {seconds:.1f}\n" in text
+
+
+def test_a_request_without_a_token_has_no_parts():
+    made = metrics.Metrics()
+    times = messages.Times(
+        started_s=None, first_token_s=None, end_s=1.0, num_tokens=0, reasons=("error",)
+    )
+    made.finish(times, prompt_tokens=3)
+    text = made.text().decode()
+    assert "nanoflow_e2e_request_latency_seconds_count 1.0\n" in text
+    for part in ("queue", "prefill", "decode", "inference"):
+        assert f"nanoflow_request_{part}_time_seconds_count 0.0\n" in text
 
 
 def test_percentiles_are_of_finished_requests():

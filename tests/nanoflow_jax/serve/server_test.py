@@ -35,6 +35,32 @@ def test_a_stream_is_the_answer_in_pieces(server):
     assert events[-1]["usage"] == whole["usage"]
 
 
+def test_a_request_that_takes_too_long_ends_with_an_error_and_frees_its_pages(server):
+    slow = {"prompt": "import", "max_tokens": 250, "ignore_eos": True, "timeout_s": 0.02}
+    for body in (slow, {**slow, "prompt": ["import", "def"]}):
+        status, answer = server.ask("/v1/completions", body)
+        assert (status, answer["error"]["code"]) == (504, "timeout"), answer
+        assert "s after it arrived, its time limit" in answer["error"]["message"]
+        assert _error_in_stream(server, body)["code"] == "timeout"
+    server.wait_idle()
+
+
+def _error_in_stream(server: served.Served, body: dict[str, Any]) -> dict[str, Any]:
+    """The error that ends a stream which has begun, however fast this machine is."""
+    for times in range(1, 100):
+        try:
+            limit = {"timeout_s": 0.02 * 1.3**times}
+            last = server.events("/v1/completions", {**body, **limit})[-1]
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code != 504:  # the time was up before the first token
+                raise
+        else:
+            found: dict[str, Any] = last["error"]
+            return found
+    raise AssertionError("no stream began")
+
+
 @pytest.mark.parametrize(
     ("path", "methods"),
     [("/v1/files", "GET, POST"), ("/v1/files/x", "DELETE, GET"), ("/v1/completions", "POST")],
