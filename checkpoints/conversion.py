@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from checkpoints import files
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, WritingError
 from checkpoints.folder import ModelFolder
 from checkpoints.orbax_folder import UNFINISHED, Manifest
 from checkpoints.tensor_types import TensorSpec
@@ -39,20 +39,26 @@ def writing(output: Path) -> Iterator[None]:
     The record of unfinished work is removed at the end, if nothing was raised.
 
     Raises:
-        CheckpointError: another conversion is writing there, or writing failed.
+        CheckpointError: another conversion is writing there, or it cannot be a folder.
+        WritingError: writing failed.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
+    except OSError as error:
+        raise CheckpointError(
+            f"{output}: no folder can be made there ({error}); give another --output"
+        ) from error
+    with _locked(output):
+        try:
             yield
             (output / UNFINISHED).unlink(missing_ok=True)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: TensorStore's, for a failed write.
-        raise CheckpointError(
-            f"{output}: writing failed ({error}); make room or check permissions, then run convert "
-            f"again: it goes on where it stopped"
-        ) from error
+        except CheckpointError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: TensorStore's, for a failed write.
+            raise WritingError(
+                f"{output}: writing failed ({error}); make room or check permissions, then run "
+                f"convert again: it goes on where it stopped"
+            ) from error
 
 
 def begin(source: ModelFolder, output: Path, *, layout: str) -> Manifest:
@@ -141,13 +147,13 @@ def each_part(
         progress: Called with the bytes of weights copied so far and in all.
 
     Raises:
-        CheckpointError: the disk of `output` has less room than the parts take.
+        WritingError: the disk of `output` has less room than the parts take.
     """
     total = sum(spec.nbytes for spec in source.tensors.values())
     left = sum(map(part_nbytes, parts.values()))
     free = shutil.disk_usage(output).free
     if free < left:
-        raise CheckpointError(
+        raise WritingError(
             f"{output}: {left} bytes are still to be written and the disk has {free} free; "
             f"make room, or give another --output"
         )

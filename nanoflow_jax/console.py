@@ -1,9 +1,15 @@
-"""How programs end: an exit code and one message, never a traceback for what a user can mend."""
+"""How programs begin and end: flags, an exit code and one message.
 
+What a user can mend never ends in a traceback. Exit codes of every program: 0 done (and --help),
+1 failed while it ran, 2 wrong flags or files, 130 interrupted.
+"""
+
+import sys
 import traceback
 from collections.abc import Callable
 
 import jax
+from absl import app, flags
 
 WRONG_INPUT = 2  # before the work began: flags, files, model
 FAILED = 1  # while it ran
@@ -12,6 +18,30 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 
 class RunError(Exception):
     """A program's work failed after it had begun; the message says how to go on."""
+
+
+def start(main: Callable[[list[str]], int]) -> None:
+    """Reads the flags, runs a program, and ends the process with its exit code.
+
+    Args:
+        main: Called with the program's name and the arguments that are no flags.
+    """
+    app.run(main, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Sets `absl.flags.FLAGS`; ends the process for flags that are wrong, and for --help.
+
+    Returns:
+        The arguments that are no flags.
+    """
+    try:
+        return list(flags.FLAGS(argv))
+    except flags.Error as error:
+        sys.stderr.write(f"error: {str(error).strip()}\n--help lists all flags\n")
+        sys.exit(WRONG_INPUT)
+    except SystemExit:
+        sys.exit(0)  # absl has shown the help and would end as if that were an error.
 
 
 def run(program: Callable[[], int], *, say: Callable[[str], None], debug: bool) -> int:

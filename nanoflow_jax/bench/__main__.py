@@ -2,18 +2,21 @@
 
 `python -m nanoflow_jax.bench throughput --workload=FILE [--model=DIR ...]`
 `python -m nanoflow_jax.bench serving --workload=FILE --url=URL [--concurrency=64 --nostream]`
+
+Exit codes: 0 done, 1 failed while measuring, 2 wrong flags or files, 130 interrupted.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import app
 from absl import flags as absl_flags
 
-from nanoflow_jax import config, flags
+from nanoflow_jax import config, console, flags
 from nanoflow_jax.bench import serving, throughput
 from nanoflow_jax.engine import build
 from nanoflow_jax.workload import file as workload_file
@@ -42,32 +45,40 @@ def _mixes() -> dict[str, tuple[workload_file.WorkRequest, ...]]:
     return {_FLAGS.mix: mixes[_FLAGS.mix]} if _FLAGS.mix else mixes
 
 
-def _write(rows: list[dict[str, Any]]) -> None:
-    if _FLAGS.json:
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        pathlib.Path(_FLAGS.json).write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def _rows() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes a row for each run, once the file of --json is known to be one that can be written."""
+    if not _FLAGS.json:
+        yield lambda row: None
+        return
+    try:
+        file = open(_FLAGS.json, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"--json={_FLAGS.json} cannot be written: {error.strerror}") from error
+    with file:
+        yield lambda row: print(json.dumps(row), file=file)
 
 
 def _throughput() -> None:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
-    start = time.perf_counter()
-    engine = build.build_engine(
-        engine_config,
-        build.open_model(engine_config.model),
-        build.Reports(settings=lambda s: print(s, file=sys.stderr)),
-    )
-    compile_s = sum(engine.compile_seconds.values())
-    print(f"start {time.perf_counter() - start:.1f} s, compile {compile_s:.1f} s of processor time")
-    rows = []
-    for name, mix in mixes.items():
-        throughput.run(engine, mix[:2], name="warm-up")
-        for repeat in range(_FLAGS.repeats):
-            result = throughput.run(engine, mix, name=f"{name}-{repeat}")
-            print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
-            rows.append({"mix": name, "output_per_s": result.output_per_s, **vars(result)})
-    print(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
-    _write(rows)
+    with _rows() as write:
+        start = time.perf_counter()
+        engine = build.build_engine(
+            engine_config,
+            build.open_model(engine_config.model),
+            build.Reports(settings=lambda s: print(s, file=sys.stderr)),
+        )
+        compile_s = sum(engine.compile_seconds.values())
+        started_s = time.perf_counter() - start
+        print(f"start {started_s:.1f} s, compile {compile_s:.1f} s of processor time")
+        for name, mix in mixes.items():
+            throughput.run(engine, mix[:2], name="warm-up")
+            for repeat in range(_FLAGS.repeats):
+                result = throughput.run(engine, mix, name=f"{name}-{repeat}")
+                print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
+                write({"mix": name, "output_per_s": result.output_per_s, **vars(result)})
+        print(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
 
 
 def _serving() -> None:
@@ -77,44 +88,54 @@ def _serving() -> None:
         stream=_FLAGS.stream,
         api_key=_FLAGS.api_key,
     )
-    rows = []
-    for name, mix in _mixes().items():
-        serving.run(target, mix[:2])
-        for repeat in range(_FLAGS.repeats):
-            found = serving.run(target, mix)
-            result = found.result
-            print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
-            shown = ", ".join(f"{who} {seconds:.1f} s" for who, seconds in found.cpu_s.items())
-            print(f"processor time: {shown or 'the server does not tell'}")
-            rows.append(
-                {
-                    "mix": name,
-                    "stream": target.stream,
-                    "concurrency": target.concurrency,
-                    "output_per_s": result.output_per_s,
-                    "cpu_s": found.cpu_s,
-                    **vars(result),
-                }
-            )
-    _write(rows)
+    mixes = _mixes()
+    with _rows() as write:
+        for name, mix in mixes.items():
+            _ask(target, mix[:2])
+            for repeat in range(_FLAGS.repeats):
+                found = _ask(target, mix)
+                result = found.result
+                print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
+                shown = ", ".join(f"{who} {seconds:.1f} s" for who, seconds in found.cpu_s.items())
+                print(f"processor time: {shown or 'the server does not tell'}")
+                write(
+                    {
+                        "mix": name,
+                        "stream": target.stream,
+                        "concurrency": target.concurrency,
+                        "output_per_s": result.output_per_s,
+                        "cpu_s": found.cpu_s,
+                        **vars(result),
+                    }
+                )
+
+
+def _ask(target: serving.Target, mix: Sequence[workload_file.WorkRequest]) -> serving.Serving:
+    try:
+        return serving.run(target, mix)
+    except OSError as error:
+        raise console.RunError(
+            f"{target.url} did not answer ({error}); start the server, or give its --url"
+        ) from error
 
 
 _BENCHMARKS = {"throughput": _throughput, "serving": _serving}
 
 
-def main(argv: list[str]) -> int:
-    """Runs the benchmark named on the command line."""
-    if len(argv) != 2 or argv[1] not in _BENCHMARKS:
-        print(f"error: name one benchmark: {', '.join(_BENCHMARKS)}", file=sys.stderr)
-        return 2
-    try:
-        _BENCHMARKS[argv[1]]()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _run(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in _BENCHMARKS:
+        raise ValueError(f"name one benchmark: {', '.join(_BENCHMARKS)}")
+    _BENCHMARKS[arguments[0]]()
     return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs the benchmark named on the command line; returns the exit code."""
+    return console.run(
+        lambda: _run(argv[1:]), say=lambda text: print(text, file=sys.stderr), debug=False
+    )
 
 
 if __name__ == "__main__":
     _define()
-    app.run(main)
+    console.start(main)

@@ -1,7 +1,8 @@
 """Converts a model: `python -m nanoflow_jax.convert --model=DIR --output=OUT`.
 
 A folder of Hugging Face safetensors becomes Orbax, and an Orbax folder becomes safetensors again.
-Run again after anything that stopped it: it goes on where it was. Exit codes as of `generate`.
+Run again after anything that stopped it: it goes on where it was. Exit codes: 0
+done, 1 writing failed, 2 wrong flags or folders, 130 interrupted.
 """
 
 import contextlib
@@ -9,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from checkpoints import folder, orbax_store, safetensors_store
+from checkpoints.errors import WritingError
 from nanoflow_jax import console, meter
 from nanoflow_jax import flags as knob_flags
 
@@ -60,8 +62,11 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> int:
     size = f"{len(source.tensors)} tensors, {total / 1e9:.3f} GB"
     _say(f"converting {size}, from {ways}, into {output}")
     store = safetensors_store if source.is_orbax else orbax_store
-    with _progress() as report:
-        store.convert(source, output, progress=report)
+    try:
+        with _progress() as report:
+            store.convert(source, output, progress=report)
+    except WritingError as error:
+        raise console.RunError(str(error)) from error
     if values.verify:
         _say("comparing with the hashes taken while copying")
         with _progress() as report:
@@ -83,4 +88,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     _define(flags.FLAGS)
-    app.run(main)
+    console.start(main)

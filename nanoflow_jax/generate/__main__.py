@@ -7,7 +7,7 @@ or files, 130 interrupted. A batch job that did not finish goes on when it is ru
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console, start_up
@@ -57,4 +57,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     command_line.define(flags.FLAGS)
-    app.run(main)
+    console.start(main)

@@ -6,7 +6,7 @@ Exit codes: 0 stopped by a signal, 1 the engine ended for good, 2 wrong flags or
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console
@@ -50,4 +50,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     _define(flags.FLAGS)
-    app.run(main)
+    console.start(main)

@@ -177,7 +177,7 @@ from checkpoints.folder import ModelFolder
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     orbax_store.convert(ModelFolder.open(sys.argv[1]), sys.argv[2])
-except errors.CheckpointError as error:
+except errors.WritingError as error:
     sys.exit(f"refused: {error}")
 """
 

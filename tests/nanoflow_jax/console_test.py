@@ -2,8 +2,46 @@
 
 import jax
 import pytest
+from absl import app, flags
 
 from nanoflow_jax import console
+
+
+@pytest.fixture
+def values(monkeypatch: pytest.MonkeyPatch) -> flags.FlagValues:
+    made = flags.FlagValues()
+    flags.DEFINE_integer("port", 8000, "Port.", flag_values=made)
+    flags.DEFINE_flag(app.HelpFlag(), made)
+    monkeypatch.setattr(console.flags, "FLAGS", made)
+    return made
+
+
+def test_flags_are_taken_and_other_arguments_are_left(values: flags.FlagValues) -> None:
+    assert console.parse_flags(["program", "--port=80", "word"]) == ["program", "word"]
+    assert values["port"].value == 80
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--prot=80", "error: Unknown command line flag 'prot'. Did you mean: port ?\n"),
+        ("--port=x", "error: flag --port=x: invalid literal for int() with base 10: 'x'\n"),
+    ],
+)
+def test_a_wrong_flag_is_a_message_and_exit_code_two(
+    values: flags.FlagValues, argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        console.parse_flags(["program", argument])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{message}--help lists all flags\n"
+
+
+def test_help_is_no_error(values: flags.FlagValues, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        console.parse_flags(["program", "--help"])
+    assert ended.value.code == 0
+    assert "--help" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The conversion program: messages, progress, kill -9."""
 
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -92,6 +93,15 @@ def test_a_folder_with_something_else_is_kept(
     assert _main(f"--model={batch_runs.FOLDER}", f"--output={tmp_path}") == 2
     assert "give --output a new or empty folder" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_full_disk_is_a_failure_of_the_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert _main(f"--model={batch_runs.FOLDER}", f"--output={tmp_path / 'out'}") == 1
+    assert "make room, or give another --output" in capfd.readouterr().err
 
 
 def test_a_killed_conversion_is_finished_by_the_same_command(tmp_path: pathlib.Path) -> None:

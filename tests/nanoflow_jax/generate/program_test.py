@@ -153,8 +153,8 @@ def test_f2_a_signal_keeps_finished_rows_and_says_how_to_go_on(
     assert int(found[1]) == len(batch_runs.read(output))
 
 
-def test_an_unknown_flag_is_refused_by_absl() -> None:
-    done = _run("--tempratur=1", code=1)
+def test_an_unknown_flag_is_refused() -> None:
+    done = _run("--tempratur=1", code=2)
     assert "Unknown command line flag 'tempratur'" in done.stderr
 
 

@@ -1,0 +1,45 @@
+"""The program's messages and exit codes, in processes of their own: its flags are global."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import batch_runs
+import pytest
+
+_WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["serving"], 2, "error: --workload=FILE is missing: a JSON file of request mixes\n"),
+        (["speed"], 2, "error: name one benchmark: throughput, serving\n"),
+        (
+            ["serving", "--workload=w.json", "--json=none/rows.json"],
+            2,
+            "error: --json=none/rows.json cannot be written: No such file or directory\n",
+        ),
+        (
+            ["serving", "--workload=w.json", "--url=http://127.0.0.1:1"],
+            1,
+            "error: http://127.0.0.1:1 did not answer (<urlopen error [Errno 111] Connection "
+            "refused>); start the server, or give its --url\n",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_one_message(
+    arguments: list[str], code: int, message: str, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "w.json").write_text(json.dumps(_WORKLOAD))
+    done = subprocess.run(
+        [sys.executable, "-m", "nanoflow_jax.bench", *arguments],
+        env=batch_runs.environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, message)
