@@ -154,8 +154,7 @@ class Generator:
             raise ValueError(f"request id {request_id!r} is already in use")
         if params.seed is None:
             raise ValueError("the request has no seed; set one, or draw one")
-        if params.stop and self._words is None:
-            raise ValueError("stop strings need a tokenizer, and this model has none")
+        check_stop(params, self._words)
         added: list[str] = []
         try:
             for index in range(params.n):
@@ -264,6 +263,16 @@ class Generator:
             if pending.wants_prompt_logprobs
             else None,
         )
+
+
+def check_stop(params: request_lib.SamplingParams, words: tokenizer.Tokenizer | None) -> None:
+    """Refuses stop strings where there is no text to find them in.
+
+    Raises:
+        ValueError: There are some, and no tokenizer.
+    """
+    if params.stop and words is None:
+        raise ValueError("stop strings need a tokenizer, and this model has none")
 
 
 def _continuing(
