@@ -40,7 +40,7 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(routes.router(service))
+    app.include_router(routes.router(service, needs_key=api_keys.are_needed))
     for router in more:
         app.include_router(router)
     app.add_exception_handler(ApiError, _on_api_error)

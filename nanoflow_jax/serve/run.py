@@ -155,6 +155,7 @@ class _Server:
             engine,
             say=say,
             on_step=counted.take_step,
+            on_abort=counted.count_abort,
             max_restarts=section.max_engine_restarts,
             stall_s=section.engine_stall_s,
         )

@@ -1,0 +1,98 @@
+"""The page in a real browser, against a real server that needs a key."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import browser
+import pytest
+import served
+
+_KEY = "secret-of-the-page"
+_QUESTION = "What does textwrap.dedent do?"
+# The small model may be done before a driver has found the button.
+_STOP_AT_ONCE = """
+new MutationObserver(() => {
+  if (document.querySelector('.written')?.textContent) document.querySelector('#stop').click();
+}).observe(document.querySelector('#log'), {subtree: true, childList: true, characterData: true});
+"""
+_ROWS = """
+return [...arguments[0].children].map(
+  (row) => [...row.children].map((e) => e.textContent).join(' '));
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, driver: Any) -> Iterator[served.Served]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "keys").write_text(f"{_KEY}\n")
+    with served.start(folder, *served.SMALL, f"--api_key_file={folder / 'keys'}") as made:
+        yield made
+
+
+@pytest.fixture
+def live(driver: Any, server: served.Served) -> Iterator[browser.Page]:
+    """The page, opened as by somebody who gives the key when the browser asks for it."""
+    found = browser.Page(driver, server.url.replace("://", f"://me:{_KEY}@"))
+    found.emulate()
+    yield found.open()
+    complaints = found.complaints()
+    driver.get("about:blank")
+    assert complaints == []
+
+
+def _answer(server: served.Served) -> str:
+    body = {
+        "messages": [{"role": "user", "content": _QUESTION}],
+        "temperature": 0,
+        "max_tokens": 40,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"content-type": "application/json", "authorization": f"Bearer {_KEY}"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
+
+
+def test_a_chat_shows_the_answer_of_the_model(live: browser.Page, server: served.Served) -> None:
+    live.until(lambda: live.text("#model-name") == "embedded" and live.text("#state") == "ready")
+    for name, value in (("temperature", "0"), ("max_tokens", "40")):
+        live.find(f"#{name}").clear()
+        live.find(f"#{name}").send_keys(value)
+    live.say(_QUESTION)
+    assert live.text(".assistant .written") == _answer(server)
+    assert "first token" in live.text(".figures-line")
+    live.find("#show-curl").click()
+    command = live.text("#curl-text")
+    assert f"'{server.url}/v1/chat/completions'" in command
+    assert "Authorization: Bearer $NANOFLOW_API_KEY" in command
+    assert _KEY not in command
+
+
+def test_what_the_server_refuses_is_shown_in_its_words(live: browser.Page) -> None:
+    live.choose("completion")
+    live.run("document.querySelector('#text').value = 'word '.repeat(400)")
+    live.find("#text").send_keys(browser.ENTER)
+    live.until(lambda: live.shown("#problem"))
+    assert live.text("#problem-text").startswith("400: the prompt has ")
+
+
+def test_a_stopped_completion_is_seen_in_the_view_of_the_engine(live: browser.Page) -> None:
+    live.choose("completion")
+    live.find("#n").send_keys("4")
+    live.find("#max_tokens").clear()
+    live.run(_STOP_AT_ONCE)
+    live.find("#text").send_keys("def main():", browser.ENTER)
+    live.until(lambda: live.all(".figures-line") and "stopped by you" in live.text(".figures-line"))
+    live.find("#tab-engine").click()
+    live.until(lambda: "Requests: aborted 1" in _rows(live, "#totals"))
+    live.until(lambda: "Running 0" in _rows(live, "#figures"))
+    assert "Pages used 0 %" in _rows(live, "#figures")
+    assert {"Model embedded", "Device cpu", "Most requests at once 4"} <= _rows(live, "#settings")
+
+
+def _rows(live: browser.Page, selector: str) -> set[str]:
+    return set(live.run(_ROWS, live.find(selector)))
