@@ -369,7 +369,8 @@ class Answer {
     parts.push(tokens === undefined ? plural(this._pieces, "piece") : plural(tokens, "token"));
     const writing = this._first === null ? 0 : (this._last - this._first) / 1000;
     const later = (tokens ?? 0) - this._choices.size; // The first of each starts the clock.
-    if (later > 0 && writing > 0) parts.push(`${count(later / writing)} tokens/s`);
+    // Tokens that came together tell nothing of the speed.
+    if (later > 0 && writing > 0.05) parts.push(`${count(later / writing)} tokens/s`);
     if (this._first !== null) parts.push(`first token ${seconds((this._first - this._start) / 1000)}`);
     if (this._usage) {
       const cached = this._usage.prompt_tokens_details?.cached_tokens;
