@@ -14,6 +14,7 @@ _FLAGS = (
     "--disable-dev-shm-usage --force-prefers-reduced-motion --window-size=1280,900"
 )
 ENTER = "\ue007"
+ESCAPE = "\ue00c"
 SHIFT_ENTER = "\ue008\ue007\ue008"
 
 

@@ -1,6 +1,7 @@
 """The page in a real browser, against a real server that needs a key."""
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,16 @@ def live(driver: Any, server: served.Served) -> Iterator[browser.Page]:
     complaints = found.complaints()
     driver.get("about:blank")
     assert complaints == []
+
+
+def test_without_the_key_the_page_is_refused_and_a_browser_asks_for_it(
+    server: served.Served,
+) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+        urllib.request.urlopen(f"{server.url}/", timeout=60)
+    with refused.value as answer:
+        assert answer.headers["www-authenticate"].startswith("Basic ")
+        assert "give the key as password, with any user name" in answer.read().decode()
 
 
 def _answer(server: served.Served) -> str:

@@ -69,6 +69,17 @@ def test_stop_leaves_the_server_and_keeps_what_came(page: browser.Page) -> None:
     assert roles == ["user", "assistant", "user"]
 
 
+def test_escape_stops_too_and_enter_sends_only_one_message_at_a_time(page: browser.Page) -> None:
+    page.open()
+    page.find("#text").send_keys("slow", browser.ENTER)
+    page.until(lambda: page.all(".written") and len(page.text(".written")) > 20)
+    page.find("#text").send_keys("next", browser.ENTER)
+    assert len(page.state.bodies) == 1
+    page.find("#text").send_keys(browser.ESCAPE)
+    page.until(lambda: "stopped by you" in page.text(".figures-line"))
+    assert page.find("#text").get_attribute("value") == "next"
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
