@@ -217,6 +217,11 @@ class ServerSection:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.PREFIX)
+        if not self.host:
+            raise ValueError(
+                "--host is empty; give the address to listen on: 127.0.0.1 for this machine "
+                "alone, 0.0.0.0 for all that can reach it"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -151,10 +151,7 @@ class Generator:
             raise ValueError(f"request id {request_id!r} is already in use")
         if params.seed is None:
             raise ValueError("the request has no seed; set one, or draw one")
-        if params.stop and self._words is None:
-            raise ValueError("stop strings need a tokenizer, and this model has none")
-        if params.bad_words and self._words is None:
-            raise ValueError("bad_words needs a tokenizer, and this model has none")
+        check_words(params, self._words)
         bad: tuple[tuple[int, ...], ...] = ()
         if self._words is not None:
             bad = bad_words.token_sequences(params.bad_words, self._words)
@@ -275,6 +272,18 @@ class Generator:
             if pending.wants_prompt_logprobs
             else None,
         )
+
+
+def check_words(params: request_lib.SamplingParams, words: tokenizer.Tokenizer | None) -> None:
+    """Refuses stop strings and bad words where there is no text to find them in.
+
+    Raises:
+        ValueError: There are some, and no tokenizer.
+    """
+    if params.stop and words is None:
+        raise ValueError("stop strings need a tokenizer, and this model has none")
+    if params.bad_words and words is None:
+        raise ValueError("bad_words needs a tokenizer, and this model has none")
 
 
 def choice_seed(seed: int, index: int) -> int:

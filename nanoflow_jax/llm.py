@@ -269,7 +269,10 @@ class LLM:
         return names
 
     def close(self) -> None:
-        """Lets go of the device and of the template's process."""
+        """Frees the device's memory and ends the processes of templates and grammars.
+
+        Results that were given stay; nothing more can be generated.
+        """
         self.engine.close()
         self.words.close()
 

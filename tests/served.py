@@ -67,8 +67,12 @@ class Served:
 
     def wait_ready(self) -> None:
         """Waits until it serves."""
+        self.wait_said("\nready: ")
+
+    def wait_said(self, text: str) -> None:
+        """Waits until it has printed something while it starts."""
         deadline = time.monotonic() + _START_S
-        while "\nready: " not in self.log:
+        while text not in self.log:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.05)

@@ -170,7 +170,7 @@ def build_engine(
     defaults = _CPU if device.platform == "cpu" else _GPU
     dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
     _use_compile_cache(config.compile.cache_dir)
-    context = _context_len(config.model.max_context_len, source.config)
+    context = context_len(config.model, source.config)
     asked = config.batch.dense_batch
     max_requests = config.batch.max_requests or min(
         defaults.max_requests, asked or defaults.max_requests
@@ -251,7 +251,13 @@ def _grammars(source: ModelSource) -> grammars.Grammars | None:
     )
 
 
-def _context_len(asked: int, config: architecture.ModelConfig) -> int:
+def context_len(section: config_lib.ModelSection, config: architecture.ModelConfig) -> int:
+    """Most tokens of one request, prompt included.
+
+    Raises:
+        ValueError: More is asked for than the model has.
+    """
+    asked = section.max_context_len
     if asked > config.max_context_len:
         raise ValueError(
             f"--max_context_len={asked} is more than the model's {config.max_context_len}"

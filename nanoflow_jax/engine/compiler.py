@@ -69,10 +69,14 @@ def compile_all(
     done = {}
     with _cache_trouble_told_once(), concurrent.futures.ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(compile_one, job) for job in jobs]
-        for future in concurrent.futures.as_completed(futures):
-            compiled = future.result()
-            done[compiled.name] = compiled
-            progress(compiled, len(jobs))
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                compiled = future.result()
+                done[compiled.name] = compiled
+                progress(compiled, len(jobs))
+        except BaseException:  # Ctrl-C too: what has not begun would only delay the end.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return done
 
 

@@ -366,7 +366,10 @@ class Engine:
         assert len(self._keys) == len(self._sequences), "a request has two names"
 
     def close(self) -> None:
-        """Lets go of the device; the engine cannot be used afterwards."""
+        """Waits for the step in flight, frees the device's memory and ends the grammars' process.
+
+        Requests that are left get nothing more, and nothing can be added.
+        """
         self._commit()
         self._runner.close()
         if self._grammars is not None:

@@ -274,8 +274,11 @@ class Runner:
         self.collect(self.sample(forwarded, SampleInputs(variant=variant, vector=pack.new()[0])))
 
     def close(self) -> None:
-        """Stops watching for compilations."""
+        """Frees the device's memory; nothing can be run afterwards."""
         self.watch.close()
+        state = (self._weights, self._caches, self._last_tokens, self._table)
+        for array in jax.tree.leaves(state):
+            array.delete()
 
 
 def _abstract(tree: Any) -> Any:

@@ -50,6 +50,7 @@ class EngineClient:
         *,
         say: Callable[[str], None],
         on_step: Callable[[messages.Stepped], None] = lambda stepped: None,
+        on_abort: Callable[[], None] = lambda: None,
         max_restarts: int = 3,
         stall_s: float = 300.0,
     ) -> None:
@@ -59,12 +60,14 @@ class EngineClient:
             config: The engine's knobs.
             say: Shows a line of the start to people.
             on_step: Called with what each step gave.
+            on_abort: Called for each request that is taken back before its end.
             max_restarts: In ten minutes; after one more end of the engine, `run` raises.
             stall_s: An engine that has requests and says nothing for so long is ended.
         """
         self._config = config
         self._say = say
         self._on_step = on_step
+        self._on_abort = on_abort
         self._max_restarts = max_restarts
         self._stall_s = stall_s
         self._codec = wire.Codec(messages.FromEngine)
@@ -139,6 +142,7 @@ class EngineClient:
         """Takes a request out of the engine, if it is still there; frees its pages."""
         if self._tickets.pop(ticket.request_id, None) is not None:
             self._send(messages.Abort(request_id=ticket.request_id))
+            self._on_abort()
 
     def drop_all(self, reason: str) -> None:
         """Ends every request, telling those who wait for it why."""

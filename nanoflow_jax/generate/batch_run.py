@@ -53,7 +53,7 @@ def run(
         process_count=values.process_count,
         restart=values.restart,
     )
-    with job.open_job(options, config.model) as opened:
+    with _open(options, config) as opened:
         if opened.num_done:
             say(f"{opened.path}: {opened.num_done} of {opened.num_rows} rows are there already")
         if opened.is_finished:
@@ -74,6 +74,19 @@ def run(
             return console.INTERRUPTED
         say(f"answers are in {opened.path}")
     return 0
+
+
+@contextlib.contextmanager
+def _open(options: resume.Options, config: config_lib.EngineConfig) -> Iterator[resume.Job]:
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(job.open_job(options, config.model))
+        except OSError as error:
+            raise ValueError(
+                f"--output={options.output}: {error.filename} cannot be used ({error.strerror}); "
+                "mend that, or give another --output"
+            ) from error
+        yield opened
 
 
 def _answer(

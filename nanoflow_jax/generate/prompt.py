@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import generator
+from nanoflow_jax import request as request_lib
 from nanoflow_jax.console import RunError
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import build, sequence
 from nanoflow_jax.request import SamplingParams
 from nanoflow_jax.tokenizer import tokenizer
 
@@ -35,7 +36,7 @@ def run(
     write: Callable[[str], None],
     reports: build.Reports,
 ) -> Speed:
-    """Loads a model and continues one prompt.
+    """Loads a model and continues one prompt, which is checked before a weight is read.
 
     Args:
         config: The engine's knobs.
@@ -61,6 +62,8 @@ def run(
                 "in the place of --prompt"
             )
         prompt = words.encode(prompt)
+    generator.check_words(params, words)
+    _check(config.model, source, prompt, params)
     if not config.batch.max_requests and not config.batch.buckets:
         # Programs for more requests than there are would only be compiled.
         batch = dataclasses.replace(config.batch, max_requests=params.n)
@@ -70,6 +73,21 @@ def run(
         return _generate(generator.Generator(engine, words), list(prompt), params, write, words)
     finally:
         engine.close()
+
+
+def _check(
+    section: config_lib.ModelSection,
+    source: build.ModelSource,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+) -> None:
+    one = dataclasses.replace(params, n=1)
+    sequence.make_sequence(
+        request_lib.Request(request_id="prompt", prompt_ids=prompt_ids, params=one),
+        vocab_size=source.config.vocab_size,
+        max_context_len=build.context_len(section, source.config),
+        eos_ids=source.eos_ids,
+    )
 
 
 def _generate(

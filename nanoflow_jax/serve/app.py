@@ -42,7 +42,7 @@ def build_app(
         redirect_slashes=False,
     )
     app.needs_key = api_keys.are_needed
-    for router in (routes.router(service), *more):
+    for router in (routes.router(service, needs_key=api_keys.are_needed), *more):
         app.include_router(router)
         app.known_routes += router.routes
     app.add_exception_handler(ApiError, _on_api_error)

@@ -92,7 +92,8 @@ class Gate:
             headers.get(b"authorization")
         ):
             return ApiError(
-                "this server needs an API key: send the header 'Authorization: Bearer KEY'",
+                "this server needs an API key: send the header 'Authorization: Bearer KEY'; in a "
+                "browser, load the page again and give the key as password, with any user name",
                 status_code=401,
                 code="invalid_api_key",
             )

@@ -127,6 +127,11 @@ class Metrics:
             self.tpot.observe(decode_s / (each - 1))
             self.recent["tpot_s"].append(decode_s / (each - 1))
 
+    def count_abort(self) -> None:
+        """Counts a request whose client left, or whose time was up."""
+        self.requests.labels("abort").inc()
+        self.totals["abort"] += 1
+
     def text(self) -> bytes:
         """All of it in Prometheus' text form."""
         return bytes(prometheus_client.generate_latest(self.registry))

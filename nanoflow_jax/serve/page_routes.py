@@ -1,7 +1,7 @@
 """Serves the page at `/`: its files, and the headers that keep text from becoming script.
 
-The files hold no secrets, so they need no key (a browser cannot send one when it opens an address);
-everything that the page then asks for does.
+A key covers the page like every route: browsers ask for it when they open the page, and send it
+with all that the page asks for.
 """
 
 import dataclasses
@@ -59,7 +59,6 @@ _FILES: Mapping[str, str] = {
     },
 }
 
-# Paths that are served without a key.
 PAGE_PATHS = frozenset(_FILES)
 
 
@@ -73,7 +72,7 @@ class _PageFile:
 
 
 def make_router() -> fastapi.APIRouter:
-    """Routes of the page: `PAGE_PATHS`, by GET and HEAD, outside the OpenAPI schema."""
+    """Routes of the page's files, `PAGE_PATHS`, by GET and HEAD, outside the OpenAPI schema."""
     router = fastapi.APIRouter(include_in_schema=False)
     for path, name in _FILES.items():
         _add(router, path, _read(name))

@@ -20,8 +20,13 @@ JsonResponse = completions.JsonResponse
 _FEW_TOKENS = 2000
 
 
-def router(service: service_lib.Service) -> fastapi.APIRouter:
-    """All routes of a server but those of its page, its files and its batches."""
+def router(service: service_lib.Service, *, needs_key: bool = False) -> fastapi.APIRouter:
+    """All routes of a server but those of its page, its files and its batches.
+
+    Args:
+        service: What they share.
+        needs_key: Whether clients need a key, for the page to say.
+    """
     made = fastapi.APIRouter()
     words = service.words
 
@@ -102,7 +107,7 @@ def router(service: service_lib.Service) -> fastapi.APIRouter:
     @made.get("/page/stats", include_in_schema=False)
     async def page_stats() -> Response:
         """The state of the engine, as the page at / shows it."""
-        return JsonResponse(_stats(service))
+        return JsonResponse({**_stats(service), "needs_key": needs_key})
 
     if service.section.profile_dir:
         _add_profile_routes(made, service)

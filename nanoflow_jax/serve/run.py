@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -74,6 +75,7 @@ def serve(
         listener = stack.enter_context(contextlib.closing(bind(section)))
         place = state_folder(section.data_dir)
         jobs = _batches(section, stack.enter_context(data_dir.opened(place))) if place else None
+        say(f"starting: {model_name}")
         if section.host not in ("127.0.0.1", "::1", "localhost") and not api_keys.are_needed:
             say(
                 f"warning: --host={section.host} lets other machines in and there is no "
@@ -109,10 +111,18 @@ def bind(section: config_lib.ServerSection) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"--host={section.host} --port={section.port} cannot be used: {error.strerror}; give "
-            "another --port, or end the program that has it"
+            f"--host={section.host} --port={section.port} cannot be used: {error.strerror}; "
+            f"{_advice(error)}"
         ) from error
     return listener
+
+
+def _advice(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "give another --port, or end the program that has it"
+    if error.errno == errno.EACCES:
+        return "give a --port from 1024 up"
+    return "give --host an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
 
 
 class _Uvicorn(uvicorn.Server):
@@ -162,6 +172,7 @@ class _Server:
             engine,
             say=say,
             on_step=counted.take_step,
+            on_abort=counted.count_abort,
             max_restarts=section.max_engine_restarts,
             stall_s=section.engine_stall_s,
         )
@@ -265,6 +276,8 @@ class _Server:
                     f"draining: {left} requests have {self._section.drain_seconds:g} s to finish; "
                     "a second signal stops at once"
                 )
+            else:
+                self._say("stopping")
             self._drained = asyncio.get_running_loop().create_task(self._drain())
         else:
             self._say("stopping at once")

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from golden import cases
@@ -241,3 +242,12 @@ def test_a_grammar_shapes_every_choice(llm):
     (result,) = llm.generate([5, 6, 7], params)
     assert {choice.finish_reason for choice in result.choices} == {FinishReason.STOP}
     assert {choice.text.strip() for choice in result.choices} <= {"yes", "no"}
+
+
+def test_a_closed_model_has_freed_its_memory_and_may_be_closed_again():
+    before = {id(array) for array in jax.live_arrays()}
+    with LLM(_CASE.path, dtype="float32", **_KNOBS) as made:
+        text = made.generate("a", _GREEDY)[0].text
+    left = [array.shape for array in jax.live_arrays() if id(array) not in before]
+    assert (left, bool(text)) == ([], True)
+    made.close()

@@ -1,6 +1,5 @@
-// Talks to the server: the key, errors in words, server-sent events, and a request as a curl command.
-
-const KEY = "nanoflow_api_key";
+// Talks to the server: errors in words, server-sent events, and a request as a curl command.
+// A key, where one is needed, was given to the browser when it opened the page; it sends it by itself.
 
 /** An answer that is not the one wanted, in words for people. */
 export class ApiError extends Error {
@@ -10,24 +9,20 @@ export class ApiError extends Error {
   }
 }
 
-export const getKey = () => sessionStorage.getItem(KEY) ?? "";
-
-/** Keeps the key for this tab; an empty one forgets it. */
-export function setKey(key) {
-  if (!/^[\x21-\x7e]*$/.test(key)) {
-    throw new ApiError("An API key has no spaces and only ASCII characters.");
-  }
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+/**
+ * The address of a path of the server, which is relative: the page also works under a proxy's prefix.
+ * A name and a password in the page's own address are left out: no request may carry them.
+ */
+function addressOf(path) {
+  const url = new URL(path, document.baseURI);
+  url.username = url.password = url.hash = "";
+  return url.href;
 }
 
-/** Asks the server; paths are relative, so that the page also works under a proxy's prefix. */
 async function ask(path, options = {}) {
-  const headers = { ...options.headers };
-  if (getKey()) headers.Authorization = `Bearer ${getKey()}`;
   let response;
   try {
-    response = await fetch(path, { cache: "no-store", ...options, headers });
+    response = await fetch(addressOf(path), { cache: "no-store", ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     const late = error.name === "TimeoutError";
@@ -134,15 +129,13 @@ async function readOn(reader) {
 
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** A shell command that sends the same request; the key stays in a variable. */
-export function curlCommand(path, body, withKey) {
-  const url = new URL(path, document.baseURI);
-  url.hash = "";
+/** A shell command that sends the same request; a key, where one is needed, is in a variable. */
+export function curlCommand(path, body, needsKey) {
   const lines = [
-    `curl -N ${quote(url.href)}`,
+    `curl -N ${quote(addressOf(path))}`,
     `-H ${quote("Content-Type: application/json")}`,
     `-d ${quote(JSON.stringify(body, null, 2))}`,
   ];
-  if (withKey) lines.splice(2, 0, '-H "Authorization: Bearer $NANOFLOW_API_KEY"');
+  if (needsKey) lines.splice(2, 0, '-H "Authorization: Bearer $NANOFLOW_API_KEY"');
   return lines.join(" \\\n  ");
 }

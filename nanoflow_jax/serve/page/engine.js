@@ -61,7 +61,8 @@ export class Engine {
       this._hooks.onStats(stats);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      wait = error.status === 401 ? null : AFTER_FAILURE_MS; // Without a key there is no use.
+      // Each further question would make the browser ask for the key again.
+      wait = error.status === 401 ? null : AFTER_FAILURE_MS;
       this._problem(error.message);
       this._hooks.onLost(error);
     } finally {
@@ -95,11 +96,9 @@ export class Engine {
     charts.tokens.show(points, last.at);
     charts.requests.show(points, last.at);
     const batch = stats.settings.dense_batch;
-    charts.batch.show(points, last.at, { value: batch, label: `dense batch ${count(batch)}` });
-    charts.pages.show(points, last.at, {
-      value: stats.pages_total,
-      label: `all ${count(stats.pages_total)} pages`,
-    });
+    const pages = stats.pages_total;
+    charts.batch.show(points, last.at, capacity(batch, `dense batch ${count(batch)}`));
+    charts.pages.show(points, last.at, capacity(pages, `all ${count(pages)} pages`));
     showLatency(stats.latency);
     fillList(byId("totals"), totalRows(stats, last));
     fillList(byId("settings"), settingRows(stats));
@@ -118,6 +117,9 @@ export class Engine {
     box.replaceChildren(timeline(operations, width));
   }
 }
+
+/** A level to mark; nothing while the engine has not said how large it is. */
+const capacity = (value, label) => (value > 0 ? { value, label } : null);
 
 function makeCharts() {
   const chart = (id, series, options) =>
@@ -175,7 +177,7 @@ function showLatency(latency) {
   const head = ["", "p50", "p90", "p99"].map((text) =>
     text ? make("th", { scope: "col" }, text) : make("td"),
   );
-  head.push(make("td", { class: "bar" }, "log scale"), make("th", { scope: "col", class: "samples" }, "of"));
+  head.push(make("td", { class: "bar" }, "log scale"), make("th", { scope: "col", class: "samples" }, "requests"));
   box.replaceChildren(
     make("table", { class: "latency" }, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)),
   );
@@ -197,7 +199,7 @@ function totalRows(stats, last) {
   ];
   for (const [name, used] of Object.entries(stats.cpu_s ?? {})) {
     const now = last.cpu?.[name];
-    const share = typeof now === "number" ? `, now ${percent(now, 1)} of a core` : "";
+    const share = typeof now === "number" ? `, now ${percent(now, 1)}` : "";
     rows.push([`CPU time: ${name === "front" ? "front end" : name}`, `${seconds(used)}${share}`]);
   }
   return rows;

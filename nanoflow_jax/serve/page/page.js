@@ -1,6 +1,6 @@
-// Starts the page: which view is shown, the key, the models, and the state of the server.
+// Starts the page: which view is shown, the models, and the state of the server.
 
-import { ApiError, getJson, getKey, setKey } from "./api.js";
+import { ApiError, getJson } from "./api.js";
 import { byId, setText } from "./dom.js";
 import { Engine } from "./engine.js";
 import { Playground } from "./playground.js";
@@ -10,14 +10,14 @@ const VIEWS = ["playground", "engine"];
 function start() {
   let models = [];
   let loading = false;
-  const playground = new Playground({ onRefused: () => openKey(true) });
+  const playground = new Playground();
   const engine = new Engine({
     onStats(stats) {
       setState(stats.status);
+      playground.needsKey = stats.needs_key;
       if (models.length === 0 && stats.status !== "starting") loadModels();
     },
     onLost(error) {
-      if (error.status === 401) openKey(true);
       setState(error.status === 401 ? "key needed" : error.status ? "no figures" : "unreachable");
     },
   });
@@ -32,8 +32,7 @@ function start() {
       setText(byId("model-name"), models.length === 1 ? models[0] : `${models.length} models`);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      if (error.status === 401) openKey(true);
-      else if (error.status !== 503) playground.showProblem(error);
+      if (error.status !== 503) playground.showProblem(error);
     } finally {
       loading = false;
     }
@@ -51,10 +50,6 @@ function start() {
     if (shown === "engine") engine.redraw();
   }
 
-  listenToKey(() => {
-    engine.pollNow();
-    loadModels();
-  });
   foldParameters();
   window.addEventListener("hashchange", showView);
   showView();
@@ -66,34 +61,6 @@ function setState(state) {
   const pill = byId("state");
   pill.dataset.state = state;
   setText(pill, state);
-}
-
-function openKey(open) {
-  byId("key-panel").hidden = !open;
-  byId("key-button").setAttribute("aria-expanded", open);
-}
-
-function listenToKey(onChange) {
-  const field = byId("key");
-  field.value = getKey();
-  byId("key-button").addEventListener("click", () => {
-    openKey(byId("key-panel").hidden);
-    if (!byId("key-panel").hidden) field.focus();
-  });
-  field.addEventListener("input", () => field.setCustomValidity(""));
-  byId("key-panel").addEventListener("submit", (event) => {
-    event.preventDefault();
-    try {
-      setKey(field.value.trim());
-    } catch (error) {
-      field.setCustomValidity(error.message);
-      field.reportValidity();
-      return;
-    }
-    openKey(false);
-    byId("key-button").focus();
-    onChange();
-  });
 }
 
 /** The parameters lie open beside the conversation, and folded above it on a phone. */

@@ -1,6 +1,6 @@
 // Chat and completion: sends what is written, shows the answer as it comes, and what it cost.
 
-import { ApiError, curlCommand, getKey, streamEvents } from "./api.js";
+import { ApiError, curlCommand, streamEvents } from "./api.js";
 import { byId, count, make, plural, seconds, setText } from "./dom.js";
 
 const PATHS = { chat: "v1/chat/completions", completion: "v1/completions" };
@@ -21,9 +21,8 @@ const WORDS = {
 };
 
 export class Playground {
-  /** @param hooks {onRefused(error)}: told when the server wants a key */
-  constructor(hooks) {
-    this._hooks = hooks;
+  constructor() {
+    this.needsKey = false; // Of those who do not come with a browser, as curl.
     this._turns = []; // Of the chat, as the API has them, without the system prompt.
     this._lastBody = { chat: null, completion: null };
     this._drafts = { chat: "", completion: "" };
@@ -165,10 +164,7 @@ export class Playground {
       const content = answer.text(0);
       this._turns.push({ role: "user", content: text }, { role: "assistant", content });
     }
-    if (failure && failure !== "stopped") {
-      this.showProblem(failure);
-      if (failure.status === 401) this._hooks.onRefused(failure);
-    }
+    if (failure && failure !== "stopped") this.showProblem(failure);
     this._showWelcome();
   }
 
@@ -233,8 +229,8 @@ export class Playground {
     if (!this._fieldsAreRight()) return;
     const written = this._text.value.trim() !== "";
     const body = (!written && this._lastBody[this._mode]) || this._body(this._text.value);
-    setText(byId("curl-text"), curlCommand(PATHS[this._mode], body, getKey() !== ""));
-    byId("curl-note").hidden = getKey() === "";
+    setText(byId("curl-text"), curlCommand(PATHS[this._mode], body, this.needsKey));
+    byId("curl-note").hidden = !this.needsKey;
     byId("curl").showModal();
   }
 }
@@ -373,7 +369,8 @@ class Answer {
     parts.push(tokens === undefined ? plural(this._pieces, "piece") : plural(tokens, "token"));
     const writing = this._first === null ? 0 : (this._last - this._first) / 1000;
     const later = (tokens ?? 0) - this._choices.size; // The first of each starts the clock.
-    if (later > 0 && writing > 0) parts.push(`${count(later / writing)} tokens/s`);
+    // Tokens that came together tell nothing of the speed.
+    if (later > 0 && writing > 0.05) parts.push(`${count(later / writing)} tokens/s`);
     if (this._first !== null) parts.push(`first token ${seconds((this._first - this._start) / 1000)}`);
     if (this._usage) {
       const cached = this._usage.prompt_tokens_details?.cached_tokens;

@@ -128,6 +128,25 @@ def test_a_job_that_cannot_be_compiled_raises_its_error():
         compiler.compile_all([job], threads=1, options={}, progress=lambda *_: None)
 
 
+def test_an_interrupt_begins_no_further_job():
+    begun = []
+
+    def program(x, i):
+        begun.append(i)
+        return x + i
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    jobs = [
+        Job(name=str(i), function=lambda x, i=i: program(x, i), arguments=(_vector(4),))
+        for i in range(50)
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        compiler.compile_all(jobs, threads=1, options={}, progress=interrupt)
+    assert 0 < len(begun) < 50
+
+
 def test_a_compilation_inside_a_step_is_counted_and_logged(watch, caplog):
     with caplog.at_level(logging.ERROR), watch.forbid():
         _compile_something()

@@ -15,6 +15,7 @@ from absl import flags
 
 from nanoflow_jax import console
 from nanoflow_jax import flags as knob_flags
+from nanoflow_jax.engine import build
 from nanoflow_jax.generate import __main__ as program
 from nanoflow_jax.generate import batch_run, command_line
 
@@ -183,6 +184,39 @@ def test_what_is_wrong_is_one_message_and_exit_code_two(
     assert code == 2
     assert message in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt_ids=1,200000"], "error: prompt: 200000 is not a token id of this model"),
+        (["--prompt_ids="], "error: the prompt is empty"),
+        (["--prompt_ids=" + ",".join("1" * 64)], "error: the prompt has 64 tokens and the context"),
+        (["--prompt_ids=1", "--stop=x"], "error: stop strings need a tokenizer"),
+    ],
+)
+def test_a_prompt_that_cannot_be_served_is_refused_before_the_model_is_read(
+    arguments: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(build, "build_engine")  # Reading this one would take minutes.
+    model = ["--model=preset:llama-3-8b", "--random_weights", "--max_context_len=64"]
+    assert _main([*model, *arguments]) == 2
+    assert capfd.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("place", ["/proc/out.jsonl", "/dev/null/out.jsonl", "none/out.jsonl", "."])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(
+    place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = batch_runs.write(tmp_path / "in.jsonl", [{"prompt": "x"}])
+    code, said = _batch(batch_runs.flags(input=source, output=place))
+    assert code == 2
+    assert said.startswith(f"error: --output={place}")
+    assert "Errno" not in said
 
 
 def test_a_damaged_model_is_one_message(

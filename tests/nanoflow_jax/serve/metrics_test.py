@@ -62,6 +62,13 @@ def test_percentiles_are_of_finished_requests():
     assert made.totals["stop"] == 10
 
 
+def test_requests_that_are_taken_back_are_counted():
+    made = metrics.Metrics()
+    made.count_abort()
+    assert made.totals["abort"] == 1
+    assert 'nanoflow_request_success_total{finished_reason="abort"} 1.0' in made.text().decode()
+
+
 def test_steps_are_counted_by_their_tokens_also_after_a_new_engine():
     made = metrics.Metrics()
 

@@ -22,9 +22,7 @@ _TYPES = {
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    state = page_server.FakeState()
-    state.key = "secret"
-    with page_server.run_server(state) as found:
+    with page_server.run_server(page_server.FakeState()) as found:
         yield parse.urlsplit(found).netloc
 
 
@@ -46,7 +44,7 @@ def test_every_file_of_the_page_has_a_route() -> None:
 
 
 @pytest.mark.parametrize("path", _PATHS)
-def test_a_file_is_sent_without_a_key_with_its_type_and_guards(address: str, path: str) -> None:
+def test_a_file_is_sent_with_its_type_and_guards(address: str, path: str) -> None:
     response, data = _ask(address, path)
     assert response.status == 200
     name = path.removeprefix("/page/") if path != "/" else "index.html"
