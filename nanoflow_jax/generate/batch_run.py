@@ -82,11 +82,19 @@ def _open(options: resume.Options, config: config_lib.EngineConfig) -> Iterator[
         try:
             opened = stack.enter_context(job.open_job(options, config.model))
         except OSError as error:
-            raise ValueError(
-                f"--output={options.output}: {error.filename} cannot be used ({error.strerror}); "
-                "mend that, or give another --output"
-            ) from error
+            raise ValueError(_trouble(options, error)) from error
         yield opened
+
+
+def _trouble(options: resume.Options, error: OSError) -> str:
+    """What kept a job from being opened; a full disk, unlike a missing folder, names no file."""
+    place = pathlib.Path(error.filename or options.shard_output)
+    if place == options.input or options.output.parent not in (place, place.parent):
+        return f"{place} cannot be read ({error.strerror}); check its permissions and the disk"
+    return (
+        f"--output={options.output}: {place} cannot be used ({error.strerror}); mend that, or give "
+        "another --output"
+    )
 
 
 def _answer(

@@ -1,6 +1,8 @@
 """The program as a user runs it: in processes of its own where that matters."""
 
+import errno
 import io
+import os
 import pathlib
 import re
 import signal
@@ -217,6 +219,44 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(
     assert code == 2
     assert said.startswith(f"error: --output={place}")
     assert "Errno" not in said
+
+
+def _fail_to_begin(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: OSError, *, of: str
+) -> str:
+    """What is said where a part of the job raises an error as it begins."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    source = batch_runs.write(tmp_path / "in.jsonl", [{"prompt": "x"}])
+    monkeypatch.setattr(of, fail)
+    code, said = _batch(batch_runs.flags(input=source, output=tmp_path / "out.jsonl"))
+    assert code == 2
+    return said
+
+
+def test_f4_a_disk_that_is_full_at_the_start_is_a_message_with_the_name_of_the_output(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = _fail_to_begin(tmp_path, monkeypatch, full, of="checkpoints.files.write_atomic")
+    output = tmp_path / "out.jsonl"
+    assert f"--output={output}: {output} cannot be used (No space left on device); mend" in said
+
+
+def test_an_input_that_cannot_be_read_is_not_called_the_output(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(tmp_path / "in.jsonl")
+    closed = PermissionError(errno.EACCES, os.strerror(errno.EACCES), source)
+    said = _fail_to_begin(
+        tmp_path, monkeypatch, closed, of="nanoflow_jax.batch.source.check_plain_file"
+    )
+    assert (
+        said == f"error: {source} cannot be read (Permission denied); check its permissions "
+        "and the disk"
+    )
 
 
 def test_a_damaged_model_is_one_message(
