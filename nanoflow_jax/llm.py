@@ -291,9 +291,11 @@ def with_seed(params: SamplingParams) -> SamplingParams:
 
 
 def _plain_ids(ids: Any) -> list[int]:
-    """A list, of Python's own integers where the ids are an array."""
-    found: list[int] = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    return found
+    """A list, of Python's own integers where the ids are numpy's."""
+    if isinstance(ids, np.ndarray):
+        found: list[int] = ids.tolist()
+        return found
+    return [int(entry) if isinstance(entry, np.integer) else entry for entry in ids]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

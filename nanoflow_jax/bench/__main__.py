@@ -80,7 +80,7 @@ def _throughput() -> int:
         )
         compile_s = sum(engine.compile_seconds.values())
         started_s = time.perf_counter() - start
-        print(f"start {started_s:.1f} s, compile {compile_s:.1f} s of processor time")
+        print(f"start {started_s:.1f} s, compile {compile_s:.1f} s, all programs added up")
         for name, mix in mixes.items():
             throughput.run(engine, mix[:2], name="warm-up")
             for repeat in range(_FLAGS.repeats):

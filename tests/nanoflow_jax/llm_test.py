@@ -67,6 +67,14 @@ def test_prompts_come_in_every_shape(llm, kind):
         assert results[-1].token_ids == tuple(_CASE.tokens[3][:8].tolist())
 
 
+def test_token_ids_may_be_numpy_integers_in_a_list_or_in_an_array(llm):
+    array = np.asarray(_CASE.prompts[3])
+    for prompts in (array, list(array), [array], [list(array)]):
+        (result,) = llm.generate(prompts, _GREEDY)
+        assert result.token_ids == tuple(_CASE.tokens[3][:8].tolist())
+        assert all(type(token) is int for token in result.prompt_ids)
+
+
 def test_no_prompts_no_results(llm):
     assert llm.generate([]) == []
 
