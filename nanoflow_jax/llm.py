@@ -156,7 +156,7 @@ class LLM:
         Args:
             messages: Each with a role and a content.
             options: As `ChatTemplate.render`: tools, add_generation_prompt,
-                continue_final_message, kwargs.
+                continue_final_message, kwargs, now.
 
         Raises:
             ValueError: The model has no template, or the template refuses the messages.

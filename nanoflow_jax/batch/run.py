@@ -1,6 +1,7 @@
 """Feeds the rows of a job to a model and hands every finished one to the output."""
 
 import dataclasses
+import datetime
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -216,7 +217,10 @@ class Run:
         if request.messages is None:
             found = [self._encode_prompt(request, prompt) for prompt in request.prompts]
         else:
-            found = [self._model.encode_chat(request.messages, **request.template_options)]
+            # Templates that write the date write the job's, on whatever day a row is answered.
+            now = datetime.datetime.fromtimestamp(self._record.created)
+            options = request.template_options
+            found = [self._model.encode_chat(request.messages, now=now, **options)]
         most = request.truncate_prompt_len
         return found if most is None else [prompt_ids[-most:] for prompt_ids in found]
 

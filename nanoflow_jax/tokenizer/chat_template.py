@@ -113,6 +113,7 @@ class ChatTemplate:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        now: datetime.datetime | None = None,
     ) -> str:
         """The text of a conversation.
 
@@ -130,6 +131,7 @@ class ChatTemplate:
                 on with it.
             kwargs: Further variables, such as enable_thinking. Those that the template does not
                 read, its functions and special tokens are left out.
+            now: Local time, for templates that write today's date; None: by the clock.
 
         Raises:
             ValueError: The messages are malformed, the template refuses them, fails or passes a
@@ -168,6 +170,7 @@ class ChatTemplate:
                 "tools": tools,
                 "add_generation_prompt": add_generation_prompt,
             },
+            now=now,
             num_items=len(checked) + len(tools or ()),
         )
         return _cut_at_mark(text, final) if continue_final_message else text
@@ -187,9 +190,16 @@ class ChatTemplate:
         names = self._names[source] - self._special_tokens.keys()
         return {name: value for name, value in kwargs.items() if name in names}
 
-    def _render(self, source: str, variables: Mapping[str, Any], *, num_items: int) -> str:
-        now = self._clock().isoformat()
-        return self._process.render(source, variables=variables, now=now, num_items=num_items)
+    def _render(
+        self,
+        source: str,
+        variables: Mapping[str, Any],
+        *,
+        num_items: int,
+        now: datetime.datetime | None = None,
+    ) -> str:
+        time = (now or self._clock()).isoformat()
+        return self._process.render(source, variables=variables, now=time, num_items=num_items)
 
     def _takes_parts(self, source: str) -> bool:
         """Whether a template reads lists of parts: it writes the text of one, not its JSON."""

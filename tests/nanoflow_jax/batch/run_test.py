@@ -1,5 +1,8 @@
 """What a row asks beside its answer: to be finished in time, and its place in line."""
 
+import dataclasses
+import datetime
+import itertools
 import json
 import pathlib
 
@@ -7,7 +10,8 @@ import batch_runs
 import pytest
 
 from nanoflow_jax import config, llm
-from nanoflow_jax.batch import job, resume, rows, run
+from nanoflow_jax.batch import job, record, resume, rows, run
+from nanoflow_jax.tokenizer import chat_template
 
 _LONG = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}
 
@@ -46,6 +50,26 @@ def test_a_row_past_its_time_becomes_an_error_row_and_the_others_are_answered(mo
         }
     for row in found[1:3]:
         assert row["response"]["body"]["usage"]["completion_tokens"] == 100
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_job_whenever_a_row_is_answered(
+    model, tmp_path, monkeypatch
+):
+    days = itertools.count(1)
+    dated = chat_template.ChatTemplate(
+        {"default": "{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"},
+        special_tokens={},
+        clock=lambda: datetime.datetime(2020, 1, next(days)),
+    )
+    monkeypatch.setattr(model, "words", dataclasses.replace(model.words, template=dated))
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    _run(model, tmp_path, [{**chat, "return_token_ids": True}] * 2)
+    dated.close()
+    began = record.try_read(tmp_path / "out.jsonl.job").created
+    day = datetime.datetime.fromtimestamp(began).strftime("%Y-%m-%d")
+    for row in batch_runs.read(tmp_path / "out.jsonl"):
+        ids = row["response"]["body"]["prompt_token_ids"]
+        assert ids == model.tokenizer.encode(f"{day} x", add_special_tokens=False)
 
 
 def test_rows_of_lower_priority_number_run_first(model, tmp_path):
