@@ -12,22 +12,13 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import Shaped
 
-from checkpoints import files
+from checkpoints import files, text_files
 from checkpoints.errors import CheckpointError, WritingError
 from checkpoints.folder import ModelFolder
 from checkpoints.orbax_folder import UNFINISHED, Manifest
 from checkpoints.tensor_types import TensorSpec
 
 PART_BYTES = 1 << 29
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 Progress = Callable[[int, int], None]
 
@@ -109,12 +100,11 @@ def check_source(fingerprint: str, source: ModelFolder, output: Path) -> None:
 def copy_text(source: ModelFolder, output: Path) -> MappingProxyType[str, str]:
     """Copy the config and the tokenizer, and give the sha256 of each file by its name."""
     hashes = {}
-    for name in TEXT_FILES:
-        path = source.text_file(name)
-        if path is not None:
-            text = files.read_bytes(path, advice="download it again")
-            files.write_atomic(output / name, text)
-            hashes[name] = hashlib.sha256(text).hexdigest()
+    for name in text_files.present(source.path):
+        text = files.read_bytes(source.path / name, advice="download it again")
+        (output / name).parent.mkdir(exist_ok=True)
+        files.write_atomic(output / name, text)
+        hashes[name] = hashlib.sha256(text).hexdigest()
     return MappingProxyType(hashes)
 
 

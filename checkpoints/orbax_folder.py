@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore
 from jaxtyping import Shaped
 
-from checkpoints import files, tensor_types
+from checkpoints import files, tensor_types, text_files
 from checkpoints.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -102,7 +102,7 @@ class Manifest:
                 "tensors": dict() as tensors,
             } if all(map(_is_sha256, [fingerprint, *text_sha256.values()])):
                 for name in text_sha256:
-                    files.check_plain_name(name, file=path, what="a copied file")
+                    text_files.check_name(name, file=path)
                 return cls(
                     source_fingerprint=fingerprint,
                     tensors=MappingProxyType(

@@ -35,7 +35,7 @@ def convert(
     Holds one part, or one tensor if that is larger, in memory.
 
     Args:
-        source: The model; only its tensors and `conversion.TEXT_FILES` are copied.
+        source: The model; only its tensors and `text_files.present` are copied.
         output: A new or empty folder, or that of an interrupted conversion of the same model.
         progress: Called with the bytes of weights copied so far and in all.
         part_bytes: Most bytes of tensors in one part.

@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path
 
-from checkpoints import conversion, files, huggingface, safetensors_file, tensor_types
+from checkpoints import conversion, files, huggingface, safetensors_file, tensor_types, text_files
 from checkpoints.conversion import PART_BYTES, Progress
 from checkpoints.errors import CheckpointError
 from checkpoints.folder import ModelFolder
@@ -41,7 +41,7 @@ def convert(
     part, or one tensor if that is larger, in memory.
 
     Args:
-        source: The model; only its tensors and `conversion.TEXT_FILES` are copied.
+        source: The model; only its tensors and `text_files.present` are copied.
         output: A new or empty folder, or that of an interrupted conversion of the same model.
         progress: Called with the bytes of weights copied so far and in all.
         part_bytes: Most bytes of tensors in one file.
@@ -78,12 +78,10 @@ def verify(source: ModelFolder, output: Path | str, *, progress: Progress | None
     """
     made = ModelFolder.open(output)
     done, total = 0, sum(spec.nbytes for spec in source.tensors.values())
-    for name in conversion.TEXT_FILES:
-        text = source.text_file(name)
-        if text is not None:
-            advice = "convert again into an empty folder"
-            if files.read_bytes(made.path / name, advice=advice) != text.read_bytes():
-                raise CheckpointError(f"{made.path / name}: differs from {text}; {advice}")
+    for name in text_files.present(source.path):
+        text, advice = source.path / name, "convert again into an empty folder"
+        if files.read_bytes(made.path / name, advice=advice) != text.read_bytes():
+            raise CheckpointError(f"{made.path / name}: differs from {text}; {advice}")
     for name, spec in source.tensors.items():
         wanted = _known_sha256(spec) or tensor_types.sha256(source.read(name))
         found = tensor_types.sha256(made.read(name))

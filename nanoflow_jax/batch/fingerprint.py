@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from checkpoints import conversion
+from checkpoints import text_files
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.batch import record
 from nanoflow_jax.engine import build
@@ -49,9 +49,9 @@ def _texts(model: build.ModelSource) -> str:
     if model.folder is None:
         return "none"
     digest = hashlib.sha256()
-    for name in conversion.TEXT_FILES:
-        path = model.folder.text_file(name)
-        if path is not None and name != "config.json":  # the folder's fingerprint has that one
+    for name in text_files.present(model.folder.path):
+        path = model.folder.path / name
+        if name != "config.json":  # the folder's fingerprint has that one
             digest.update(f"{name} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
