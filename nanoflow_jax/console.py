@@ -38,7 +38,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return list(flags.FLAGS(argv))
     except flags.Error as error:
-        sys.stderr.write(f"error: {str(error).strip()}\n--help lists all flags\n")
+        message = str(error).strip().removeprefix("ERROR:: ")  # absl's own, for a flagfile
+        sys.stderr.write(f"error: {message}\n--help lists all flags\n")
         sys.exit(WRONG_INPUT)
     except SystemExit:
         sys.exit(0)  # absl has shown the help and would end as if that were an error.

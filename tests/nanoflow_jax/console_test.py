@@ -26,6 +26,10 @@ def test_flags_are_taken_and_other_arguments_are_left(values: flags.FlagValues) 
     [
         ("--prot=80", "error: Unknown command line flag 'prot'. Did you mean: port ?\n"),
         ("--port=x", "error: flag --port=x: invalid literal for int() with base 10: 'x'\n"),
+        (
+            "--flagfile=/none/x",
+            "error: Unable to open flagfile: [Errno 2] No such file or directory: '/none/x'\n",
+        ),
     ],
 )
 def test_a_wrong_flag_is_a_message_and_exit_code_two(
