@@ -302,7 +302,7 @@ class Engine:
         token, is_ok = int(row[0]), bool(row[1])
         if is_ok and made.matcher is not None and token not in made.ends:
             made.matcher.advance(token)
-        error = _error(made, is_ok=is_ok)
+        error = made.try_error(is_ok=is_ok)
         if error is not None:
             self._fail(key, error)
             return
@@ -374,17 +374,6 @@ class Engine:
         self._runner.close()
         if self._grammars is not None:
             self._grammars.close()
-
-
-def _error(made: sequence.Sequence, *, is_ok: bool) -> str | None:
-    """Why a request cannot go on after a draw; None if it can."""
-    if made.matcher is not None and made.matcher.error is not None:
-        return made.matcher.error
-    if is_ok:
-        return None
-    if made.has_token_left:
-        return "no token could be drawn: the logits were not finite"
-    return request_lib.NO_TOKEN_LEFT
 
 
 def _logprobs(token: int, row: Int32[np.ndarray, "X"], wanted: int) -> request_lib.TokenLogprobs:

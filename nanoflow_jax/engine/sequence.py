@@ -11,6 +11,11 @@ from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import sampling
 from nanoflow_jax.grammar import matcher as matcher_lib
 
+_NOT_FINITE = (
+    "no token could be drawn: the logits were not finite; the weights may be damaged: download "
+    "them again"
+)
+
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Sequence:
@@ -107,6 +112,18 @@ class Sequence:
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: self.vocab_size]
         bits[list(self.bans_at(position))] = 0
         return bool(bits.any())
+
+    def try_error(self, *, is_ok: bool) -> str | None:
+        """Why it cannot go on after a draw; None if it can.
+
+        Args:
+            is_ok: Whether the draw gave a token.
+        """
+        if self.matcher is not None and self.matcher.error is not None:
+            return self.matcher.error
+        if is_ok:
+            return None
+        return _NOT_FINITE if self.has_token_left else request_lib.NO_TOKEN_LEFT
 
     @property
     def meets_grammar(self) -> bool:

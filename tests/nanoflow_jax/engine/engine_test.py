@@ -202,7 +202,7 @@ def test_f7_logits_that_are_no_numbers_fail_only_their_request(case, bad, tmp_pa
     failed, *fine = run(poisoned, requests)
     assert failed.finish_reason is FinishReason.ERROR
     assert failed.token_ids == []
-    assert "logits were not finite" in failed.error
+    assert failed.error.endswith("not finite; the weights may be damaged: download them again")
     for i, output in zip(clean[:4], fine, strict=True):
         assert output.token_ids == golden.tokens[i][:20].tolist()
     # The pages that held what is no number serve the next requests.
