@@ -226,3 +226,14 @@ def test_c13_a_connection_above_the_limit_is_closed_and_the_others_go_on(patient
             raw.sendall(_GET)
             answer = raw.recv(100)
     assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_c13_what_is_no_request_behind_a_request_ends_the_connection_with_one_answer(
+    patient, caplog
+):
+    for _ in range(20):
+        with _open(patient) as raw:
+            head = b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"
+            raw.sendall(head + b"abc no request\r\n")
+            assert _read_all(raw).count(b"HTTP/1.1 ") == 1
+    assert {record.getMessage() for record in caplog.records} <= {"Invalid HTTP request received."}
