@@ -68,12 +68,13 @@ def _post(body: dict[str, Any]) -> bytes:
 def _slow_readers(server: served.Served, count: int) -> Iterator[list[socket.socket]]:
     """Clients that asked for much and have read nothing, with little room to receive it."""
     with contextlib.ExitStack() as stack:
+        steps = server.stats()["totals"]["steps"]
         made = [stack.enter_context(socket.socket()) for _ in range(count)]
         for i, one in enumerate(made):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             one.connect(("127.0.0.1", server.port))
             one.sendall(_post({**_LARGE, "stream": i != 1}))
-        server.wait_for(lambda stats: stats["running"])
+        server.wait_for(lambda stats: stats["totals"]["steps"] > steps)
         server.wait_idle()
         yield made
 
