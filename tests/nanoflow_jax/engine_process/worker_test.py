@@ -14,6 +14,9 @@ class _FakeConnection:
         self.is_closed = wait
         return []
 
+    def put(self, message):
+        raise AssertionError("no request here has a grammar")
+
     def send(self, message):
         self.sent.append(message)
 
@@ -27,6 +30,7 @@ class _FakeModel:
         self.counters = engine_lib.Counters()
         self.num_running = self.num_waiting = self.num_pages_used = 0
         self.num_preemptions = self.num_late_compiles = 0
+        self.grammars = None
 
     @property
     def has_work(self):

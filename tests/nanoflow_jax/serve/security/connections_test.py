@@ -35,7 +35,7 @@ async def _app(scope, receive, send):
 @contextlib.contextmanager
 def _served(read_timeout_s, keep_alive_s=_LONG_S):
     protocol = guarded_protocol.guarded_protocol(
-        max_connections=_MOST, read_timeout_s=read_timeout_s
+        max_connections=_MOST, read_timeout_s=read_timeout_s, write_timeout_s=_LONG_S
     )
     made = uvicorn.Server(
         uvicorn.Config(
@@ -212,12 +212,13 @@ def test_c13_a_connection_above_the_limit_is_closed_and_the_others_go_on(patient
         for raw in held:
             raw.sendall(_GET)
             assert _answer(raw)[0] == _OK
+            raw.sendall(b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\na")
         with _open(patient) as one_more:
             with contextlib.suppress(ConnectionError):
                 one_more.sendall(_GET)
             assert _read_all(one_more) == b""
-        held[0].sendall(_GET)
-        assert _answer(held[0])[0] == _OK
+        held[0].sendall(b"bc")
+        assert _answer(held[0]) == (_OK, b"/read 3")
     deadline = time.monotonic() + _LONG_S
     answer = b""
     while not answer:  # the server notices in its own time that they left
