@@ -88,6 +88,7 @@ def test_no_request_gets_an_answer_that_the_description_does_not_know(
             [
                 _CLIENTS / "schemathesis" / "bin" / "schemathesis",
                 "--no-color",
+                f"--config-file={_HERE / 'schemathesis.toml'}",
                 "run",
                 f"{made.url}/openapi.json",
                 f"--header=Authorization: Bearer {_KEY}",
