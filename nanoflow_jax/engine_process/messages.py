@@ -117,6 +117,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         preemptions: How often a request lost its pages.
         late_compiles: Programs compiled inside a step; anything but 0 is a defect.
         cpu_s: Processor time of the engine's process.
+        failed_steps: Steps that the device gave up.
     """
 
     running: int = 0
@@ -129,6 +130,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     preemptions: int = 0
     late_compiles: int = 0
     cpu_s: float = 0.0
+    failed_steps: int = 0
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

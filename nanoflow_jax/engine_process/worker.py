@@ -246,6 +246,7 @@ class Worker:
             preemptions=engine.num_preemptions,
             late_compiles=engine.num_late_compiles,
             cpu_s=time.process_time(),
+            failed_steps=engine.counters.failed_steps,
         )
 
 

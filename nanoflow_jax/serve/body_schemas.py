@@ -17,6 +17,7 @@ from nanoflow_jax.serve.schema_parts import (
     model_name,
     nullable,
 )
+from nanoflow_jax.tokenizer import chat_template
 
 _TEXT = {"type": "string"}
 _LOGPROBS = {"minimum": 0, "maximum": request_lib.MAX_LOGPROBS}
@@ -69,7 +70,7 @@ def chat_fields(model: str) -> dict[str, Any]:
     """Fields of a chat's body."""
     return {
         **_common_fields(model),
-        "messages": array(_message(), minItems=1),
+        "messages": array(_message(), minItems=1, maxItems=tool_messages.MAX_ITEMS),
         "max_completion_tokens": nullable("integer", minimum=1, maximum=INT32),
         "logprobs": nullable("boolean"),
         "top_logprobs": nullable("integer", **_LOGPROBS),
@@ -78,7 +79,7 @@ def chat_fields(model: str) -> dict[str, Any]:
         "parallel_tool_calls": nullable("boolean"),
         "add_generation_prompt": nullable("boolean"),
         "continue_final_message": nullable("boolean"),
-        "chat_template_kwargs": nullable("object"),
+        "chat_template_kwargs": nullable("object", maxProperties=chat_template.MAX_KWARGS),
     }
 
 

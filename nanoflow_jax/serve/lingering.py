@@ -25,10 +25,14 @@ class Lingering:
         self._is_receiving = is_receiving
         self._linger = linger
         self._is_half_closed = False
-        self.write = transport.write
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Sends bytes; nothing once our half is closed, as after `close` of any transport."""
+        if not self._is_half_closed:
+            self._transport.write(data)
 
     def is_closing(self) -> bool:
         """Whether nothing more may be written."""

@@ -20,6 +20,17 @@ class Formatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
 
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of a record."""
+        record.exc_text = None  # another formatter may have left all of an exception there
+        return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line of a record; of asyncio's the first, since what follows shows exceptions."""
+        if record.name == "asyncio":
+            record.message = record.message.partition("\n")[0]
+        return super().formatMessage(record)
+
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - logging's name
         """Where an exception came from, the first cause first."""
         parts: list[str] = []

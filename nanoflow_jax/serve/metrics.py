@@ -165,6 +165,7 @@ class _LoadCollector:
         yield counter("num_preemptions", "Requests that lost their pages.", load.preemptions)
         yield counter("late_compiles", "Programs compiled inside a step.", load.late_compiles)
         yield counter("engine_steps", "Steps of this engine.", load.steps)
+        yield counter("engine_failed_steps", "Steps the device gave up.", load.failed_steps)
         yield counter("engine_cpu_seconds", "Processor time of this engine.", load.cpu_s)
         yield counter("engine_starts", "Engines started.", self._client.num_starts)
         yield counter("front_cpu_seconds", "Processor time of the server.", time.process_time())

@@ -26,7 +26,7 @@ _RESERVED = frozenset(
 )
 # Functions of templates: a variable of that name would hide them.
 _FUNCTIONS = frozenset({"raise_exception", "strftime_now", "range", "dict", "namespace"})
-_MAX_KWARGS = 32
+MAX_KWARGS = 32
 _NAME = re.compile(r"[^\W\d]\w*")
 # Marks where the message to continue ends; its last space tells whether a template strips.
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -147,8 +147,8 @@ class ChatTemplate:
         kwargs = kwargs or {}
         if taken := sorted(_RESERVED & kwargs.keys()):
             raise ValueError(f"template kwargs {taken} are not for the template to read")
-        if len(kwargs) > _MAX_KWARGS:
-            raise ValueError(f"{len(kwargs)} template kwargs are more than {_MAX_KWARGS}")
+        if len(kwargs) > MAX_KWARGS:
+            raise ValueError(f"{len(kwargs)} template kwargs are more than {MAX_KWARGS}")
         checked = [_checked(message, index) for index, message in enumerate(_listed(messages))]
         if tools is not None and not (_is_list(tools) and all(_is_object(t) for t in tools)):
             raise ValueError(f"tools must be a list of JSON objects, not {_described(tools)}")

@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import served
@@ -42,13 +42,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[served.Served]:
         yield made
 
 
-def _run(command: Sequence[str | pathlib.Path], environment: Mapping[str, str]) -> str:
+def _run(folder: pathlib.Path, command: Sequence[str | pathlib.Path], **environment: str) -> str:
+    """Runs a client in a folder that it may fill; what it printed."""
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=_MOST_S,
+        cwd=folder,
         env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment},
     )
     assert done.returncode == 0, done.stdout
@@ -59,9 +61,11 @@ def _run(command: Sequence[str | pathlib.Path], environment: Mapping[str, str]) 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=_needs(_CLIENTS / n / "bin" / "python")) for n in _PYTHONS]
 )
-def test_every_feature_serves_the_openai_sdk(server: served.Served, name: str) -> None:
+def test_every_feature_serves_the_openai_sdk(
+    server: served.Served, tmp_path: pathlib.Path, name: str
+) -> None:
     script = _HERE / "openai_features.py"
-    said = _run([_CLIENTS / name / "bin" / "python", script, server.url, _KEY], {})
+    said = _run(tmp_path, [_CLIENTS / name / "bin" / "python", script, server.url, _KEY])
     assert re.match(rf"openai {_PYTHONS[name]}\.", said)
     features = re.findall(r"^def \w+\(client: OpenAI\) -> None:$", script.read_text(), re.M)
     assert said.count("\nok ") == len(features)
@@ -70,11 +74,13 @@ def test_every_feature_serves_the_openai_sdk(server: served.Served, name: str) -
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(_NODE is None, reason="there is no node")
 @_needs(_CLIENTS / "node" / "node_modules" / "openai")
-def test_every_feature_serves_the_openai_sdk_of_node(server: served.Served) -> None:
+def test_every_feature_serves_the_openai_sdk_of_node(
+    server: served.Served, tmp_path: pathlib.Path
+) -> None:
     assert _NODE is not None
     script = _HERE / "openai_features.cjs"
     modules = {"NODE_PATH": str(_CLIENTS / "node" / "node_modules")}
-    said = _run([_NODE, script, server.url, _KEY], modules)
+    said = _run(tmp_path, [_NODE, script, server.url, _KEY], **modules)
     assert said.count("\nok ") == len(re.findall(r"^  \w+,$", script.read_text(), re.M))
 
 
@@ -85,9 +91,11 @@ def test_no_request_gets_an_answer_that_the_description_does_not_know(
 ) -> None:
     with served.start(tmp_path, *_SHORT, NANOFLOW_API_KEY=_KEY) as made:
         said = _run(
+            tmp_path,
             [
                 _CLIENTS / "schemathesis" / "bin" / "schemathesis",
                 "--no-color",
+                f"--config-file={_HERE / 'schemathesis.toml'}",
                 "run",
                 f"{made.url}/openapi.json",
                 f"--header=Authorization: Bearer {_KEY}",
@@ -99,6 +107,7 @@ def test_no_request_gets_an_answer_that_the_description_does_not_know(
                 "--request-timeout=120",
                 "--seed=1",
             ],
-            {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(_HERE)},
+            SCHEMATHESIS_HOOKS="schemathesis_hooks",
+            PYTHONPATH=str(_HERE),
         )
     assert "Operations:       18 selected / 18 total" in said, said

@@ -54,7 +54,7 @@ def test_a_request_began_to_run_with_the_first_of_its_choices():
         f"a/{index}": [RequestUpdate(request_id=f"a/{index}", token_ids=(5,), started_s=started_s)]
         for index, started_s in enumerate((2.5, 1.5))
     }
-    made = generator.Generator(_FakeEngine(first_tokens), None)
+    made = generator.Generator(scripted_engine.ScriptedEngine(first_tokens), None)
     made.submit("a", [1], _params(n=2))
     assert made.step().started_s == {"a": 1.5}
 

@@ -28,9 +28,7 @@ def _log_softmax(logits: Float[np.ndarray, "T V"]) -> Float[np.ndarray, "T V"]:
     return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
-def _check_position(
-    found: request.TokenLogprobs, logits: Float[np.ndarray, "V"], wanted: Float[np.ndarray, "V"]
-) -> None:
+def _check_position(found: request.TokenLogprobs, logits: np.ndarray, wanted: np.ndarray) -> None:
     assert found.logprob == pytest.approx(wanted[found.token_id], abs=_TOLERANCE)
     higher = np.count_nonzero(logits > logits[found.token_id] + _TOLERANCE)
     at_least = np.count_nonzero(logits >= logits[found.token_id] - _TOLERANCE)

@@ -29,6 +29,9 @@ class _Front:
         self.is_closed = found is None
         return list(found or ())
 
+    def put(self, message: object) -> None:
+        raise AssertionError("no request of this test has a grammar")
+
     def send(self, message: messages.FromEngine) -> None:
         self.told.append(message)
 
@@ -36,7 +39,7 @@ class _Front:
 def _submit(name: str, *, n: int = 1) -> messages.Submit:
     params = request_lib.SamplingParams(max_tokens=24, ignore_eos=True, seed=0, n=n)
     return messages.Submit(
-        request_id=name, prompt_ids=(5, 6, 7), params=params, priority=0, stream=True
+        request_id=name, prompt_ids=(5, 6, 7), params=params, priority=0, stream=True, sent_s=0.0
     )
 
 

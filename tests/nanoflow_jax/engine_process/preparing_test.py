@@ -35,6 +35,7 @@ def _submit(name, text="a"):
         params=request_lib.SamplingParams(seed=1, grammar=grammar or None),
         priority=0,
         stream=False,
+        sent_s=0.0,
     )
 
 

@@ -14,6 +14,9 @@ class _FakeConnection:
         self.is_closed = wait
         return []
 
+    def put(self, message):
+        raise AssertionError("no request of this test has a grammar")
+
     def send(self, message):
         self.sent.append(message)
 
@@ -24,6 +27,7 @@ class _FakeModel:
     def __init__(self, results):
         self._results = list(results)
         self.engine = self.generator = self
+        self.grammars = None
         self.counters = engine_lib.Counters()
         self.num_running = self.num_waiting = self.num_pages_used = 0
         self.num_preemptions = self.num_late_compiles = 0

@@ -40,7 +40,7 @@ def test_only_given_sampling_flags_become_defaults() -> None:
     ("argument", "message"),
     [
         ("--temperature=-1", "temperature=-1.0 is not a number"),
-        ("--max_tokens=0", "max_tokens=0 is not an integer at least 1"),
+        ("--max_tokens=0", "max_tokens=0 is not an integer from 1 to 2147483647"),
         ("--top_p=2", "top_p=2.0 is not a number"),
         ("--seed=99999999999999999999", "seed=99999999999999999999 is not an integer"),
     ],

@@ -1,67 +1,29 @@
-"""Batches over a fake engine, the real one, and kill -9 at every write."""
+"""Batches over a fake engine and the real one."""
 
 import asyncio
 import errno
-import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-import batch_kills
 import batch_runs
 import pytest
 import served_batches
+from batch_store_runs import answer_batch, errors_of, serving
 
 from nanoflow_jax import llm
-from nanoflow_jax.batch import record
 from nanoflow_jax.openai.errors import ApiError
 from nanoflow_jax.openai.requests import Endpoint
 from nanoflow_jax.serve import batch_runner, batches, files
 from nanoflow_jax.serve.batch_record import Batch, Status
 from nanoflow_jax.serve.batches import BatchStore
 
-_Scenario = Callable[[BatchStore, served_batches.Adder], Coroutine[Any, Any, Any]]
-
-
-def _serve(folder: pathlib.Path, scenario: _Scenario, **limits: Any) -> Any:
-    """Opens the stores, as a start of the server does, and lets something happen."""
-
-    async def timed(store: BatchStore) -> Any:
-        async with asyncio.timeout(60):
-            return await scenario(store, served_batches.Adder())
-
-    with served_batches.open_store(folder, **limits) as store:
-        return asyncio.run(timed(store))
-
-
-def _answer(
-    folder: pathlib.Path, lines: Sequence[Any], endpoint: Endpoint = Endpoint.COMPLETIONS
-) -> tuple[Batch, list[dict[str, Any]], list[dict[str, Any]]]:
-    """A batch from its beginning to its end, its answers and its errors."""
-
-    async def scenario(store: BatchStore, engine: served_batches.Adder) -> Any:
-        async with served_batches.running(store, engine):
-            made = store.create(endpoint, served_batches.put(store, lines), {})
-            (batch,) = await served_batches.ended(store, made.id)
-        return (
-            batch,
-            served_batches.read(store, batch.output_file_id),
-            served_batches.read(store, batch.error_file_id),
-        )
-
-    return _serve(folder, scenario)
-
-
-def _errors(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    return {row["custom_id"]: row["error"]["message"] for row in rows}
-
 
 def test_a_batch_is_answered_into_two_files(tmp_path: pathlib.Path) -> None:
     lines = [*served_batches.rows(3), "{", *served_batches.rows(4)[3:]]
-    batch, good, bad = _answer(tmp_path, lines)
+    batch, good, bad = answer_batch(tmp_path, lines)
     assert batch.status is Status.COMPLETED
     assert (batch.total, batch.completed, batch.failed) == (5, 4, 1)
     assert [row["custom_id"] for row in good] == ["id-0", "id-1", "id-2", "id-3"]
@@ -70,18 +32,18 @@ def test_a_batch_is_answered_into_two_files(tmp_path: pathlib.Path) -> None:
     assert texts == ["1 1", "2 2", "3 3", "4 4"]
     assert all(row["error"] is None and row["response"]["status_code"] == 200 for row in good)
     assert list(good[0]) == ["id", "custom_id", "response", "error"]
-    assert _errors(bad).keys() == {"row-3"}
-    assert "line 4 is not JSON" in _errors(bad)["row-3"]
+    assert errors_of(bad).keys() == {"row-3"}
+    assert "line 4 is not JSON" in errors_of(bad)["row-3"]
     assert list(batch.times) == ["validating", "in_progress", "finalizing", "completed"]
 
 
 def test_a_batch_without_errors_has_no_error_file(tmp_path: pathlib.Path) -> None:
-    batch, good, bad = _answer(tmp_path, served_batches.rows(2))
+    batch, good, bad = answer_batch(tmp_path, served_batches.rows(2))
     assert (len(good), bad, batch.error_file_id) == (2, [], None)
 
 
 def test_a_batch_of_errors_alone_has_no_output_file(tmp_path: pathlib.Path) -> None:
-    batch, good, bad = _answer(tmp_path, ["x", "y"])
+    batch, good, bad = answer_batch(tmp_path, ["x", "y"])
     assert (good, len(bad), batch.output_file_id) == ([], 2, None)
     assert batch.status is Status.COMPLETED
 
@@ -96,7 +58,7 @@ def test_rows_that_cannot_be_served_fail_alone(tmp_path: pathlib.Path) -> None:
     lines[4]["body"]["prompt"] = ""
     lines[5]["custom_id"] = "id-7"
     lines[6]["body"]["model"] = "adder"
-    batch, good, bad = _answer(tmp_path, lines)
+    batch, good, bad = answer_batch(tmp_path, lines)
     assert [row["custom_id"] for row in good] == ["id-7", "id-6"]
     wanted = {
         "id-0": "the row is for /v1/chat/completions and the batch for /v1/completions",
@@ -106,7 +68,7 @@ def test_rows_that_cannot_be_served_fail_alone(tmp_path: pathlib.Path) -> None:
         "id-4": "the prompt has no tokens",
         "id-7": "custom_id 'id-7' was used before, in line 6",
     }
-    found = _errors(bad)
+    found = errors_of(bad)
     assert found.keys() == wanted.keys()
     for name, message in wanted.items():
         assert message in found[name]
@@ -117,10 +79,10 @@ def test_rows_that_cannot_be_served_fail_alone(tmp_path: pathlib.Path) -> None:
 
 def test_chats_and_several_prompts_are_answered(tmp_path: pathlib.Path) -> None:
     chat = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 1}
-    _, good, _ = _answer(tmp_path / "a", [{"custom_id": "c", **chat}], Endpoint.CHAT)
+    _, good, _ = answer_batch(tmp_path / "a", [{"custom_id": "c", **chat}], Endpoint.CHAT)
     assert good[0]["response"]["body"]["choices"][0]["message"]["content"] == "195"
     row = {"prompt": [[1, 2], [3, 4]], "n": 2, "max_tokens": 1}
-    _, good, _ = _answer(tmp_path / "b", [row])
+    _, good, _ = answer_batch(tmp_path / "b", [row])
     texts = [choice["text"] for choice in good[0]["response"]["body"]["choices"]]
     assert texts == ["3", "3", "7", "7"]
 
@@ -136,12 +98,12 @@ def test_one_refused_prompt_fails_its_row_and_frees_the_others(tmp_path: pathlib
         assert engine.aborted == [f"{made.id}/0.0"]
         assert not engine.active
 
-    _serve(tmp_path, scenario)
+    serving(tmp_path, scenario)
 
 
 @pytest.mark.parametrize("lines", [[""], ["", "", ""]])
 def test_an_input_without_rows_fails(tmp_path: pathlib.Path, lines: list[str]) -> None:
-    batch, good, bad = _answer(tmp_path, lines)
+    batch, good, bad = answer_batch(tmp_path, lines)
     assert batch.status is Status.FAILED
     assert [problem.code for problem in batch.problems] == ["empty_file"]
     assert (good, bad) == ([], [])
@@ -158,7 +120,7 @@ def test_an_input_that_is_gone_from_the_disk_fails(tmp_path: pathlib.Path) -> No
         async with served_batches.running(store, engine):
             return (await served_batches.ended(store, made.id))[0]
 
-    batch = _serve(tmp_path, scenario)
+    batch = serving(tmp_path, scenario)
     assert batch.status is Status.FAILED
     assert batch.problems[0].code == "file_not_found"
 
@@ -182,7 +144,7 @@ def test_rows_wait_outside_the_engine_and_few_batches_run_at_once(tmp_path: path
         assert engine.most_active <= 6
         assert len(engine.seen) == len(set(engine.seen)) == 60
 
-    _serve(tmp_path, scenario)
+    serving(tmp_path, scenario)
 
 
 def test_cancel_keeps_the_finished_rows(tmp_path: pathlib.Path) -> None:
@@ -205,7 +167,7 @@ def test_cancel_keeps_the_finished_rows(tmp_path: pathlib.Path) -> None:
         assert caught.value.status_code == 409
         store.files.delete(file_id)
 
-    _serve(tmp_path, scenario)
+    serving(tmp_path, scenario)
 
 
 def test_a_batch_that_waits_is_cancelled_without_its_turn(tmp_path: pathlib.Path) -> None:
@@ -222,69 +184,7 @@ def test_a_batch_that_waits_is_cancelled_without_its_turn(tmp_path: pathlib.Path
             engine.flow.set()
             await served_batches.ended(store, first)
 
-    _serve(tmp_path, scenario)
-
-
-def test_a_stopped_server_goes_on_where_it_was(tmp_path: pathlib.Path) -> None:
-    answered = []
-
-    async def part(store: BatchStore, engine: served_batches.Adder) -> Batch:
-        made = store.all() or [
-            store.create(
-                Endpoint.COMPLETIONS, served_batches.put(store, served_batches.rows(40)), {}
-            )
-        ]
-        before = made[0].completed
-        async with served_batches.running(store, engine, lookahead=2):
-            await served_batches.until(
-                lambda: store.get(made[0].id).completed >= min(40, before + 15)
-            )
-            if before + 15 >= 40:
-                await served_batches.ended(store, made[0].id)
-        answered.append(store.get(made[0].id).completed)
-        assert not engine.active
-        return store.get(made[0].id)
-
-    while True:
-        batch = _serve(tmp_path, part)
-        if batch.status.is_ended:
-            break
-        assert batch.status is Status.IN_PROGRESS
-    assert len(answered) >= 2
-    assert answered == sorted(answered)
-    with served_batches.open_store(tmp_path) as store:
-        good = served_batches.read(store, batch.output_file_id)
-    assert [row["custom_id"] for row in good] == [f"id-{i}" for i in range(40)]
-
-
-def test_rows_go_on_with_the_next_engine(tmp_path: pathlib.Path) -> None:
-    async def scenario(store: BatchStore, engine: served_batches.Adder) -> None:
-        file_id = served_batches.put(store, served_batches.rows(30))
-        async with served_batches.running(store, engine, lookahead=4):
-            made = store.create(Endpoint.COMPLETIONS, file_id, {})
-            await served_batches.until(lambda: store.get(made.id).completed >= 5)
-            await engine.hold(num_active=4)
-            engine.lose()
-            await served_batches.until(lambda: not engine.active)
-            engine.up.set()
-            engine.flow.set()
-            (batch,) = await served_batches.ended(store, made.id)
-        assert (batch.completed, batch.failed) == (30, 0)
-        assert len(engine.seen) == 34
-        good = served_batches.read(store, batch.output_file_id)
-        assert [row["custom_id"] for row in good] == [f"id-{i}" for i in range(30)]
-
-    _serve(tmp_path, scenario)
-
-
-def test_a_row_that_ends_every_engine_fails_alone(tmp_path: pathlib.Path) -> None:
-    lines = served_batches.rows(3)
-    lines[1]["body"]["prompt"] = [served_batches.POISON]
-    batch, good, bad = _answer(tmp_path, lines)
-    assert [row["custom_id"] for row in good] == ["id-0", "id-2"]
-    assert "the engine ended 3 times while it answered this row" in _errors(bad)["id-1"]
-    assert bad[0]["response"]["status_code"] == 500
-    assert batch.status is Status.COMPLETED
+    serving(tmp_path, scenario)
 
 
 def test_a_busy_engine_is_asked_again(
@@ -300,108 +200,7 @@ def test_a_busy_engine_is_asked_again(
             (batch,) = await served_batches.ended(store, made.id)
         assert (batch.completed, engine.num_busy) == (3, 0)
 
-    _serve(tmp_path, scenario)
-
-
-def test_f4_a_full_disk_makes_a_batch_wait_and_go_on(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, num_refused = os.write, 0
-
-    def write(descriptor: int, data: Any) -> int:
-        nonlocal num_refused
-        begins = num_refused == 0 and b"batch_req" in bytes(data)
-        if begins or 0 < num_refused <= 3:
-            num_refused += 1
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(descriptor, data)
-
-    monkeypatch.setattr(os, "write", write)
-    batch, good, _ = _answer(tmp_path, served_batches.rows(10))
-    assert num_refused == 4
-    assert batch.status is Status.COMPLETED
-    assert [row["custom_id"] for row in good] == [f"id-{i}" for i in range(10)]
-
-
-def test_a_batch_of_another_model_fails_and_keeps_its_rows(tmp_path: pathlib.Path) -> None:
-    async def begin(store: BatchStore, engine: served_batches.Adder) -> str:
-        file_id = served_batches.put(store, served_batches.rows(50))
-        async with served_batches.running(store, engine, lookahead=2):
-            made = store.create(Endpoint.COMPLETIONS, file_id, {})
-            await served_batches.until(lambda: store.get(made.id).completed >= 3)
-            engine.flow.clear()
-        return made.id
-
-    batch_id = _serve(tmp_path, begin)
-    other = record.ModelIdentity(
-        name="other", model="products", tokenizer="letters", dtype="int", max_context_len=64
-    )
-
-    async def go_on(store: BatchStore, engine: served_batches.Adder) -> None:
-        async with served_batches.running(store, engine, identity=other):
-            (batch,) = await served_batches.ended(store, batch_id)
-        assert batch.status is Status.FAILED
-        assert batch.problems[0].code == "server_changed"
-        assert "weights changed (sums then, products now)" in batch.problems[0].message
-        assert len(served_batches.read(store, batch.output_file_id)) == batch.completed >= 3
-        assert not engine.seen
-
-    _serve(tmp_path, go_on)
-
-
-def test_damaged_rows_fail_the_batch_and_keep_the_others(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def begin(store: BatchStore, engine: served_batches.Adder) -> str:
-        file_id = served_batches.put(store, served_batches.rows(50))
-        async with served_batches.running(store, engine, lookahead=2):
-            made = store.create(Endpoint.COMPLETIONS, file_id, {})
-            await served_batches.until(lambda: store.get(made.id).completed >= 3)
-            engine.flow.clear()
-        return made.id
-
-    batch_id = _serve(tmp_path, begin)
-    with open(tmp_path / "batches" / f"{batch_id}.rows", "ab") as file:
-        file.write(b"garbage\n")
-
-    async def go_on(store: BatchStore, engine: served_batches.Adder) -> None:
-        async with served_batches.running(store, engine):
-            (batch,) = await served_batches.ended(store, batch_id)
-        assert (batch.status, batch.problems[0].code) == (Status.FAILED, "server_error")
-        assert str(tmp_path) not in batch.problems[0].message
-        assert len(served_batches.read(store, batch.output_file_id)) == batch.completed >= 3
-
-    _serve(tmp_path, go_on)
-    assert "is not an answer of this job" in caplog.text
-
-
-def test_an_engine_that_breaks_its_contract_fails_the_batch(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken(served_batches.Adder):
-        async def complete(self, *args: Any, **kwargs: Any) -> Any:
-            raise ZeroDivisionError("a bug")
-
-    async def scenario(store: BatchStore, _: served_batches.Adder) -> None:
-        async with served_batches.running(store, Broken()):
-            file_id = served_batches.put(store, served_batches.rows(2))
-            made = store.create(Endpoint.COMPLETIONS, file_id, {})
-            (batch,) = await served_batches.ended(store, made.id)
-        assert (batch.status, batch.problems[0].code) == (Status.FAILED, "server_error")
-
-    _serve(tmp_path, scenario)
-    assert "a bug" in caplog.text
-
-
-def test_an_input_in_use_is_not_deleted_even_after_a_restart(tmp_path: pathlib.Path) -> None:
-    with served_batches.open_store(tmp_path) as store:
-        file_id = served_batches.put(store, served_batches.rows(1))
-        store.create(Endpoint.COMPLETIONS, file_id, {})
-    with (
-        served_batches.open_store(tmp_path) as store,
-        pytest.raises(ApiError, match="a batch still reads"),
-    ):
-        store.files.delete(file_id)
+    serving(tmp_path, scenario)
 
 
 def test_batches_that_wait_are_bounded_and_old_ones_are_forgotten(tmp_path: pathlib.Path) -> None:
@@ -422,11 +221,11 @@ def test_batches_that_wait_are_bounded_and_old_ones_are_forgotten(tmp_path: path
         assert len(store.all()) == 3
         store.files.delete(file_id)
 
-    _serve(tmp_path, scenario, limits=limits)
+    serving(tmp_path, scenario, limits=limits)
 
 
 def test_a_result_is_no_input(tmp_path: pathlib.Path) -> None:
-    batch, _, _ = _answer(tmp_path, served_batches.rows(1))
+    batch, _, _ = answer_batch(tmp_path, served_batches.rows(1))
     with served_batches.open_store(tmp_path) as store:
         assert batch.output_file_id is not None
         with pytest.raises(ApiError, match="is a result and no input"):
@@ -450,34 +249,6 @@ def test_a_record_that_cannot_be_written_is_no_batch(
             assert caught.value.status_code == 507
         assert store.all() == []
         store.files.delete(file_id)
-
-
-@pytest.mark.parametrize("damage", ["{", "[]", '{"endpoint": 1}'])
-def test_a_damaged_record_is_named_at_the_start(tmp_path: pathlib.Path, damage: str) -> None:
-    with served_batches.open_store(tmp_path) as store:
-        file_id = served_batches.put(store, served_batches.rows(1))
-        made = store.create(Endpoint.COMPLETIONS, file_id, {})
-    (tmp_path / "batches" / f"{made.id}.json").write_text(damage)
-    with (
-        pytest.raises(ValueError, match=rf"{made.id}\.json is damaged .*move it out of"),
-        served_batches.open_store(tmp_path),
-    ):
-        pass
-
-
-def test_f3_a_batch_killed_at_every_write_has_every_row_once(tmp_path: pathlib.Path) -> None:
-    """F3: kill -9 during the writing of results."""
-    done = subprocess.run(
-        [sys.executable, batch_kills.__file__, str(tmp_path)],
-        env=batch_runs.environment(PYTHONPATH=os.pathsep.join(sys.path)),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    num_places = int(done.stdout.split()[0])
-    assert num_places > 20, done.stdout
 
 
 def test_the_front_process_needs_no_jax() -> None:
@@ -541,32 +312,13 @@ def test_a_real_model_answers_as_it_does_alone(tmp_path: pathlib.Path) -> None:
                 for name in (batch.output_file_id, batch.error_file_id)
             ]
 
-        good, bad = _serve(tmp_path, scenario)
+        good, bad = serving(tmp_path, scenario)
         params = llm.SamplingParams(temperature=0, max_tokens=5)
         wanted = model.generate(["Hello there", [5, 6, 7]], params)
     for row, result in zip(good, wanted, strict=True):
         (choice,) = row["response"]["body"]["choices"]
         assert (choice["text"], choice["token_ids"]) == (result.text, list(result.token_ids))
-    assert "the prompt has 200 tokens" in _errors(bad)["long"]
-
-
-def test_counts_of_an_unfinished_batch_are_those_of_its_rows_at_once_after_a_restart(
-    tmp_path: pathlib.Path,
-) -> None:
-    async def begin(store: BatchStore, engine: served_batches.Adder) -> Batch:
-        file_id = served_batches.put(store, ["bad", *served_batches.rows(100)])
-        async with served_batches.running(store, engine, lookahead=2):
-            made = store.create(Endpoint.COMPLETIONS, file_id, {})
-            await served_batches.until(lambda: store.get(made.id).completed >= 7)
-            engine.flow.clear()
-        return store.get(made.id)
-
-    before = _serve(tmp_path, begin)
-    assert before.failed == 1
-    with served_batches.open_store(tmp_path) as store:
-        assert store.get(before.id) == before
-        value = json.loads((tmp_path / "batches" / f"{before.id}.json").read_text())
-    assert value["completed"] == 0
+    assert "the prompt has 200 tokens" in errors_of(bad)["long"]
 
 
 def test_defaults_of_the_stores_hold(tmp_path: pathlib.Path) -> None:

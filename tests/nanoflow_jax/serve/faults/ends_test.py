@@ -10,21 +10,20 @@ import batch_runs
 import pytest
 import served
 
-_NUM_ROWS = 250
 # Far longer than it takes to send a signal.
-_LONG = {"prompt": [5, 9], "max_tokens": 200, "ignore_eos": True, "temperature": 0, "n": 64}
+_LONG = {"prompt": [5, 9], "max_tokens": 200, "ignore_eos": True, "temperature": 0, "n": 128}
 
 
-def _rows(**body: Any) -> list[dict[str, Any]]:
+def _rows(count: int, **body: Any) -> list[dict[str, Any]]:
     return [
         batch_runs.batch_row(str(i), prompt=[5, 9 + i % 99], max_tokens=40, ignore_eos=True, **body)
-        for i in range(_NUM_ROWS)
+        for i in range(count)
     ]
 
 
-def _check_each_once(rows: list[dict[str, Any]]) -> None:
+def _check_each_once(rows: list[dict[str, Any]], count: int) -> None:
     counts = collections.Counter(row["custom_id"] for row in rows)
-    assert counts == {str(i): 1 for i in range(_NUM_ROWS)}
+    assert counts == {str(i): 1 for i in range(count)}
     assert all(row["error"] is None for row in rows)
 
 
@@ -38,8 +37,9 @@ def _is_completed(batch: dict[str, Any]) -> bool:
 
 
 def test_f2_f3_a_batch_goes_on_over_a_signal_and_kill_9_with_each_row_once(tmp_path):
+    count = 600
     with served.start(tmp_path, *served.TINY, "--drain_seconds=0") as server:
-        name = server.begin_batch(_rows())
+        name = server.begin_batch(_rows(count))
         first = server.wait_for_batch(name, _is_begun)
         with server.streaming("/v1/completions", _LONG) as answer:
             assert answer.readline().startswith(b"data: ")
@@ -57,7 +57,7 @@ def test_f2_f3_a_batch_goes_on_over_a_signal_and_kill_9_with_each_row_once(tmp_p
         server.process.wait()
     with served.start(tmp_path, *served.TINY) as server:
         batch = server.wait_for_batch(name, _is_completed)
-        _check_each_once(server.rows_of(batch))
+        _check_each_once(server.rows_of(batch), count)
         assert "Traceback" not in server.log
 
 
@@ -82,7 +82,8 @@ def _files(server: served.Served) -> list[str]:
 
 
 def test_f4_a_full_disk_refuses_uploads_and_holds_batches_until_there_is_room(server):
-    name = server.begin_batch(_rows(echo=True, return_token_ids=True, logprobs=5))
+    count = 250
+    name = server.begin_batch(_rows(count, echo=True, return_token_ids=True, logprobs=5))
     server.wait_for_batch(name, _is_begun)
     before = _files(server)
     _limit_files(server, 1 << 16)  # the rows take more
@@ -95,10 +96,10 @@ def test_f4_a_full_disk_refuses_uploads_and_holds_batches_until_there_is_room(se
         assert server.ask("/v1/completions", {**_LONG, "n": 1, "max_tokens": 2})[0] == 200
     batch = server.ask(f"/v1/batches/{name}")[1]
     assert batch["status"] == "in_progress"
-    assert batch["request_counts"]["completed"] < _NUM_ROWS
+    assert batch["request_counts"]["completed"] < count
     _limit_files(server, None)
     batch = server.wait_for_batch(name, _is_completed)
-    _check_each_once(server.rows_of(batch))
+    _check_each_once(server.rows_of(batch), count)
     assert "Traceback" not in server.log
 
 

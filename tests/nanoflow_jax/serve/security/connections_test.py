@@ -35,7 +35,7 @@ async def _app(scope, receive, send):
 @contextlib.contextmanager
 def _served(read_timeout_s, keep_alive_s=_LONG_S):
     protocol = guarded_protocol.guarded_protocol(
-        max_connections=_MOST, read_timeout_s=read_timeout_s
+        max_connections=_MOST, read_timeout_s=read_timeout_s, write_timeout_s=_LONG_S
     )
     made = uvicorn.Server(
         uvicorn.Config(
@@ -210,19 +210,29 @@ def test_c13_a_connection_above_the_limit_is_closed_and_the_others_go_on(patient
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(_open(patient)) for _ in range(_MOST)]
         for raw in held:
-            raw.sendall(_GET)
+            raw.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n")
             assert _answer(raw)[0] == _OK
+            raw.sendall(b"aPOST /read HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n")
+            raw.sendall(b"Content-Length: 3\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 100")  # it is being served
         with _open(patient) as one_more:
             with contextlib.suppress(ConnectionError):
                 one_more.sendall(_GET)
             assert _read_all(one_more) == b""
-        held[0].sendall(_GET)
-        assert _answer(held[0])[0] == _OK
-    deadline = time.monotonic() + _LONG_S
-    answer = b""
-    while not answer:  # the server notices in its own time that they left
-        assert time.monotonic() < deadline
-        with _open(patient) as raw, contextlib.suppress(ConnectionError):
-            raw.sendall(_GET)
-            answer = raw.recv(100)
-    assert answer.startswith(b"HTTP/1.1 200")
+        for raw in held:
+            raw.sendall(b"abc")
+            assert _answer(raw) == (_OK, b"/read 3")
+    with _open(patient) as raw:
+        raw.sendall(_GET)
+        assert _answer(raw)[0] == _OK
+
+
+def test_c13_what_is_no_request_behind_a_request_ends_the_connection_with_one_answer(
+    patient, caplog
+):
+    for _ in range(20):
+        with _open(patient) as raw:
+            head = b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"
+            raw.sendall(head + b"abc no request\r\n")
+            assert _read_all(raw).count(b"HTTP/1.1 ") == 1
+    assert {record.getMessage() for record in caplog.records} <= {"Invalid HTTP request received."}
