@@ -127,13 +127,30 @@ def open_model(section: config_lib.ModelSection) -> ModelSource:
         raise ValueError(f"--model={name} is no folder{_download_advice(name)}")
     folder = checkpoint_folder.ModelFolder.open(path)
     config = huggingface.read_config(folder.config)
-    eos = loading.eos_ids(folder.config, folder.generation_config)
     return ModelSource(
         config=config,
         folder=folder,
-        eos_ids=frozenset(token for token in eos if token < config.vocab_size),
+        eos_ids=_eos_ids(folder, config.vocab_size),
         stored_dtype=_stored_dtype(folder.config),
     )
+
+
+def _eos_ids(folder: checkpoint_folder.ModelFolder, vocab_size: int) -> frozenset[int]:
+    named = loading.eos_ids(folder.config, folder.generation_config)
+    found = frozenset(token for token in named if token < vocab_size)
+    if len(found) < len(named):
+        _LOG.warning(
+            "end-of-text ids %s of %s are outside the vocabulary of %d and are left out",
+            sorted(set(named) - found),
+            folder.path,
+            vocab_size,
+        )
+    if len(found) > programs.MAX_EOS_IDS:
+        raise ValueError(
+            f"{folder.path} names {len(found)} end-of-text ids, more than {programs.MAX_EOS_IDS}; "
+            "name fewer in generation_config.json and config.json"
+        )
+    return found
 
 
 def _stored_dtype(raw: Mapping[str, Any]) -> str:

@@ -379,6 +379,7 @@ class Engine:
 def _logprobs(token: int, row: Int32[np.ndarray, "X"], wanted: int) -> request_lib.TokenLogprobs:
     """Reads the columns that `programs` wrote: logprob, rank, top ids, top values."""
     count = (len(row) - 2) // 2
+    wanted = min(wanted, count)  # a small vocabulary has no more
     values = row.view(np.float32)
     top = zip(row[2 : 2 + wanted], values[2 + count : 2 + count + wanted], strict=True)
     return request_lib.TokenLogprobs(

@@ -23,8 +23,9 @@ from nanoflow_jax.scheduler import buckets
 
 # Rows whose logits are computed at once for prompt_logprobs: bounds the [rows, V] array.
 PROMPT_LOGPROB_ROWS = 64
+MAX_EOS_IDS = 84
 # Bias entries of one row: logit_bias and banned end-of-text or stop tokens.
-MAX_BIAS = request.MAX_LOGIT_BIAS + request.MAX_STOP_TOKEN_IDS + 84
+MAX_BIAS = request.MAX_LOGIT_BIAS + request.MAX_STOP_TOKEN_IDS + MAX_EOS_IDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

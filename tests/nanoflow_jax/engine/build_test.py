@@ -62,13 +62,27 @@ def test_an_opened_folder_knows_its_shape_and_its_ends():
     assert opened.stored_dtype == "float32"
 
 
-def test_ends_outside_the_vocabulary_are_left_out(tmp_path):
+def _with_ends(folder, ids):
     source = cases.load("llama").path
     raw = json.loads((source / "config.json").read_text())
-    raw["eos_token_id"] = [2, raw["vocab_size"]]
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    assert _open(model=str(tmp_path)).eos_ids == {2}
+    (folder / "config.json").write_text(json.dumps({**raw, "eos_token_id": ids}))
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    return _open(model=str(folder))
+
+
+def test_ends_outside_the_vocabulary_are_left_out_and_named(tmp_path, caplog):
+    assert _with_ends(tmp_path, [2, 353]).eos_ids == {2}
+    assert "end-of-text ids [353] of" in caplog.text
+    assert "are outside the vocabulary of 353 and are left out" in caplog.text
+
+
+def test_more_ends_than_a_row_can_ban_are_refused(tmp_path):
+    assert len(_with_ends(tmp_path, list(range(84))).eos_ids) == 84
+    with _raises(
+        f"{tmp_path} names 85 end-of-text ids, more than 84; name fewer in generation_config.json "
+        "and config.json"
+    ):
+        _with_ends(tmp_path, list(range(85)))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from golden import cases
 from plain_model import PlainModel
 from poisoned_model import copy_with_nan
 
+from nanoflow_jax.engine import engine as engine_lib
 from nanoflow_jax.engine import sequence
 from nanoflow_jax.request import FinishReason
 
@@ -264,6 +265,13 @@ def test_logprobs_are_those_of_the_models_own_distribution(engine, plain):
         best = np.argsort(-row)[:3]
         assert [token for token, _ in entry.top] == best.tolist()
         np.testing.assert_allclose([v for _, v in entry.top], wanted[best], atol=1e-4)
+
+
+def test_a_vocabulary_smaller_than_the_logprobs_asked_for_reports_all_of_it():
+    values = np.array([-0.5, -0.5, -1.0, -3.0], np.float32).view(np.int32)
+    row = np.array([values[0], 1, 7, 8, 9, *values[1:]], np.int32)
+    found = engine_lib._logprobs(7, row, 20)
+    assert found.top == ((7, -0.5), (8, -1.0), (9, -3.0))
 
 
 def test_zero_logprobs_report_the_drawn_token_alone(engine):
