@@ -1,0 +1,343 @@
+"""Dense product with fused epilogues, on as many SMs as it is given.
+
+Bound by arithmetic from some 200 rows on (an H200 makes about 206 bfloat16 operations per byte of
+memory), below that by reading the weight.
+
+CTAs are persistent: CTA i of n computes output tiles i, i + n, ... . Two warpgroups each own half
+of a tile's rows and multiply (WGMMA) what a third one fetches (TMA) some steps ahead. A tile leaves
+through shared memory in slices of columns, while the next tile's first products run.
+
+Accuracy: products of the inputs as they are (float32 inputs as TF32), summed in float32; the
+epilogue is in float32 and rounded once.
+
+Source: persistent, warp-specialised GEMM as in CUTLASS 3 ("ping-pong" and "cooperative" kernels);
+order of tiles: bands of columns walked as a snake, so that what one band reads stays in L2.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from nanoflow_jax import compat
+from pallas_kernels import mosaic
+
+_NUM_SLOTS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GemmTile:
+    """What one CTA computes at a time.
+
+    Attributes:
+        rows: Of the output; each of two warpgroups has half.
+        columns: Of the output.
+        depth: Of one step along the summed axis.
+        stages: Steps fetched ahead.
+        band: Tiles in a row of the snake.
+        slice_columns: Columns that leave at a time.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    depth: int = 64
+    stages: int = 4
+    band: int = 8
+    slice_columns: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rows % 128 or self.columns % self.slice_columns or self.columns > 256:
+            raise ValueError(
+                f"{self} is no tile: rows must be a multiple of 128 (two warpgroups of 64), and "
+                "columns of slice_columns, at most 256"
+            )
+
+
+def gemm(
+    x: Float[Array, "T D"],
+    w: Float[Array, "F D"],
+    *,
+    w_up: Float[Array, "F D"] | None = None,
+    bias: Float[Array, "F"] | None = None,
+    residual: Float[Array, "T F"] | None = None,
+    out_dtype: Any = None,
+    num_ctas: int = 132,
+    tile: GemmTile | None = None,
+    token: Array | None = None,
+    interpret: Any = None,
+) -> Float[Array, "T F"]:
+    """Product x @ w.T, then what is given of: + bias, silu(.) * (x @ w_up.T), + residual.
+
+    Args:
+        x: bfloat16, float16 or float32.
+        w: Output-major, of x's dtype.
+        w_up: Second factor of a gated layer.
+        bias: Any float dtype.
+        residual: Of the output's dtype.
+        out_dtype: x's unless given.
+        num_ctas: Most SMs to use.
+        tile: How the product is cut.
+        token: Read by nobody; orders this kernel after the one that makes it.
+        interpret: None on a GPU, or InterpretGPUParams.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit each other.
+    """
+    tile = tile or GemmTile()
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    _check(x, w, w_up=w_up, bias=bias, residual=residual, out_dtype=out_dtype, num_ctas=num_ctas)
+    num_rows, num_columns = x.shape[0], w.shape[0]
+    x = _padded(x, mosaic.TILE_ROWS, tile.depth)
+    weights = [_padded(one, mosaic.TILE_ROWS, tile.depth) for one in (w, w_up) if one is not None]
+    shape = (x.shape[0], _up(num_columns, mosaic.TILE_ROWS))
+    operands = [x, *weights]
+    if bias is not None:
+        width = _up(num_columns, tile.columns)
+        operands.append(jnp.pad(bias.astype(jnp.float32), (0, width - num_columns)))
+    if residual is not None:
+        operands.append(
+            jnp.pad(residual, [(0, n - m) for n, m in zip(shape, residual.shape, strict=True)])
+        )
+    parts = _Parts(gated=w_up is not None, bias=bias is not None, residual=residual is not None)
+    num_tiles = pl.cdiv(shape[0], tile.rows) * pl.cdiv(shape[1], tile.columns)
+    num_ctas = min(num_ctas, num_tiles)
+
+    def body(*refs: Any) -> None:
+        gemm_role(lax.axis_index("cta"), num_ctas, parts.named(refs), tile)
+
+    out = mosaic.call(
+        body,
+        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
+        num_ctas=num_ctas,
+        operands=operands,
+        token=token,
+        interpret=interpret,
+    )
+    return out[:num_rows, :num_columns]
+
+
+def gemm_reference(
+    x: Float[Array, "T D"],
+    w: Float[Array, "F D"],
+    *,
+    w_up: Float[Array, "F D"] | None = None,
+    bias: Float[Array, "F"] | None = None,
+    residual: Float[Array, "T F"] | None = None,
+    out_dtype: Any = None,
+) -> Float[Array, "T F"]:
+    """The meaning of `gemm`."""
+
+    def product(weight: Float[Array, "F D"]) -> Float[Array, "T F"]:
+        return jnp.einsum("TD,FD->TF", x, weight, preferred_element_type=jnp.float32)
+
+    y = product(w)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)[None]
+    if w_up is not None:
+        y = jax.nn.silu(y) * product(w_up)
+    if residual is not None:
+        y = y + residual.astype(jnp.float32)
+    return y.astype(out_dtype or x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GemmRefs:
+    """Refs of one product in global memory; None for what it does without."""
+
+    x: Any
+    w: Any
+    w_up: Any
+    bias: Any
+    residual: Any
+    out: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Which optional operands there are."""
+
+    gated: bool
+    bias: bool
+    residual: bool
+
+    def named(self, refs: tuple[Any, ...]) -> GemmRefs:
+        left = list(refs)
+        take = lambda there: left.pop(0) if there else None  # noqa: E731
+        return GemmRefs(
+            x=take(True),
+            w=take(True),
+            w_up=take(self.gated),
+            bias=take(self.bias),
+            residual=take(self.residual),
+            out=take(True),
+        )
+
+
+def gemm_role(index: Any, num_workers: Any, refs: GemmRefs, tile: GemmTile) -> None:
+    """What CTA `index` of `num_workers` does; both may be values that the device computes."""
+    _Gemm(refs, tile).run(index, num_workers)
+
+
+class _Gemm:
+    """The kernel of one product, as it is traced."""
+
+    def __init__(self, refs: GemmRefs, tile: GemmTile) -> None:
+        self._refs, self._tile = refs, tile
+        self._weights = [ref for ref in (refs.w, refs.w_up) if ref is not None]
+        (self._num_rows, self._num_columns), self._depth = refs.out.shape, refs.x.shape[1]
+        self._steps = pl.cdiv(self._depth, tile.depth)
+        # One product stays in flight; with a single step there is none to wait for later.
+        self._delay = min(1, self._steps - 1)
+        self._half = tile.rows // mosaic.COMPUTE_WARPGROUPS
+        self._slots = min(_NUM_SLOTS, tile.columns // tile.slice_columns)
+
+    def run(self, index: Any, num_workers: Any) -> None:
+        tile, refs = self._tile, self._refs
+        nothing = lambda *_, **__: None  # noqa: E731
+        allocations = self._pipeline(nothing, nothing).get_allocations(refs.x, *self._weights)
+        slice_shape = (mosaic.COMPUTE_WARPGROUPS, self._slots, self._half, tile.slice_columns)
+        out_s = plgpu.SMEM(
+            slice_shape,
+            refs.out.dtype,
+            transforms=mosaic.swizzled(tile.slice_columns, refs.out.dtype),
+        )
+        grid = (pl.cdiv(self._num_rows, tile.rows), pl.cdiv(self._num_columns, tile.columns))
+
+        def scope(allocations: Any, out_s: Any, arrived: Any) -> None:
+            @pl.loop(0, lax.div(grid[0] * grid[1] - index + num_workers - 1, num_workers))
+            def _(turn: Any) -> None:
+                place = plgpu.planar_snake(index + turn * num_workers, grid, 0, tile.band)
+                self._one_tile(place, allocations, out_s, arrived)
+
+        num_barriers = mosaic.COMPUTE_WARPGROUPS * self._slots
+        pl.run_scoped(
+            scope,
+            allocations,
+            out_s,
+            plgpu.Barrier(num_barriers=num_barriers) if refs.residual is not None else None,
+            collective_axes="warpgroup",
+        )
+        plgpu.wait_smem_to_gmem(0)
+
+    def _pipeline(self, body: Any, compute: Any) -> Any:
+        tile, dtype = self._tile, self._refs.x.dtype
+        transforms = mosaic.swizzled(tile.depth, dtype)
+
+        def spec(rows: int) -> plgpu.BlockSpec:
+            return plgpu.BlockSpec(
+                (rows, tile.depth),
+                lambda k: (0, k),
+                transforms=transforms,
+                delay_release=self._delay,
+            )
+
+        return plgpu.emit_pipeline_warp_specialized(
+            body,
+            grid=(self._steps,),
+            in_specs=[spec(tile.rows), *(spec(tile.columns) for _ in self._weights)],
+            max_concurrent_steps=tile.stages,
+            memory_registers=mosaic.MEMORY_REGISTERS,
+            num_compute_wgs=mosaic.COMPUTE_WARPGROUPS,
+            wg_axis="warpgroup",
+            compute_context=compute,
+        )
+
+    def _one_tile(self, place: Any, allocations: Any, out_s: Any, arrived: Any) -> None:
+        tile = self._tile
+        first_row, first_column = place[0] * tile.rows, place[1] * tile.columns
+        warpgroup = lax.axis_index("warpgroup")
+        mine = pl.ds(warpgroup * self._half, self._half)
+
+        def multiply(_: Any, x_s: Any, *rest: Any) -> Any:
+            *weights_s, accumulators = rest
+            for accumulator, w_s in zip(accumulators, weights_s, strict=True):
+                plgpu.wgmma(accumulator, x_s.at[mine], w_s.transpose((1, 0)))
+            plgpu.wgmma_wait(self._delay)
+            return accumulators
+
+        def compute(run_pipeline: Any) -> None:
+            def with_accumulators(*accumulators: Any) -> None:
+                run_pipeline(accumulators)
+                sums = [accumulator[...] for accumulator in accumulators]
+                self._store(sums, first_row, first_column, out_s, arrived)
+
+            shape = (self._half, tile.columns)
+            wanted = [plgpu.ACC(shape, jnp.float32) for _ in self._weights]
+            pl.run_scoped(with_accumulators, *wanted)
+
+        columns = pl.ds(first_column, tile.columns)
+        self._pipeline(multiply, compute)(
+            self._refs.x.at[pl.ds(first_row, tile.rows)],
+            *(ref.at[columns] for ref in self._weights),
+            allocations=allocations,
+        )
+
+    def _store(
+        self, sums: list[Any], first_row: Any, first_column: Any, out_s: Any, arrived: Any
+    ) -> None:
+        tile, refs = self._tile, self._refs
+        warpgroup = lax.axis_index("warpgroup")
+        rows = pl.ds(first_row + warpgroup * self._half, self._half)
+        for i in range(tile.columns // tile.slice_columns):
+            start = i * tile.slice_columns
+            columns = pl.ds(first_column + start, tile.slice_columns)
+            slot = out_s.at[warpgroup, i % self._slots]
+            # The store from this slot, `slots` slices ago, has read it.
+            plgpu.wait_smem_to_gmem(self._slots - 1, wait_read_only=True)
+            y, *rest = [one[:, start : start + tile.slice_columns] for one in sums]
+            if refs.bias is not None:
+                y = y + self._bias(columns, y.shape)
+            if rest:
+                y = y * (1.0 / (1.0 + jnp.exp(-y))) * rest[0]
+            if refs.residual is not None:
+                barrier = arrived.at[warpgroup * self._slots + i % self._slots]
+                plgpu.copy_gmem_to_smem(refs.residual.at[rows, columns], slot, barrier)
+                plgpu.barrier_wait(barrier)
+                y = y + slot[...].astype(jnp.float32)
+            slot[...] = y.astype(refs.out.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(slot, refs.out.at[rows, columns])
+
+    def _bias(self, columns: Any, shape: tuple[int, int]) -> Any:
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        row = compat.load_row(self._refs.bias, columns, layout=layout)
+        return lax.broadcast_in_dim(row, shape, [1])
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _padded(x: Float[Array, "M N"], rows: int, columns: int) -> Float[Array, "M2 N2"]:
+    """Zeros up to multiples of rows and columns; nothing is copied where there are none to add."""
+    widths = [(0, -x.shape[0] % rows), (0, -x.shape[1] % columns)]
+    return jnp.pad(x, widths) if any(after for _, after in widths) else x
+
+
+def _check(
+    x: Any, w: Any, *, w_up: Any, bias: Any, residual: Any, out_dtype: Any, num_ctas: int
+) -> None:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x{x.shape} and w{w.shape} are not [T, D] and [F, D]")
+    if 0 in (*x.shape, *w.shape):
+        raise ValueError(f"x{x.shape} and w{w.shape} must not be empty")
+    if x.dtype != w.dtype or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(
+            f"x is {x.dtype} and w {w.dtype}; both must be bfloat16, float16 or float32"
+        )
+    if w_up is not None and (w_up.shape != w.shape or w_up.dtype != w.dtype):
+        raise ValueError(f"w_up is {w_up.dtype}{w_up.shape} and w {w.dtype}{w.shape}: not the same")
+    if bias is not None and bias.shape != w.shape[:1]:
+        raise ValueError(f"bias{bias.shape} is not [F] = {w.shape[:1]}")
+    expected = (x.shape[0], w.shape[0])
+    if residual is not None and (residual.shape != expected or residual.dtype != out_dtype):
+        raise ValueError(
+            f"residual is {residual.dtype}{residual.shape}, not {out_dtype}{expected} as the output"
+        )
+    if num_ctas < 1:
+        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
