@@ -33,11 +33,21 @@ def swizzled(num_columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
     Raises:
         ValueError: The row is no multiple of 32 bytes.
     """
+    tile_columns = swizzled_columns(num_columns, dtype)
+    tiling = plgpu.TilingTransform((TILE_ROWS, tile_columns))
+    return (tiling, plgpu.SwizzleTransform(tile_columns * jnp.dtype(dtype).itemsize))
+
+
+def swizzled_columns(num_columns: int, dtype: Any) -> int:
+    """Columns of the tiles that rows of so many columns are cut into by `swizzled`.
+
+    Raises:
+        ValueError: The row is no multiple of 32 bytes.
+    """
     itemsize = jnp.dtype(dtype).itemsize
     for swizzle in _SWIZZLES:
         if num_columns * itemsize % swizzle == 0:
-            tiling = plgpu.TilingTransform((TILE_ROWS, swizzle // itemsize))
-            return (tiling, plgpu.SwizzleTransform(swizzle))
+            return swizzle // itemsize
     raise ValueError(
         f"a tile row of {num_columns} x {itemsize} bytes is no multiple of {_SWIZZLES[-1]} bytes; "
         "take a wider tile"

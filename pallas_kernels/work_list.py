@@ -25,9 +25,8 @@ from jaxtyping import Int32
 WORKERS_PER_CTA = 2
 # Parts of segments that one worker can have.
 PARTS_PER_WORKER = 2
-# Bytes of one row of values above which a tile has half the tokens.
-_WIDE_HEAD_DIM = 192
-_TILE_LEN = 64
+# Tokens that the kernel reads at once: a part of a page, a page or several pages.
+TILE_LEN = 64
 
 
 class WorkList(NamedTuple):
@@ -51,38 +50,24 @@ class WorkList(NamedTuple):
     group_rows: Int32[np.ndarray, "W"]
 
 
-def tile_len(head_dim: int, page_size: int) -> int:
-    """Tokens that are read at once: parts of a page, a page or several pages.
-
-    Raises:
-        ValueError: Pages cannot be cut, or put together, to tiles.
-    """
-    tokens = _TILE_LEN if head_dim <= _WIDE_HEAD_DIM else _TILE_LEN // 2
-    if page_size < 8 or (tokens % page_size and page_size % tokens):
-        raise ValueError(
-            f"page_size={page_size} must be at least 8 and divide {tokens}, or be a multiple of it"
-        )
-    return tokens
-
-
 def plan_decode(
     context_lens: Int32[np.ndarray, "R"],
     *,
     num_kv_heads: int,
-    tile_len: int,
     num_ctas: int,
     max_ctas: int | None = None,
     window: int | None = None,
+    tile_len: int = TILE_LEN,
 ) -> WorkList:
     """Shares the contexts of one step out to CTAs.
 
     Args:
         context_lens: Cached tokens that each request sees, its newest included; 0 in unused rows.
         num_kv_heads: K, on this device.
-        tile_len: Tokens in a tile.
         num_ctas: That will work, each with two workers.
         max_ctas: For how many to leave room; num_ctas unless given.
         window: Newest tokens that are seen; None for all. Tiles wholly before it are in no item.
+        tile_len: Tokens in a tile.
 
     Raises:
         ValueError: A number is out of its range.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pallas_kernels.work_list import WORKERS_PER_CTA, plan_decode, tile_len
+from pallas_kernels.work_list import WORKERS_PER_CTA, plan_decode
 
 _TILE = 16
 _LENS = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 3000)), max_size=12)
@@ -105,19 +105,6 @@ def test_a_plan_worked_by_hand():
 def test_long_contexts_of_many_heads_do_not_overflow():
     plan = plan_decode([1 << 30] * 64, num_kv_heads=8, tile_len=64, num_ctas=132)
     assert plan.workers[:, 4].tolist() == pytest.approx([64 * 8 * (1 << 24) / 264] * 264, abs=1)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "tokens"), [((64, 16), 64), ((128, 128), 64), ((256, 64), 32), ((128, 8), 64)]
-)
-def test_a_tile_is_made_of_pages_or_of_parts_of_one(sizes, tokens):
-    assert tile_len(*sizes) == tokens
-
-
-@pytest.mark.parametrize("page_size", [4, 24, 96])
-def test_pages_that_make_no_tiles_are_refused(page_size):
-    with pytest.raises(ValueError, match=f"page_size={page_size} must be at least 8 and divide 64"):
-        tile_len(128, page_size)
 
 
 _GOOD = {"context_lens": [1, 2], "num_kv_heads": 2, "tile_len": 16, "num_ctas": 2}
