@@ -236,10 +236,12 @@ class _Decode:
     def _pages(self, item: _Item, tile: Any) -> list[tuple[Any, Any]]:
         """Page and first token in it for each piece of a tile."""
         page_size, table = self._page_size, self._refs.page_table
-        if page_size >= TILE_LEN:
-            token = tile * TILE_LEN
-            page = table[item.request, lax.div(token, jnp.int32(page_size))]
-            return [(page, lax.rem(token, jnp.int32(page_size)))]
+        if page_size == TILE_LEN:
+            return [(table[item.request, tile], 0)]
+        if page_size > TILE_LEN:
+            num_tiles = jnp.int32(page_size // TILE_LEN)
+            page = table[item.request, lax.div(tile, num_tiles)]
+            return [(page, lax.rem(tile, num_tiles) * TILE_LEN)]
         # Past the last page its like is fetched again: the number of arrivals stays the same.
         last = lax.div(item.length - 1, jnp.int32(page_size))
         numbers = [jnp.minimum(tile * self._pieces + i, last) for i in range(self._pieces)]
