@@ -339,5 +339,4 @@ def _check(
         raise ValueError(
             f"residual is {residual.dtype}{residual.shape}, not {out_dtype}{expected} as the output"
         )
-    if num_ctas < 1:
-        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
+    mosaic.check_num_ctas(num_ctas)
