@@ -92,8 +92,8 @@ def gemm(
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     _check(x, w, w_up=w_up, bias=bias, residual=residual, out_dtype=out_dtype, num_ctas=num_ctas)
     num_rows, num_columns = x.shape[0], w.shape[0]
-    x = _padded(x, mosaic.TILE_ROWS, tile.depth)
-    weights = [_padded(one, mosaic.TILE_ROWS, tile.depth) for one in (w, w_up) if one is not None]
+    x = padded(x, mosaic.TILE_ROWS, tile.depth)
+    weights = [padded(one, mosaic.TILE_ROWS, tile.depth) for one in (w, w_up) if one is not None]
     shape = (x.shape[0], _up(num_columns, mosaic.TILE_ROWS))
     operands = [x, *weights]
     if bias is not None:
@@ -146,15 +146,47 @@ def gemm_reference(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Factor:
+    """A weight [F, D], which may be some rows of a larger one."""
+
+    ref: Any
+    first_row: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupRefs:
+    """Rows of x in groups that have weights of their own, one below the other in a factor's ref.
+
+    Attributes:
+        tile_group: Group of each tile of rows.
+        num_tiles: [1], used tiles of rows.
+        weight_rows: From the weight of one group to that of the next.
+    """
+
+    tile_group: Any
+    num_tiles: Any
+    weight_rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmRefs:
-    """Refs of one product in global memory; None for what it does without."""
+    """Refs of one product in global memory.
+
+    Attributes:
+        x: [T, D].
+        factors: The weight, and the second one of a gated layer.
+        out: [T, F].
+        bias: [F] in float32.
+        residual: As out.
+        groups: None if all rows have the same weight.
+    """
 
     x: Any
-    w: Any
-    w_up: Any
-    bias: Any
-    residual: Any
+    factors: tuple[Factor, ...]
     out: Any
+    bias: Any = None
+    residual: Any = None
+    groups: GroupRefs | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,8 +202,7 @@ class _Parts:
         take = lambda there: left.pop(0) if there else None  # noqa: E731
         return GemmRefs(
             x=take(True),
-            w=take(True),
-            w_up=take(self.gated),
+            factors=tuple(Factor(ref=take(True)) for _ in range(1 + self.gated)),
             bias=take(self.bias),
             residual=take(self.residual),
             out=take(True),
@@ -188,7 +219,7 @@ class _Gemm:
 
     def __init__(self, refs: GemmRefs, tile: GemmTile) -> None:
         self._refs, self._tile = refs, tile
-        self._weights = [ref for ref in (refs.w, refs.w_up) if ref is not None]
+        self._weights = [factor.ref for factor in refs.factors]
         (self._num_rows, self._num_columns), self._depth = refs.out.shape, refs.x.shape[1]
         self._steps = pl.cdiv(self._depth, tile.depth)
         # One product stays in flight; with a single step there is none to wait for later.
@@ -206,7 +237,10 @@ class _Gemm:
             refs.out.dtype,
             transforms=mosaic.swizzled(tile.slice_columns, refs.out.dtype),
         )
-        grid = (pl.cdiv(self._num_rows, tile.rows), pl.cdiv(self._num_columns, tile.columns))
+        row_tiles = pl.cdiv(self._num_rows, tile.rows)
+        if refs.groups is not None:
+            row_tiles = refs.groups.num_tiles[0]
+        grid = (row_tiles, pl.cdiv(self._num_columns, tile.columns))
 
         def scope(allocations: Any, out_s: Any, arrived: Any) -> None:
             @pl.loop(0, lax.div(grid[0] * grid[1] - index + num_workers - 1, num_workers))
@@ -270,10 +304,15 @@ class _Gemm:
             wanted = [plgpu.ACC(shape, jnp.float32) for _ in self._weights]
             pl.run_scoped(with_accumulators, *wanted)
 
-        columns = pl.ds(first_column, tile.columns)
+        first_weight = first_column
+        if (groups := self._refs.groups) is not None:
+            first_weight = groups.tile_group[place[0]] * groups.weight_rows + first_column
         self._pipeline(multiply, compute)(
             self._refs.x.at[pl.ds(first_row, tile.rows)],
-            *(ref.at[columns] for ref in self._weights),
+            *(
+                factor.ref.at[pl.ds(first_weight + factor.first_row, tile.columns)]
+                for factor in self._refs.factors
+            ),
             allocations=allocations,
         )
 
@@ -313,7 +352,7 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _padded(x: Float[Array, "M N"], rows: int, columns: int) -> Float[Array, "M2 N2"]:
+def padded(x: Float[Array, "M N"], rows: int, columns: int) -> Float[Array, "M2 N2"]:
     """Zeros up to multiples of rows and columns; nothing is copied where there are none to add."""
     widths = [(0, -x.shape[0] % rows), (0, -x.shape[1] % columns)]
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
@@ -339,5 +378,4 @@ def _check(
         raise ValueError(
             f"residual is {residual.dtype}{residual.shape}, not {out_dtype}{expected} as the output"
         )
-    if num_ctas < 1:
-        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
+    mosaic.check_num_ctas(num_ctas)

@@ -59,6 +59,12 @@ def row_multiple(dtype: Any) -> int:
     return _ROW_BYTES // jnp.dtype(dtype).itemsize
 
 
+def check_num_ctas(num_ctas: int) -> None:
+    """Raises ValueError unless there is a CTA."""
+    if num_ctas < 1:
+        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
+
+
 def call(
     body: Callable[..., None],
     *,
