@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
@@ -69,24 +68,68 @@ def decode_attention(
     Raises:
         ValueError: Shapes, dtypes or numbers do not fit each other or the kernel.
     """
-    options = DecodeOptions(
-        scale=scale, window=window, softcap=softcap, interpreted=interpret is not None
+    kernel = prepare_decode(
+        q,
+        cache,
+        page_table,
+        context_lens,
+        work,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        interpreted=interpret is not None,
     )
-    check_decode(q, cache, page_table, context_lens, work)
+    return mosaic.run(kernel, num_ctas=kernel.most_ctas, token=token, interpret=interpret)
 
-    def body(*refs: Any) -> None:
-        decode_role(lax.axis_index("cta"), DecodeRefs(*refs), options)
 
-    results = mosaic.call(
-        body,
-        out_type=decode_results(q, cache, work),
-        num_ctas=work.workers.shape[0] // WORKERS_PER_CTA,
-        operands=decode_operands(q, cache, page_table, context_lens, work),
-        token=token,
+def prepare_decode(
+    q: Float[Array, "R N H"],
+    cache: Float[Array, "P 2 K S H"],
+    page_table: Int32[Array, "R M"],
+    context_lens: Int32[Array, "R"],
+    work: WorkList,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    interpreted: bool = False,
+) -> mosaic.Kernel:
+    """The kernel of `decode_attention`, to run on a share of a grid; takes and refuses the same.
+
+    Its share must have as many CTAs as the work is planned for.
+    """
+    options = DecodeOptions(scale=scale, window=window, softcap=softcap, interpreted=interpreted)
+    _check(q, cache, page_table, context_lens, work)
+    (R, N, H), K = q.shape, cache.shape[2]
+    group, num_parts = N // K, work.part_groups.shape[0]
+    padded = -(-group // mosaic.TILE_ROWS) * mosaic.TILE_ROWS
+    rows = jnp.pad(q.reshape(R * K, group, H), ((0, 0), (0, padded - group), (0, 0)))
+    tables = (page_table, context_lens, work.live, work.workers)
+
+    def finish(out: Any, parts: Any, part_weights: Any) -> Float[Array, "R N H"]:
+        merged = merge_parts(
+            parts[:, :group],
+            part_weights[:, :group],
+            jnp.asarray(work.part_groups),
+            num_groups=work.group_rows.shape[0],
+        ).astype(out.dtype)
+        out = out.at[jnp.asarray(work.group_rows), :group].set(merged, mode="drop")
+        out = out[:, :group].reshape(R, N, H)
+        # The kernel wrote nothing for rows without tokens.
+        return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
+
+    return mosaic.Kernel(
+        operands=[rows, cache, *(jnp.asarray(table) for table in tables)],
+        results=(
+            jax.ShapeDtypeStruct(rows.shape, q.dtype),
+            jax.ShapeDtypeStruct((num_parts, padded, H), jnp.float32),
+            jax.ShapeDtypeStruct((num_parts, padded), jnp.float32),
+        ),
+        role=lambda index, _, *refs: decode_role(index, DecodeRefs(*refs), options),
+        finish=finish,
+        most_ctas=work.workers.shape[0] // WORKERS_PER_CTA,
         approx_math=True,
-        interpret=interpret,
     )
-    return finish_decode(results, q, cache, context_lens, work)
 
 
 def decode_attention_reference(
@@ -156,54 +199,7 @@ def merge_parts(
     return jnp.where(is_broken[..., None], jnp.nan, merged)
 
 
-def decode_operands(
-    q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList
-) -> list[jax.Array]:
-    """What the kernel reads, in the order of DecodeRefs."""
-    R, N, H = q.shape
-    K = cache.shape[2]
-    rows = q.reshape(R * K, N // K, H)
-    rows = jnp.pad(rows, ((0, 0), (0, _padded_group(N // K) - N // K), (0, 0)))
-    tables = (page_table, context_lens, work.live, work.workers)
-    return [rows, cache, *(jnp.asarray(table) for table in tables)]
-
-
-def decode_results(q: Any, cache: Any, work: WorkList) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What the kernel writes, in the order of DecodeRefs."""
-    R, N, H = q.shape
-    K, num_parts = cache.shape[2], work.part_groups.shape[0]
-    group = _padded_group(N // K)
-    return (
-        jax.ShapeDtypeStruct((R * K, group, H), q.dtype),
-        jax.ShapeDtypeStruct((num_parts, group, H), jnp.float32),
-        jax.ShapeDtypeStruct((num_parts, group), jnp.float32),
-    )
-
-
-def finish_decode(
-    results: tuple[Any, ...], q: Any, cache: Any, context_lens: Any, work: WorkList
-) -> Float[Array, "R N H"]:
-    """Merges what the kernel wrote in parts, and zeroes the rows it did not write."""
-    out, parts, part_weights = results
-    R, N, H = q.shape
-    group = N // cache.shape[2]
-    merged = merge_parts(
-        parts[:, :group],
-        part_weights[:, :group],
-        jnp.asarray(work.part_groups),
-        num_groups=work.group_rows.shape[0],
-    )
-    out = out.at[jnp.asarray(work.group_rows), :group].set(merged.astype(out.dtype), mode="drop")
-    out = out[:, :group].reshape(R, N, H)
-    return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
-
-
-def _padded_group(group: int) -> int:
-    return -(-group // mosaic.TILE_ROWS) * mosaic.TILE_ROWS
-
-
-def check_decode(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:
-    """Raises ValueError unless operands fit each other and the kernel."""
+def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:
     if q.ndim != 3 or cache.ndim != 5 or cache.shape[1] != 2 or q.shape[2] != cache.shape[4]:
         raise ValueError(f"q{q.shape} and cache{cache.shape} are not [R, N, H] and [P, 2, K, S, H]")
     if 0 in (*q.shape, *cache.shape, *page_table.shape):

@@ -88,9 +88,28 @@ def gemm(
     Raises:
         ValueError: Shapes or dtypes do not fit each other.
     """
+    mosaic.check_num_ctas(num_ctas)
+    kernel = prepare_gemm(
+        x, w, w_up=w_up, bias=bias, residual=residual, out_dtype=out_dtype, tile=tile
+    )
+    num_ctas = min(num_ctas, kernel.most_ctas)
+    return mosaic.run(kernel, num_ctas=num_ctas, token=token, interpret=interpret)
+
+
+def prepare_gemm(
+    x: Float[Array, "T D"],
+    w: Float[Array, "F D"],
+    *,
+    w_up: Float[Array, "F D"] | None = None,
+    bias: Float[Array, "F"] | None = None,
+    residual: Float[Array, "T F"] | None = None,
+    out_dtype: Any = None,
+    tile: GemmTile | None = None,
+) -> mosaic.Kernel:
+    """The kernel of `gemm`, to run on a share of a grid; takes and refuses the same."""
     tile = tile or GemmTile()
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    _check(x, w, w_up=w_up, bias=bias, residual=residual, out_dtype=out_dtype, num_ctas=num_ctas)
+    _check(x, w, w_up=w_up, bias=bias, residual=residual, out_dtype=out_dtype)
     num_rows, num_columns = x.shape[0], w.shape[0]
     x = padded(x, mosaic.TILE_ROWS, tile.depth)
     weights = [padded(one, mosaic.TILE_ROWS, tile.depth) for one in (w, w_up) if one is not None]
@@ -104,21 +123,15 @@ def gemm(
             jnp.pad(residual, [(0, n - m) for n, m in zip(shape, residual.shape, strict=True)])
         )
     parts = _Parts(gated=w_up is not None, bias=bias is not None, residual=residual is not None)
-    num_tiles = pl.cdiv(shape[0], tile.rows) * pl.cdiv(shape[1], tile.columns)
-    num_ctas = min(num_ctas, num_tiles)
-
-    def body(*refs: Any) -> None:
-        gemm_role(lax.axis_index("cta"), num_ctas, parts.named(refs), tile)
-
-    out = mosaic.call(
-        body,
-        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
-        num_ctas=num_ctas,
+    return mosaic.Kernel(
         operands=operands,
-        token=token,
-        interpret=interpret,
+        results=(jax.ShapeDtypeStruct(shape, out_dtype),),
+        role=lambda index, num_workers, *refs: gemm_role(
+            index, num_workers, parts.named(refs), tile
+        ),
+        finish=lambda out: out[:num_rows, :num_columns],
+        most_ctas=pl.cdiv(shape[0], tile.rows) * pl.cdiv(shape[1], tile.columns),
     )
-    return out[:num_rows, :num_columns]
 
 
 def gemm_reference(
@@ -358,9 +371,7 @@ def padded(x: Float[Array, "M N"], rows: int, columns: int) -> Float[Array, "M2 
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
-def _check(
-    x: Any, w: Any, *, w_up: Any, bias: Any, residual: Any, out_dtype: Any, num_ctas: int
-) -> None:
+def _check(x: Any, w: Any, *, w_up: Any, bias: Any, residual: Any, out_dtype: Any) -> None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x{x.shape} and w{w.shape} are not [T, D] and [F, D]")
     if 0 in (*x.shape, *w.shape):
@@ -378,4 +389,3 @@ def _check(
         raise ValueError(
             f"residual is {residual.dtype}{residual.shape}, not {out_dtype}{expected} as the output"
         )
-    mosaic.check_num_ctas(num_ctas)

@@ -4,11 +4,13 @@ Everything here is for Hopper: tensor memory access (TMA), warpgroup products (W
 warpgroups per CTA of which the last one only moves memory.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 COMPUTE_WARPGROUPS = 2
@@ -112,3 +114,39 @@ def call(
         ),
         **more,
     )(*given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel that can be given any share of a grid.
+
+    Attributes:
+        operands: In global memory.
+        results: Shapes and dtypes of what it writes.
+        role: What one CTA does. Takes its index among the CTAs of this kernel and their number,
+            which may be values that the device computes, then refs of operands and of results.
+        finish: Makes the answer from the results.
+        most_ctas: How many can be of use.
+        approx_math: Whether exp2 and the like may take the fast hardware path.
+    """
+
+    operands: Sequence[jax.Array]
+    results: tuple[jax.ShapeDtypeStruct, ...]
+    role: Callable[..., None]
+    finish: Callable[..., Any]
+    most_ctas: int
+    approx_math: bool = False
+
+
+def run(kernel: Kernel, *, num_ctas: int, token: jax.Array | None, interpret: Any) -> Any:
+    """Answer of a kernel that has a grid to itself; see `call`."""
+    results = call(
+        lambda *refs: kernel.role(lax.axis_index("cta"), num_ctas, *refs),
+        out_type=kernel.results,
+        num_ctas=num_ctas,
+        operands=kernel.operands,
+        token=token,
+        approx_math=kernel.approx_math,
+        interpret=interpret,
+    )
+    return kernel.finish(*results)
