@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Limits of an H200 as the driver reports them; CUDA C programming guide, compute capability 9.0.
 _TARGET = """
@@ -116,12 +117,15 @@ def _dumped() -> Iterator[pathlib.Path]:
     was_cached = jax.config.jax_enable_compilation_cache
     with tempfile.TemporaryDirectory() as folder:
         os.environ[name] = folder
-        # A program from the cache dumps nothing.
+        # A program from the cache dumps nothing, and none can be read without a GPU. jax decides
+        # once whether to use the cache, unless it is reset.
         jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
         try:
             yield pathlib.Path(folder)
         finally:
             jax.config.update("jax_enable_compilation_cache", was_cached)
+            compilation_cache.reset_cache()
             if before is None:
                 del os.environ[name]
             else:

@@ -1,5 +1,7 @@
 """Products of rows with their expert's weight against the reference, and the plan of the rows."""
 
+import itertools
+
 import deviceless
 import jax
 import jax.numpy as jnp
@@ -192,3 +194,14 @@ def test_operands_that_do_not_fit_are_refused(change, message):
     good = {"x": jnp.zeros((256, 8)), "w": jnp.zeros((2, 16, 8)), "groups": groups}
     with pytest.raises(ValueError, match=message):
         grouped_gemm(**{**good, **change})
+
+
+@pytest.mark.gpu
+def test_grouped_products_on_a_gpu_are_their_references():
+    for experts, gated in itertools.product([[1], [0, 1, 3]], [False, True]):
+        operands = _operands(700, 4096, 2048, experts=experts)
+        used = operands["groups"].num_tiles[0] * 128
+        wanted = grouped_gemm_reference(**operands, gated=gated)
+        for num_ctas in (1, 40, 132):
+            found = grouped_gemm(**operands, gated=gated, num_ctas=num_ctas)
+            kernel_runs.check_close(found[:used], wanted[:used], relative=5e-3)

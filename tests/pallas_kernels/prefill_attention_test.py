@@ -74,28 +74,32 @@ def _operands(
 def _check(operands, **more):
     with kernel_runs.interpreting() as interpret:
         found = prefill_attention(**operands, **more, interpret=interpret)
+    _compare(found, operands, relative=_RELATIVE, **more)
+
+
+def _compare(found, operands, *, relative, **more):
     wanted = prefill_attention_reference(**operands)
     if more.get("aligned"):
         sources = operands["tiles"].sources
         found = jnp.where((sources < sources.max())[:, None, None], found, 0)
-    kernel_runs.check_close(found, wanted, relative=_RELATIVE)
+    kernel_runs.check_close(found, wanted, relative=relative)
+
+
+_CASES = [
+    ({}, 2),
+    ({"chunks": [(0, 50, 14, 0)], "page_size": 16}, 132),
+    ({"chunks": [(0, 30, 237, 0)], "page_size": 32, "heads": (5, 1), "window": 70}, 1),
+    ({"chunks": [(2, 9, 0, 0)], "page_size": 16, "heads": (3, 1), "window": 4}, 2),
+    ({"page_size": 128, "head_dim": 128, "heads": (7, 1), "softcap": 3.0}, 2),
+    ({"chunks": [(1, 20, 60, 0)], "head_dim": 256, "heads": (6, 2)}, 1),
+    ({"chunks": [(0, 9, 130, 0)], "page_size": 128, "head_dim": 256, "heads": (16, 1)}, 1),
+    ({"chunks": [(0, 140, 0, 0)], "num_tokens": 140, "heads": (1, 1), "dtype": jnp.float16}, 1),
+]
 
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    ("more", "num_ctas"),
-    [
-        ({}, 2),
-        ({"chunks": [(0, 50, 14, 0)], "page_size": 16}, 132),
-        ({"chunks": [(0, 30, 237, 0)], "page_size": 32, "heads": (5, 1), "window": 70}, 1),
-        ({"chunks": [(2, 9, 0, 0)], "page_size": 16, "heads": (3, 1), "window": 4}, 2),
-        ({"page_size": 128, "head_dim": 128, "heads": (7, 1), "softcap": 3.0}, 2),
-        ({"chunks": [(1, 20, 60, 0)], "head_dim": 256, "heads": (6, 2)}, 1),
-        ({"chunks": [(0, 9, 130, 0)], "page_size": 128, "head_dim": 256, "heads": (16, 1)}, 1),
-        ({"chunks": [(0, 140, 0, 0)], "num_tokens": 140, "heads": (1, 1), "dtype": jnp.float16}, 1),
-    ],
-)
+@pytest.mark.parametrize(("more", "num_ctas"), _CASES)
 def test_chunks_get_their_reference_on_any_number_of_ctas(more, num_ctas):
     _check(_operands(**more), num_ctas=num_ctas)
 
@@ -249,3 +253,12 @@ _GOOD = {
 def test_operands_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         prefill_attention(**{**_GOOD, **change})
+
+
+@pytest.mark.gpu
+def test_chunks_on_a_gpu_get_their_reference():
+    for more, _ in _CASES:
+        for num_ctas in (1, 3, 132):
+            operands = _operands(**more)
+            found = prefill_attention(**operands, num_ctas=num_ctas)
+            _compare(found, operands, relative=1e-2)
