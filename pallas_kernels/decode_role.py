@@ -28,9 +28,12 @@ _LOWEST = -1e30
 _ROWS = 64
 # Above it registers are too few to hold scores while unseen values are zeroed.
 _WIDE_HEAD_DIM = 192
+# Up to it they are enough for results to leave in wide slices.
+_NARROW_HEAD_DIM = 128
 _QUERY_SLOTS = 2
-# Columns that leave at a time through shared memory, of which the first that divides the width.
-_OUT_COLUMNS = (32, 16)
+# Columns that leave at a time through shared memory: the most, of results and of parts.
+_OUT_COLUMNS = 64
+_PART_COLUMNS = 32
 # Barriers of one array have their phases in one 32-bit register.
 _MOST_STAGES = 32 // WORKERS_PER_CTA
 _BARRIER_BYTES = 2048
@@ -102,7 +105,10 @@ class _Decode:
         # race detector would rightly see a write to those, so interpreted ones lie apart.
         self._query_step = _ROWS if options.interpreted else self._group
         self._query_rows = _ROWS + (WORKERS_PER_CTA * _QUERY_SLOTS - 1) * self._query_step
-        self._out_columns = next(n for n in _OUT_COLUMNS if self._head_dim % n == 0)
+        is_narrow = self._head_dim <= _NARROW_HEAD_DIM
+        most_columns = _OUT_COLUMNS if is_narrow else _PART_COLUMNS
+        self._out_columns = math.gcd(self._head_dim, most_columns)
+        self._part_columns = math.gcd(self._head_dim, _PART_COLUMNS)
         self._stages = self._num_stages()
 
     def _num_stages(self) -> int:
@@ -110,7 +116,8 @@ class _Decode:
         itemsize = jnp.dtype(self._dtype).itemsize
         query_rows = _ROWS + (WORKERS_PER_CTA * _QUERY_SLOTS - 1) * self._group
         queries = query_rows * self._head_dim * itemsize
-        out = WORKERS_PER_CTA * _ROWS * self._out_columns * (4 + itemsize)
+        out_row = self._out_columns * itemsize + self._part_columns * 4
+        out = WORKERS_PER_CTA * _ROWS * out_row
         tile = TILE_LEN * self._head_dim * itemsize
         if self._options.interpreted:
             return 3  # fewer than a test's tiles
@@ -137,9 +144,8 @@ class _Decode:
     def _scratch(self) -> dict[str, Any]:
         workers, head_dim, dtype = WORKERS_PER_CTA, self._head_dim, self._dtype
         wide = mosaic.swizzled(head_dim, dtype)
-        columns = self._out_columns
 
-        def slices(dtype: Any) -> Any:
+        def slices(columns: int, dtype: Any) -> Any:
             shape = (workers, _ROWS, columns)
             return plgpu.SMEM(shape, dtype, transforms=mosaic.swizzled(columns, dtype))
 
@@ -148,8 +154,8 @@ class _Decode:
             "tiles": plgpu.SMEM(
                 (workers, self._stages, TILE_LEN, head_dim), dtype, transforms=wide
             ),
-            "out": slices(dtype),
-            "part": slices(jnp.float32),
+            "out": slices(self._out_columns, dtype),
+            "part": slices(self._part_columns, jnp.float32),
             "part_weight": plgpu.SMEM((workers, _ROWS), jnp.float32),
             "query_full": plgpu.Barrier(num_barriers=workers * _QUERY_SLOTS),
             "query_empty": plgpu.Barrier(num_barriers=workers * _QUERY_SLOTS),
@@ -406,13 +412,14 @@ class _Decode:
         inverse = 1.0 / total
 
         def leave(staging: Any, target: Any) -> None:
-            for start in range(0, self._head_dim, self._out_columns):
+            width = staging.shape[1]
+            for start in range(0, self._head_dim, width):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                some = mixed[:, start : start + self._out_columns]
+                some = mixed[:, start : start + width]
                 some = some * lax.broadcast_in_dim(inverse, some.shape, [0])
                 staging[...] = some.astype(staging.dtype)
                 plgpu.commit_smem()
-                columns = pl.ds(start, self._out_columns)
+                columns = pl.ds(start, width)
                 plgpu.copy_smem_to_gmem(staging.at[real], target.at[:, columns])
 
         @pl.when(item.is_whole)
