@@ -28,6 +28,8 @@ from pallas_kernels.work_list import PARTS_PER_WORKER, TILE_LEN, WORKERS_PER_CTA
 
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
+# Of a part in its group: less than any rounding, and enough for what is no number to be seen.
+_LEAST_SHARE = 1e-30
 _MOST_GROUP = 16
 _MOST_HEAD_DIM = 256
 _COLUMN_MULTIPLE = 16
@@ -184,19 +186,22 @@ def merge_parts(
 
     Returns:
         Results of softmax over all keys of a group; zeros where it has no parts. What is no number
-        makes its own group, and no other, NaN.
+        makes itself NaN in its own group, and nothing in another.
     """
     is_in = part_groups[None] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]  # [W, C]
-    is_used = part_groups < num_groups
-    is_sound = jnp.isfinite(weights) & jnp.isfinite(parts).all(axis=-1)
-    weights = jnp.where(is_used[:, None] & is_sound, weights, _LOWEST)
-    parts = jnp.where((is_used[:, None] & is_sound)[..., None], parts, 0.0)
+    is_sound = jnp.isfinite(parts) & jnp.isfinite(weights)[..., None]
+    weights = jnp.where((part_groups < num_groups)[:, None], weights, _LOWEST)
+    weights = jnp.where(jnp.isfinite(weights), weights, -_LOWEST)
     top = jnp.max(jnp.where(is_in[..., None], weights[None], _LOWEST), axis=1)  # [W, G]
-    share = jnp.where(is_in[..., None], jnp.exp2(weights[None] - top[:, None]), 0.0)
-    share = share / jnp.maximum(share.sum(axis=1, keepdims=True), 1e-30)
-    merged = jnp.einsum("WCG,CGH->WGH", share, parts, precision="highest")
-    is_broken = (is_in[..., None] & ~is_sound[None]).any(axis=1)
-    return jnp.where(is_broken[..., None], jnp.nan, merged)
+    share = jnp.maximum(jnp.exp2(weights[None] - top[:, None]), _LEAST_SHARE)
+    share = jnp.where(is_in[..., None], share, 0.0)  # [W, C, G]
+    # One product for all sums. What is no number is counted instead: times 0 it is still none.
+    H = parts.shape[2]
+    counted = [jnp.where(is_sound, parts, 0.0), ~is_sound, jnp.ones_like(parts[..., :1])]
+    counted = jnp.concatenate([one.astype(jnp.float32) for one in counted], axis=-1)
+    sums = jnp.einsum("WCG,CGI->WGI", share, counted, precision="highest")
+    merged = sums[..., :H] / jnp.maximum(sums[..., 2 * H :], _LEAST_SHARE)
+    return jnp.where(sums[..., H : 2 * H] > 0, jnp.nan, merged)
 
 
 def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:

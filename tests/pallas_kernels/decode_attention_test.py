@@ -175,11 +175,13 @@ def test_parts_merge_to_the_softmax_over_all(cuts, scale, seed):
     assert not np.asarray(found)[[0, 1, 3]].any()
 
 
-def test_what_is_no_number_breaks_its_own_group():
-    parts = jnp.ones((4, 2, 3)).at[1, 0, 1].set(jnp.nan).at[3, 1].set(jnp.inf)
-    found = merge_parts(parts, jnp.zeros((4, 2)), jnp.asarray([0, 0, 1, 2]), num_groups=3)
-    assert np.isnan(found).all(axis=-1).tolist() == [[True, False], [False, False], [False, True]]
-    assert np.asarray(found)[1].tolist() == [[1.0] * 3] * 2
+def test_what_is_no_number_comes_through_in_its_own_group_alone():
+    parts = jnp.ones((5, 2, 3)).at[1, 0, 1].set(jnp.nan).at[3, 1].set(jnp.inf)
+    weights = jnp.zeros((5, 2)).at[1].set(-500.0).at[4, 0].set(jnp.nan)
+    found = np.asarray(merge_parts(parts, weights, jnp.asarray([0, 0, 1, 2, 3]), num_groups=4))
+    wanted = np.ones((4, 2, 3))
+    wanted[0, 0, 1] = wanted[2, 1] = wanted[3, 0] = np.nan
+    np.testing.assert_array_equal(found, wanted)
 
 
 def _shapes(R=256, N=32, K=8, S=64, H=128, num_ctas=48):
