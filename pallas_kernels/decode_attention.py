@@ -6,7 +6,7 @@ needs some 90 KB, and here pages are fetched into all shared memory that queries
 
 The kernel itself is in `decode_role`; the shares of its workers come from `work_list`. A segment
 that one worker has to itself leaves the kernel as it is; of the others, parts leave in float32 and
-are merged by XLA.
+are merged by XLA. Heads of 256 are slow: two tiles a worker fit, and some registers are spilled.
 
 Accuracy: products of the inputs as they are, summed in float32; running softmax to the base 2 in
 float32, with the GPU's exp2 (2 units of the last place); weights rounded to the cache's dtype
@@ -197,8 +197,8 @@ def merge_parts(
     share = jnp.where(is_in[..., None], share, 0.0)  # [W, C, G]
     # One product for all sums. What is no number is counted instead: times 0 it is still none.
     H = parts.shape[2]
-    counted = [jnp.where(is_sound, parts, 0.0), ~is_sound, jnp.ones_like(parts[..., :1])]
-    counted = jnp.concatenate([one.astype(jnp.float32) for one in counted], axis=-1)
+    sides = (jnp.where(is_sound, parts, 0.0), ~is_sound, jnp.ones_like(parts[..., :1]))
+    counted = jnp.concatenate([side.astype(jnp.float32) for side in sides], axis=-1)
     sums = jnp.einsum("WCG,CGI->WGI", share, counted, precision="highest")
     merged = sums[..., :H] / jnp.maximum(sums[..., 2 * H :], _LEAST_SHARE)
     return jnp.where(sums[..., H : 2 * H] > 0, jnp.nan, merged)
