@@ -5,6 +5,9 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of interpreted Mosaic kernels wait for each other on XLA's pool, which has one per core:
+# with fewer than four they wait for ever.
+os.environ.setdefault("NPROC", "8")
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     # Compilation is most of a test run, and LLVM's passes are a quarter of it: 290 s against 380 s

@@ -1,0 +1,63 @@
+"""Every difference between the versions of jax that this project runs on.
+
+0.10.2 is the newest for Python 3.11; 0.11.2 is what GPU machines are pinned to
+(`constraints/gpu.txt`); later ones are what pip finds for Python 3.12.
+"""
+
+import contextlib
+import inspect
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+# 0.10 interprets products only: no transposed shared memory, no casts of layouts.
+CAN_INTERPRET_MOSAIC = _VERSION >= (0, 11)
+
+
+def interpret_gpu_params(**options: Any) -> Any:
+    """InterpretGPUParams, which runs Mosaic kernels on a CPU.
+
+    Args:
+        options: For instance detect_races=True, out_of_bounds_reads="uninitialized".
+    """
+    if hasattr(plgpu, "InterpretGPUParams"):
+        return plgpu.InterpretGPUParams(**options)
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    return params.InterpretGPUParams(**options)
+
+
+def load_row(ref: Any, columns: Any, *, layout: Any) -> Any:
+    """Part of a vector in global memory, into registers of that layout; inside a Mosaic kernel."""
+    if _VERSION < (0, 11):
+        return plgpu.load(ref, (columns,), layout=layout, optimized=False)
+    load: Any = plgpu.load  # typed against the oldest version
+    return load(ref.at[columns], layout=layout, optimized=False)
+
+
+def races_found() -> bool:
+    """Whether the last interpreted kernel, run with detect_races, had a race."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    return bool(interpret_pallas_call.get_races().races_found)
+
+
+def reset_interpreter() -> None:
+    """Forgets a kernel that failed while it was interpreted; without it later ones fail too."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def abstract_gpu(kind: str, num_sms: int) -> contextlib.AbstractContextManager[Any]:
+    """A context in which programs are lowered for a GPU that is not there."""
+    from jax._src.mesh import AbstractDevice
+
+    fields: dict[str, Any] = {"device_kind": kind, "num_cores": num_sms}
+    if "platform" in inspect.signature(AbstractDevice).parameters:
+        fields["platform"] = "gpu"
+    # An empty mesh: with an explicit axis the transforms of Mosaic refs fail on 0.11.2.
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=AbstractDevice(**fields))
+    return jax.sharding.use_abstract_mesh(mesh)

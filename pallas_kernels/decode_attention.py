@@ -1,0 +1,243 @@
+"""Attention of one query per request over its pages, on as many SMs as it is given.
+
+Bound by memory: each cached byte is read once and takes part in about N / K operations. What counts
+is how many bytes are on their way to an SM: one that runs alone on 1/48 of the bandwidth of an H200
+needs some 90 KB, and here pages are fetched into all shared memory that queries leave free.
+
+The kernel itself is in `decode_role`; the shares of its workers come from `work_list`. A segment
+that one worker has to itself leaves the kernel as it is; of the others, parts leave in float32 and
+are merged by XLA. Heads of 256 are slow: two tiles a worker fit, and some registers are spilled.
+
+Accuracy: products of the inputs as they are, summed in float32; running softmax to the base 2 in
+float32, with the GPU's exp2 (2 units of the last place); weights rounded to the cache's dtype
+before they multiply values, as FlashAttention does; the result rounded once.
+
+Source: split keys: Flash-Decoding (Dao et al., 2023), and Stream-K (arXiv 2301.03598) for the
+shares; running softmax: Milakov and Gimelshein, arXiv 1805.02867.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import mosaic
+from pallas_kernels.decode_role import DecodeOptions, DecodeRefs, decode_role
+from pallas_kernels.work_list import PARTS_PER_WORKER, TILE_LEN, WORKERS_PER_CTA, WorkList
+
+# Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
+_LOWEST = -1e30
+# Of a part in its group: less than any rounding, and enough for what is no number to be seen.
+_LEAST_SHARE = 1e-30
+_MOST_GROUP = 16
+_MOST_HEAD_DIM = 256
+_COLUMN_MULTIPLE = 16
+
+
+def decode_attention(
+    q: Float[Array, "R N H"],
+    cache: Float[Array, "P 2 K S H"],
+    page_table: Int32[Array, "R M"],
+    context_lens: Int32[Array, "R"],
+    work: WorkList,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    token: Array | None = None,
+    interpret: Any = None,
+) -> Float[Array, "R N H"]:
+    """One query per request against that request's cached tokens.
+
+    The grid has as many CTAs as the plan has room for: that is the most SMs it uses.
+
+    Args:
+        q: The newest token of each request, of the cache's dtype.
+        cache: bfloat16 or float16.
+        page_table: Pages of each request, in order; entries past its last page may be anything.
+        context_lens: Cached tokens of each request, its newest included; 0 in unused rows.
+        work: From `plan_decode` for these context_lens and this window.
+        scale: Factor on q times k.
+        window: Newest tokens a query sees, itself included; None sees all.
+        softcap: Scores s become softcap * tanh(s / softcap); None leaves them.
+        token: Read by nobody; orders this kernel after the one that makes it.
+        interpret: None on a GPU, or InterpretGPUParams.
+
+    Returns:
+        Attention output; zeros in unused rows.
+
+    Raises:
+        ValueError: Shapes, dtypes or numbers do not fit each other or the kernel.
+    """
+    kernel = prepare_decode(
+        q,
+        cache,
+        page_table,
+        context_lens,
+        work,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        interpreted=interpret is not None,
+    )
+    return mosaic.run(kernel, num_ctas=kernel.most_ctas, token=token, interpret=interpret)
+
+
+def prepare_decode(
+    q: Float[Array, "R N H"],
+    cache: Float[Array, "P 2 K S H"],
+    page_table: Int32[Array, "R M"],
+    context_lens: Int32[Array, "R"],
+    work: WorkList,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    interpreted: bool = False,
+) -> mosaic.Kernel:
+    """The kernel of `decode_attention`, to run on a share of a grid; takes and refuses the same.
+
+    Its share must have as many CTAs as the work is planned for.
+    """
+    options = DecodeOptions(scale=scale, window=window, softcap=softcap, interpreted=interpreted)
+    _check(q, cache, page_table, context_lens, work)
+    (R, N, H), K = q.shape, cache.shape[2]
+    group, num_parts = N // K, work.part_groups.shape[0]
+    padded = -(-group // mosaic.TILE_ROWS) * mosaic.TILE_ROWS
+    rows = jnp.pad(q.reshape(R * K, group, H), ((0, 0), (0, padded - group), (0, 0)))
+    tables = (page_table, context_lens, work.live, work.workers)
+
+    def finish(out: Any, parts: Any, part_weights: Any) -> Float[Array, "R N H"]:
+        merged = merge_parts(
+            parts[:, :group],
+            part_weights[:, :group],
+            jnp.asarray(work.part_groups),
+            num_groups=work.group_rows.shape[0],
+        ).astype(out.dtype)
+        out = out.at[jnp.asarray(work.group_rows), :group].set(merged, mode="drop")
+        out = out[:, :group].reshape(R, N, H)
+        # The kernel wrote nothing for rows without tokens.
+        return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
+
+    return mosaic.Kernel(
+        operands=[rows, cache, *(jnp.asarray(table) for table in tables)],
+        results=(
+            jax.ShapeDtypeStruct(rows.shape, q.dtype),
+            jax.ShapeDtypeStruct((num_parts, padded, H), jnp.float32),
+            jax.ShapeDtypeStruct((num_parts, padded), jnp.float32),
+        ),
+        role=lambda index, _, *refs: decode_role(index, DecodeRefs(*refs), options),
+        finish=finish,
+        most_ctas=work.workers.shape[0] // WORKERS_PER_CTA,
+        approx_math=True,
+    )
+
+
+def decode_attention_reference(
+    q: Float[Array, "R N H"],
+    cache: Float[Array, "P 2 K S H"],
+    page_table: Int32[Array, "R M"],
+    context_lens: Int32[Array, "R"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "R N H"]:
+    """The meaning of `decode_attention`."""
+    R, N, H = q.shape
+    K, S = cache.shape[2:4]
+    pages = cache.at[page_table].get(mode="clip").astype(jnp.float32)  # [R, M, 2, K, S, H]
+    k, v = jnp.moveaxis(pages, 2, 0)  # each [R, M, K, S, H]
+    grouped = q.astype(jnp.float32).reshape(R, K, N // K, H)
+    scores = scale * jnp.einsum("RKGH,RMKSH->RKGMS", grouped, k, precision="highest")
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    position = jnp.arange(page_table.shape[1] * S, dtype=jnp.int32).reshape(1, -1, S)
+    length = context_lens[:, None, None]
+    is_seen = position < length
+    if window is not None:
+        is_seen &= position >= length - window
+    scores = jnp.where(is_seen[:, None, None], scores, _LOWEST)
+    weights = jax.nn.softmax(scores, axis=(-2, -1))
+    v = jnp.where(is_seen[:, :, None, :, None], v, 0.0)
+    mixed = jnp.einsum("RKGMS,RMKSH->RKGH", weights, v, precision="highest")
+    return jnp.where(length > 0, mixed.reshape(R, N, H), 0.0).astype(q.dtype)
+
+
+def merge_parts(
+    parts: Float[Array, "C G H"],
+    weights: Float[Array, "C G"],
+    part_groups: Int32[Array, "C"],
+    *,
+    num_groups: int,
+) -> Float[Array, "W G H"]:
+    """Means of parts, each weighing as much as the sum of its exponentials.
+
+    Few parts, whatever the batch: a product with who-is-in-which-group is cheap, and unlike a
+    scattered sum it always adds in one order.
+
+    Args:
+        parts: Results of softmax over a part of the keys.
+        weights: Logarithm to the base 2 of the sum of exponentials of each.
+        part_groups: Which group a part is in; num_groups for a part to leave out, which may hold
+            anything.
+        num_groups: W.
+
+    Returns:
+        Results of softmax over all keys of a group; zeros where it has no parts. What is no number
+        makes itself NaN in its own group, and nothing in another.
+    """
+    is_in = part_groups[None] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]  # [W, C]
+    is_sound = jnp.isfinite(parts) & jnp.isfinite(weights)[..., None]
+    weights = jnp.where((part_groups < num_groups)[:, None], weights, _LOWEST)
+    weights = jnp.where(jnp.isfinite(weights), weights, -_LOWEST)
+    top = jnp.max(jnp.where(is_in[..., None], weights[None], _LOWEST), axis=1)  # [W, G]
+    share = jnp.maximum(jnp.exp2(weights[None] - top[:, None]), _LEAST_SHARE)
+    share = jnp.where(is_in[..., None], share, 0.0)  # [W, C, G]
+    # One product for all sums. What is no number is counted instead: times 0 it is still none.
+    H = parts.shape[2]
+    sides = (jnp.where(is_sound, parts, 0.0), ~is_sound, jnp.ones_like(parts[..., :1]))
+    counted = jnp.concatenate([side.astype(jnp.float32) for side in sides], axis=-1)
+    sums = jnp.einsum("WCG,CGI->WGI", share, counted, precision="highest")
+    merged = sums[..., :H] / jnp.maximum(sums[..., 2 * H :], _LEAST_SHARE)
+    return jnp.where(sums[..., H : 2 * H] > 0, jnp.nan, merged)
+
+
+def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:
+    if q.ndim != 3 or cache.ndim != 5 or cache.shape[1] != 2 or q.shape[2] != cache.shape[4]:
+        raise ValueError(f"q{q.shape} and cache{cache.shape} are not [R, N, H] and [P, 2, K, S, H]")
+    if 0 in (*q.shape, *cache.shape, *page_table.shape):
+        raise ValueError(
+            f"q{q.shape}, cache{cache.shape} and page_table{page_table.shape} must not be empty"
+        )
+    if q.dtype != cache.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"q is {q.dtype} and cache {cache.dtype}; both must be bfloat16 or float16"
+        )
+    (R, N, H), (K, S) = q.shape, cache.shape[2:4]
+    if N % K or N // K > _MOST_GROUP:
+        raise ValueError(f"N={N} query heads are not 1 to {_MOST_GROUP} for each of K={K} kv heads")
+    if H % _COLUMN_MULTIPLE or H > _MOST_HEAD_DIM:
+        raise ValueError(
+            f"head_dim={H} is no multiple of {_COLUMN_MULTIPLE} up to {_MOST_HEAD_DIM}"
+        )
+    if S < mosaic.TILE_ROWS or (TILE_LEN % S and S % TILE_LEN):
+        raise ValueError(
+            f"page_size={S} must be at least {mosaic.TILE_ROWS} and divide {TILE_LEN}, "
+            "or be a multiple of it"
+        )
+    for name, table, axes in (
+        ("page_table", page_table, "R M"),
+        ("context_lens", context_lens, "R"),
+    ):
+        if table.shape[:1] != (R,) or table.ndim != len(axes.split()) or table.dtype != jnp.int32:
+            raise ValueError(
+                f"{name} is {table.dtype}{table.shape}, not int32 [{axes.replace(' ', ', ')}] with "
+                f"R={R}"
+            )
+    num_workers = work.workers.shape[0]
+    wanted = ((R, 3), (num_workers, 5), (PARTS_PER_WORKER * num_workers,), (num_workers,))
+    found = tuple(field.shape for field in work)
+    if found != wanted or num_workers % WORKERS_PER_CTA:
+        raise ValueError(f"work has shapes {found}; a plan for R={R} requests has {wanted}")

@@ -1,0 +1,450 @@
+"""What one CTA of decode attention does; `decode_attention` says what for.
+
+Each of a CTA's two compute warpgroups is a worker of `work_list`: it walks its own items, over its
+own ring of tiles of 64 tokens, and never waits for the other. The third warpgroup fetches (TMA) for
+both, across the borders of items. A tile's scores are a product of 64 rows (WGMMA), of which the
+N / K query heads of a kv head fill the first.
+
+Source: warp-specialised loop, running softmax between two products: FlashAttention-3
+(arXiv 2407.08608, section 3.1).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.work_list import PARTS_PER_WORKER, TILE_LEN, WORKERS_PER_CTA
+
+_LOG2_E = math.log2(math.e)
+# Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
+_LOWEST = -1e30
+# Rows of a warpgroup's product, of which one kv head's query heads are the first.
+_ROWS = 64
+# Above it registers are too few to hold scores while unseen values are zeroed.
+_WIDE_HEAD_DIM = 192
+# Up to it they are enough for results to leave in wide slices.
+_NARROW_HEAD_DIM = 128
+_QUERY_SLOTS = 2
+# Columns that leave at a time through shared memory: the most, of results and of parts.
+_OUT_COLUMNS = 64
+_PART_COLUMNS = 32
+# Barriers of one array have their phases in one 32-bit register.
+_MOST_STAGES = 32 // WORKERS_PER_CTA
+_BARRIER_BYTES = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """What a model says of its scores, and how the kernel runs.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    interpreted: bool
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} is not at least 1; None sees all tokens")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap={self.softcap} is not above 0; None leaves scores alone")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRefs:
+    """Refs of one decode attention in global memory; G2 is N / K filled up to rows of TMA."""
+
+    q: Any  # [R * K, G2, H]
+    cache: Any  # [P, 2, K, S, H]
+    page_table: Any  # [R, M]
+    context_lens: Any  # [R]
+    live: Any  # [R, 3]
+    workers: Any  # [W, 5]
+    out: Any  # [R * K, G2, H]
+    parts: Any  # [C, G2, H]
+    part_weights: Any  # [C, G2]
+
+
+def decode_role(index: Any, refs: DecodeRefs, options: DecodeOptions) -> None:
+    """What CTA `index` of those the plan was made for does; the device may compute the index."""
+    _Decode(refs, options).run(index)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Item:
+    """What a worker has of one segment; values that the device computes."""
+
+    request: Any
+    head: Any
+    begin: Any
+    end: Any
+    is_whole: Any
+    length: Any
+
+
+class _Decode:
+    """The kernel of one decode attention, as it is traced."""
+
+    def __init__(self, refs: DecodeRefs, options: DecodeOptions) -> None:
+        self._refs, self._options = refs, options
+        self._dtype = refs.cache.dtype
+        _, _, self._num_kv_heads, self._page_size, self._head_dim = refs.cache.shape
+        self._group = refs.q.shape[1]
+        # Pages, or parts of one, in a tile.
+        self._pieces = max(1, TILE_LEN // self._page_size)
+        # Queries lie so close that the product of one reads rows of the next, to no effect. The
+        # race detector would rightly see a write to those, so interpreted ones lie apart.
+        self._query_step = _ROWS if options.interpreted else self._group
+        self._query_rows = _ROWS + (WORKERS_PER_CTA * _QUERY_SLOTS - 1) * self._query_step
+        is_narrow = self._head_dim <= _NARROW_HEAD_DIM
+        most_columns = _OUT_COLUMNS if is_narrow else _PART_COLUMNS
+        self._out_columns = math.gcd(self._head_dim, most_columns)
+        self._part_columns = math.gcd(self._head_dim, _PART_COLUMNS)
+        self._stages = self._num_stages()
+
+    def _num_stages(self) -> int:
+        """Tiles of keys or of values in each worker's ring: all that fits."""
+        itemsize = jnp.dtype(self._dtype).itemsize
+        query_rows = _ROWS + (WORKERS_PER_CTA * _QUERY_SLOTS - 1) * self._group
+        queries = query_rows * self._head_dim * itemsize
+        out_row = self._out_columns * itemsize + self._part_columns * 4
+        out = WORKERS_PER_CTA * _ROWS * out_row
+        tile = TILE_LEN * self._head_dim * itemsize
+        if self._options.interpreted:
+            return 3  # fewer than a test's tiles
+        left = mosaic.SHARED_BYTES - queries - out - _BARRIER_BYTES
+        return min(left // (WORKERS_PER_CTA * tile), _MOST_STAGES)
+
+    def run(self, index: Any) -> None:
+        def scope(**scratch: Any) -> None:
+            warpgroup = lax.axis_index("warpgroup")
+            scratch_refs = _Scratch(**scratch)
+
+            @pl.when(warpgroup == mosaic.MEMORY_WARPGROUP)
+            def _() -> None:
+                plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
+                self._fetch(index * WORKERS_PER_CTA, scratch_refs)
+
+            @pl.when(warpgroup < WORKERS_PER_CTA)
+            def _() -> None:
+                plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
+                self._compute(index * WORKERS_PER_CTA + warpgroup, warpgroup, scratch_refs)
+
+        pl.run_scoped(scope, collective_axes="warpgroup", **self._scratch())
+
+    def _scratch(self) -> dict[str, Any]:
+        workers, head_dim, dtype = WORKERS_PER_CTA, self._head_dim, self._dtype
+        wide = mosaic.swizzled(head_dim, dtype)
+
+        def slices(columns: int, dtype: Any) -> Any:
+            shape = (workers, _ROWS, columns)
+            return plgpu.SMEM(shape, dtype, transforms=mosaic.swizzled(columns, dtype))
+
+        scratch = {
+            "queries": plgpu.SMEM((self._query_rows, head_dim), dtype, transforms=wide),
+            "tiles": plgpu.SMEM(
+                (workers, self._stages, TILE_LEN, head_dim), dtype, transforms=wide
+            ),
+            "out": slices(self._out_columns, dtype),
+            "part": slices(self._part_columns, jnp.float32),
+            "part_weight": plgpu.SMEM((workers, _ROWS), jnp.float32),
+            "query_full": plgpu.Barrier(num_barriers=workers * _QUERY_SLOTS),
+            "query_empty": plgpu.Barrier(num_barriers=workers * _QUERY_SLOTS),
+            "tile_full": plgpu.Barrier(
+                num_arrivals=self._pieces, num_barriers=workers * self._stages
+            ),
+            "tile_empty": plgpu.Barrier(num_barriers=workers * self._stages),
+        }
+        if self._options.interpreted:
+            shape = (workers, _ROWS, TILE_LEN)
+            scratch["weights"] = plgpu.SMEM(
+                shape, dtype, transforms=mosaic.swizzled(TILE_LEN, dtype)
+            )
+        return scratch
+
+    def _item(self, worker: Any, number: Any) -> _Item:
+        """Item of a worker; its last for numbers past that, anything if it has none."""
+        refs = self._refs
+        last = jnp.maximum(refs.workers[worker, 1] - 1, 0)
+        number = jnp.minimum(number, last)
+        segment = refs.workers[worker, 0] + number
+        live = lax.div(segment, jnp.int32(self._num_kv_heads))
+        request, first, end = (refs.live[live, i] for i in range(3))
+        item_begin = jnp.where(number == 0, refs.workers[worker, 2], first)
+        item_end = jnp.where(number == last, refs.workers[worker, 3], end)
+        return _Item(
+            request=request,
+            head=lax.rem(segment, jnp.int32(self._num_kv_heads)),
+            begin=item_begin,
+            end=item_end,
+            is_whole=(item_begin == first) & (item_end == end),
+            length=refs.context_lens[request],
+        )
+
+    # ---- the warpgroup that fetches
+
+    def _fetch(self, first_worker: Any, s: "_Scratch") -> None:
+        """Fetches for both workers in turn; a step is one tile of keys and its values for each."""
+        workers = range(WORKERS_PER_CTA)
+        sizes = [self._refs.workers[first_worker + slot, 4] for slot in workers]
+
+        def step(i: Any, state: Any) -> Any:
+            return tuple(
+                self._fetch_one(first_worker, slot, i, sizes[slot], state[slot], s)
+                for slot in workers
+            )
+
+        zero = jnp.int32(0)
+        lax.fori_loop(zero, jnp.maximum(*sizes), step, ((zero, zero),) * len(workers))
+        # A barrier must not end with an arrival that nobody has seen.
+        for slot in workers:
+            num_items = self._refs.workers[first_worker + slot, 1]
+            self._drain(s.tile_empty, slot, self._stages, 2 * sizes[slot])
+            self._drain(s.query_empty, slot, _QUERY_SLOTS, num_items)
+
+    def _fetch_one(
+        self, first_worker: Any, slot: int, i: Any, size: Any, state: Any, s: "_Scratch"
+    ) -> Any:
+        number, start = state  # of the item that tile i is in, and tiles before that item
+        item = self._item(first_worker + slot, number)
+        is_there = i < size
+
+        @pl.when(is_there & (i == start))
+        def _() -> None:
+            place = lax.rem(number, jnp.int32(_QUERY_SLOTS)) + slot * _QUERY_SLOTS
+
+            @pl.when(number >= _QUERY_SLOTS)
+            def _() -> None:
+                plgpu.barrier_wait(s.query_empty.at[place])
+
+            rows = pl.ds(place * self._query_step, self._group)
+            query = self._refs.q.at[item.request * self._num_kv_heads + item.head]
+            plgpu.copy_gmem_to_smem(query, s.queries.at[rows], s.query_full.at[place])
+
+        @pl.when(is_there)
+        def _() -> None:
+            pages = self._pages(item, item.begin + i - start)
+            for part in range(2):  # keys, values
+                self._fetch_tile(pages, part, item.head, slot, 2 * i + part, s)
+
+        is_last = i + 1 - start == item.end - item.begin
+        return jnp.where(is_last, number + 1, number), jnp.where(is_last, i + 1, start)
+
+    def _pages(self, item: _Item, tile: Any) -> list[tuple[Any, Any]]:
+        """Page and first token in it for each piece of a tile."""
+        page_size, table = self._page_size, self._refs.page_table
+        if page_size == TILE_LEN:
+            return [(table[item.request, tile], 0)]
+        if page_size > TILE_LEN:
+            num_tiles = jnp.int32(page_size // TILE_LEN)
+            page = table[item.request, lax.div(tile, num_tiles)]
+            return [(page, lax.rem(tile, num_tiles) * TILE_LEN)]
+        # Past the last page its like is fetched again: the number of arrivals stays the same.
+        last = lax.div(item.length - 1, jnp.int32(page_size))
+        numbers = [jnp.minimum(tile * self._pieces + i, last) for i in range(self._pieces)]
+        return [(table[item.request, number], 0) for number in numbers]
+
+    def _fetch_tile(
+        self, pages: Any, part: int, head: Any, slot: int, count: Any, s: "_Scratch"
+    ) -> None:
+        place = lax.rem(count, jnp.int32(self._stages))
+        barrier = place + slot * self._stages
+
+        @pl.when(count >= self._stages)
+        def _() -> None:
+            plgpu.barrier_wait(s.tile_empty.at[barrier])
+
+        piece_len = TILE_LEN // self._pieces
+        for i, (page, token) in enumerate(pages):
+            plgpu.copy_gmem_to_smem(
+                self._refs.cache.at[page, part, head, pl.ds(token, piece_len)],
+                s.tiles.at[slot, place, pl.ds(i * piece_len, piece_len)],
+                s.tile_full.at[barrier],
+            )
+
+    def _drain(self, barriers: Any, slot: int, depth: int, count: Any) -> None:
+        def wait(i: Any, _: None) -> None:
+            plgpu.barrier_wait(barriers.at[lax.rem(i, jnp.int32(depth)) + slot * depth])
+
+        lax.fori_loop(jnp.maximum(count - depth, 0), count, wait, None)
+
+    # ---- the warpgroups that compute
+
+    def _compute(self, worker: Any, slot: Any, s: "_Scratch") -> None:
+        def one_item(number: Any, count: Any) -> Any:
+            item = self._item(worker, number)
+            place = lax.rem(number, jnp.int32(_QUERY_SLOTS)) + slot * _QUERY_SLOTS
+            plgpu.barrier_wait(s.query_full.at[place])
+            query = s.queries.at[pl.ds(place * self._query_step, _ROWS)]
+            num_tiles = item.end - item.begin
+
+            def one_tile(i: Any, running: Any) -> Any:
+                return self._one_tile(
+                    item, item.begin + i, 2 * (count + i), query, slot, running, s
+                )
+
+            running = lax.fori_loop(0, num_tiles, one_tile, self._nothing())
+            plgpu.barrier_arrive(s.query_empty.at[place])
+            part = worker * PARTS_PER_WORKER + jnp.minimum(number, 1)
+            self._store(item, part, running, slot, s)
+            return count + num_tiles
+
+        lax.fori_loop(0, self._refs.workers[worker, 1], one_item, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def _nothing(self) -> tuple[Any, Any, Any]:
+        """Softmax over no keys: result, largest score, sum of exponentials."""
+        full = plgpu.Layout.WGMMA
+        per_row = full.reduce(1)
+        return (
+            plgpu.layout_cast(jnp.zeros((_ROWS, self._head_dim), jnp.float32), full),
+            plgpu.layout_cast(jnp.full((_ROWS,), _LOWEST, jnp.float32), per_row),
+            plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), per_row),
+        )
+
+    def _one_tile(
+        self, item: _Item, tile: Any, count: Any, query: Any, slot: Any, running: Any, s: "_Scratch"
+    ) -> Any:
+        """Adds the tile whose keys are number `count` in the worker's ring, its values the next."""
+        mixed, top, total = running
+        first_token = tile * TILE_LEN
+        keys, values = (lax.rem(count + i, jnp.int32(self._stages)) for i in range(2))
+
+        def await_values() -> None:
+            plgpu.barrier_wait(s.tile_full.at[values + slot * self._stages])
+            self._zero_unseen(item, first_token, s.tiles.at[slot, values])
+
+        is_wide = self._head_dim > _WIDE_HEAD_DIM
+        if is_wide:
+            await_values()
+        plgpu.barrier_wait(s.tile_full.at[keys + slot * self._stages])
+
+        def product(accumulator: Any) -> Any:
+            plgpu.wgmma(accumulator, query, s.tiles.at[slot, keys].transpose((1, 0)))
+            return accumulator[...]
+
+        scores = pl.run_scoped(product, plgpu.ACC((_ROWS, TILE_LEN), jnp.float32))
+        plgpu.barrier_arrive(s.tile_empty.at[keys + slot * self._stages])
+        scores = self._scaled(scores)
+        seen = self._is_seen(item, first_token, scores.shape, 1)
+        scores = jnp.where(seen, scores, _LOWEST)
+        new_top = jnp.maximum(top, scores.max(axis=1))
+        fade = jnp.exp2(top - new_top)
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+        total = total * fade + weights.sum(axis=1)
+        mixed = mixed * lax.broadcast_in_dim(fade, mixed.shape, [0])
+
+        if not is_wide:
+            await_values()
+        mixed = self._mix(mixed, weights.astype(self._dtype), s.tiles.at[slot, values], slot, s)
+        plgpu.barrier_arrive(s.tile_empty.at[values + slot * self._stages])
+        return mixed, new_top, total
+
+    def _scaled(self, scores: Any) -> Any:
+        """Scores for powers of 2."""
+        scale, softcap = self._options.scale, self._options.softcap
+        if softcap is None:
+            return scores * (scale * _LOG2_E)
+        # tanh(x) = 1 - 2 / (1 + e^2x); the GPU's own tanh is good to 11 bits only.
+        exponential = jnp.exp2(scores * (2 * scale / softcap * _LOG2_E))
+        return (softcap * _LOG2_E) - (2 * softcap * _LOG2_E) / (1.0 + exponential)
+
+    def _is_seen(self, item: _Item, first_token: Any, shape: tuple[int, int], axis: int) -> Any:
+        iota = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+        is_seen = iota < item.length - first_token
+        if self._options.window is not None:
+            is_seen &= iota >= item.length - self._options.window - first_token
+        return is_seen
+
+    def _zero_unseen(self, item: _Item, first_token: Any, tile: Any) -> None:
+        """A weight of 0 is not enough: 0 * NaN is NaN, and a page may hold an older owner's."""
+        has_unseen = first_token + TILE_LEN > item.length
+        if self._options.window is not None:
+            has_unseen |= first_token < item.length - self._options.window
+
+        @pl.when(has_unseen)
+        def _() -> None:
+            # Some columns at a time, in a loop that stays one: registers are short here.
+            width = mosaic.swizzled_columns(self._head_dim, self._dtype)
+
+            @pl.loop(0, self._head_dim // width)
+            def _(i: Any) -> None:
+                some = tile.at[:, pl.ds(i * width, width)]
+                values = some[...]
+                seen = self._is_seen(item, first_token, values.shape, 0)
+                some[...] = jnp.where(seen, values, jnp.zeros((), values.dtype))
+
+            plgpu.commit_smem()
+
+    def _mix(self, mixed: Any, weights: Any, tile: Any, slot: Any, s: "_Scratch") -> Any:
+        """Mixed + weights @ tile, the weights in registers."""
+        if self._options.interpreted:
+            return self._mix_interpreted(mixed, weights, tile, slot, s)
+        multiply = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, tile))
+        return multiply(plgpu.ACC.init(mixed))
+
+    def _mix_interpreted(
+        self, mixed: Any, weights: Any, tile: Any, slot: Any, s: "_Scratch"
+    ) -> Any:
+        """The same by way of shared memory: all that the interpreter knows."""
+        s.weights[slot] = weights
+        plgpu.commit_smem()
+
+        def product(accumulator: Any) -> Any:
+            plgpu.wgmma(accumulator, s.weights.at[slot], tile)
+            return accumulator[...]
+
+        return mixed + pl.run_scoped(product, plgpu.ACC(mixed.shape, jnp.float32))
+
+    def _store(self, item: _Item, part: Any, running: Any, slot: Any, s: "_Scratch") -> None:
+        mixed, top, total = running
+        row = item.request * self._num_kv_heads + item.head
+        real = pl.ds(0, self._group)
+        inverse = 1.0 / total
+
+        def leave(staging: Any, target: Any) -> None:
+            width = staging.shape[1]
+            for start in range(0, self._head_dim, width):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                some = mixed[:, start : start + width]
+                some = some * lax.broadcast_in_dim(inverse, some.shape, [0])
+                staging[...] = some.astype(staging.dtype)
+                plgpu.commit_smem()
+                columns = pl.ds(start, width)
+                plgpu.copy_smem_to_gmem(staging.at[real], target.at[:, columns])
+
+        @pl.when(item.is_whole)
+        def _() -> None:
+            leave(s.out.at[slot], self._refs.out.at[row])
+
+        @pl.when(jnp.logical_not(item.is_whole))
+        def _() -> None:
+            leave(s.part.at[slot], self._refs.parts.at[part])
+            s.part_weight[slot] = top + jnp.log2(total)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(s.part_weight.at[slot, real], self._refs.part_weights.at[part])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scratch:
+    """Shared memory and barriers; axis 0, or parts of barriers, belong to one worker each."""
+
+    queries: Any
+    tiles: Any
+    out: Any
+    part: Any
+    part_weight: Any
+    query_full: Any
+    query_empty: Any
+    tile_full: Any
+    tile_empty: Any
+    weights: Any = None

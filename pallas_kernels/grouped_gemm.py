@@ -1,0 +1,195 @@
+"""Product of rows with the weight of their expert, on as many SMs as it is given.
+
+Bound by reading the experts' weights until some 200 rows of each share them (an H200 makes about
+206 bfloat16 operations per byte of memory), by arithmetic from there on; every expert costs a
+multiple of a tile of rows, at least one if it has any.
+
+`plan_groups` says where each token goes: rows sorted by expert, those of each expert padded to
+whole tiles, of which only as many are computed as there are. Then
+
+    hidden = grouped_gemm(permute(x, groups), gate_up, groups, gated=True)
+    y = combine(grouped_gemm(hidden, down, groups), groups, shares)
+
+The kernel is that of `gemm`, whose tiles of rows each ask which weight is theirs.
+
+Accuracy: as `gemm`; shares are applied, and a token's experts added, in float32.
+
+Source: sorted and padded groups as in MegaBlocks (Gale et al., arXiv 2211.15841), section 4.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import mosaic
+from pallas_kernels.gemm import Factor, GemmRefs, GemmTile, GroupRefs, gemm_role, padded
+
+
+class Groups(NamedTuple):
+    """Where the rows of each expert are; C tiles of rows of the same size, R rows in all."""
+
+    sources: Int32[Array, "R"]  # token of a row; T in one that only pads
+    places: Int32[Array, "T A"]  # row of each of a token's experts
+    counts: Int32[Array, "E"]  # rows of each expert, padding left out
+    tile_expert: Int32[Array, "C"]
+    num_tiles: Int32[Array, "1"]  # used tiles; rows after them hold anything
+
+
+def max_row_tiles(num_rows: int, num_experts: int, *, tile_rows: int) -> int:
+    """Tiles that are enough for so many rows, however they fall to the experts."""
+    return (num_rows + min(num_rows, num_experts) * (tile_rows - 1)) // tile_rows
+
+
+def plan_groups(experts: Int32[Array, "T A"], *, num_experts: int, tile_rows: int = 128) -> Groups:
+    """Sort tokens by expert; runs on the device.
+
+    Args:
+        experts: Of each token, in [0, num_experts).
+        num_experts: E.
+        tile_rows: Rows of a tile, those of the `GemmTile` to use.
+    """
+    num_tokens, active = experts.shape
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    expert = jnp.arange(num_experts + 1, dtype=flat.dtype)
+    starts = jnp.searchsorted(flat[order], expert).astype(jnp.int32)
+    counts = jnp.diff(starts)
+    tiles = (counts + tile_rows - 1) // tile_rows
+    tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    capacity = max_row_tiles(flat.size, num_experts, tile_rows=tile_rows)
+    tile = jnp.arange(capacity, dtype=jnp.int32)
+    tile_expert = jnp.searchsorted(tile_ends, tile, side="right").astype(jnp.int32)
+    # From an expert's place among sorted choices to its first row.
+    shift = (tile_ends - tiles) * tile_rows - starts[:-1]
+    rows = jnp.arange(flat.size, dtype=jnp.int32) + shift[flat[order]]
+    return Groups(
+        sources=jnp.full(capacity * tile_rows, num_tokens, jnp.int32).at[rows].set(order // active),
+        places=jnp.zeros_like(order).at[order].set(rows).reshape(experts.shape),
+        counts=counts,
+        tile_expert=jnp.minimum(tile_expert, num_experts - 1),
+        num_tiles=tile_ends[-1:],
+    )
+
+
+def permute(x: Float[Array, "T D"], groups: Groups) -> Float[Array, "R D"]:
+    """Rows in the order of their experts; padding is zeros."""
+    return x.at[groups.sources].get(mode="fill", fill_value=0)
+
+
+def combine(
+    y: Float[Array, "R D"], groups: Groups, shares: Float[Array, "T A"]
+) -> Float[Array, "T D"]:
+    """Sum of each token's rows by share, in float32 and rounded once to y's dtype."""
+    weighted = y[groups.places].astype(jnp.float32) * shares.astype(jnp.float32)[:, :, None]
+    return weighted.sum(axis=1).astype(y.dtype)
+
+
+def grouped_gemm(
+    x: Float[Array, "R D"],
+    w: Float[Array, "E F2 D"],
+    groups: Groups,
+    *,
+    gated: bool = False,
+    out_dtype: Any = None,
+    num_ctas: int = 132,
+    tile: GemmTile | None = None,
+    token: Array | None = None,
+    interpret: Any = None,
+) -> Float[Array, "R F"]:
+    """Each row times the weight of its expert: x @ w[e].T, or silu(x @ gate.T) * (x @ up.T).
+
+    Args:
+        x: bfloat16, float16 or float32, from `permute`.
+        w: Output-major, of x's dtype; where gated, the gate's rows above those of up.
+        groups: From `plan_groups` with the tile's rows.
+        gated: Whether w holds gate and up.
+        out_dtype: x's unless given.
+        num_ctas: Most SMs to use.
+        tile: How the product is cut.
+        token: Read by nobody; orders this kernel after the one that makes it.
+        interpret: None on a GPU, or InterpretGPUParams.
+
+    Returns:
+        The products; anything in rows after the used tiles.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit each other, or the tile.
+    """
+    tile = tile or GemmTile()
+    _check(x, w, groups, gated=gated, tile=tile)
+    mosaic.check_num_ctas(num_ctas)
+    weight_rows = w.shape[1]
+    num_columns = weight_rows // 2 if gated else weight_rows
+    x = padded(x, 1, tile.depth)
+    w = padded(w.reshape(-1, w.shape[2]), mosaic.TILE_ROWS, tile.depth)
+    first_rows = (0, num_columns) if gated else (0,)
+    most_tiles = groups.tile_expert.shape[0] * pl.cdiv(num_columns, tile.columns)
+    num_ctas = min(num_ctas, most_tiles)
+
+    def body(x_ref: Any, w_ref: Any, tile_group: Any, num_tiles: Any, out: Any) -> None:
+        refs = GemmRefs(
+            x=x_ref,
+            factors=tuple(Factor(ref=w_ref, first_row=first) for first in first_rows),
+            out=out,
+            groups=GroupRefs(tile_group=tile_group, num_tiles=num_tiles, weight_rows=weight_rows),
+        )
+        gemm_role(lax.axis_index("cta"), num_ctas, refs, tile)
+
+    return mosaic.call(
+        body,
+        out_type=jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.dtype(out_dtype or x.dtype)),
+        num_ctas=num_ctas,
+        operands=[x, w, groups.tile_expert, groups.num_tiles],
+        token=token,
+        interpret=interpret,
+    )
+
+
+def grouped_gemm_reference(
+    x: Float[Array, "R D"],
+    w: Float[Array, "E F2 D"],
+    groups: Groups,
+    *,
+    gated: bool = False,
+    out_dtype: Any = None,
+) -> Float[Array, "R F"]:
+    """The meaning of `grouped_gemm`, with zeros in rows after the used tiles."""
+    tile = jnp.arange(groups.tile_expert.shape[0])
+    expert = jnp.where(tile < groups.num_tiles, groups.tile_expert, w.shape[0])
+    expert = jnp.repeat(expert, x.shape[0] // tile.size)
+
+    def add(y: Float[Array, "R F2"], one: Any) -> tuple[Float[Array, "R F2"], None]:
+        index, weight = one
+        product = jnp.einsum("RD,FD->RF", x, weight, preferred_element_type=jnp.float32)
+        return jnp.where((expert == index)[:, None], product, y), None
+
+    nothing = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
+    y, _ = lax.scan(add, nothing, (jnp.arange(w.shape[0]), w))
+    if gated:
+        gate, up = jnp.split(y, 2, axis=1)
+        y = jax.nn.silu(gate) * up
+    return y.astype(out_dtype or x.dtype)
+
+
+def _check(x: Any, w: Any, groups: Groups, *, gated: bool, tile: GemmTile) -> None:
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2]:
+        raise ValueError(f"x{x.shape} and w{w.shape} are not [R, D] and [E, F, D]")
+    if 0 in (*x.shape, *w.shape):
+        raise ValueError(f"x{x.shape} and w{w.shape} must not be empty")
+    if x.dtype != w.dtype or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(
+            f"x is {x.dtype} and w {w.dtype}; both must be bfloat16, float16 or float32"
+        )
+    multiple = mosaic.TILE_ROWS * (2 if gated else 1)
+    if w.shape[1] % multiple:
+        raise ValueError(f"{w.shape[1]} weight rows of an expert are no multiple of {multiple}")
+    wanted = groups.tile_expert.shape[0] * tile.rows
+    if x.shape[0] != wanted or groups.sources.shape[0] != wanted:
+        raise ValueError(
+            f"x{x.shape} and {groups.sources.shape[0]} planned rows are not {wanted}, which is "
+            f"{groups.tile_expert.shape[0]} tiles of {tile.rows} rows"
+        )

@@ -1,0 +1,172 @@
+"""Attention of prompt chunks over a paged cache, on as many SMs as it is given.
+
+Bound by arithmetic: a tile of 128 query rows multiplies each key and value that it fetches 128
+times (an H200 makes about 206 bfloat16 operations per byte of memory, and tiles that run at the
+same time share what they fetch in L2). Short chunks over long contexts are not split along the
+context and leave SMs idle when there are fewer tiles than SMs.
+
+CTAs are persistent. A tile holds some consecutive tokens and all query heads of one KV head, cut
+into granules of eight tokens of one head; each of two warpgroups owns eight granules and keeps a
+running softmax (Milakov and Gimelshein, arXiv 1805.02867), while a third one fetches queries and
+pages (TMA) some steps ahead. While one warpgroup multiplies, the other one exponentiates.
+
+Accuracy: products of the inputs as they are and sums in float32; weights of the values are rounded
+to the cache's dtype; exponentials by the approximate instruction (2 units in the last place of
+float32). About 4e-3 of the result in bfloat16.
+
+Source: FlashAttention-3 (Shah et al., arXiv 2407.08608), sections 3.1 and 3.2: warp specialisation
+and two warpgroups that take turns; pages as in PagedAttention (Kwon et al., arXiv 2309.06180).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import mosaic
+from pallas_kernels.prefill_role import PrefillForm, PrefillRefs, prefill_role
+from pallas_kernels.prefill_tiles import GRANULE, PrefillTiles, tile_len
+
+_HEAD_DIMS = (64, 128, 256)
+_PAGE_SIZES = (16, 32, 64, 128)
+
+
+def prefill_attention(
+    q: Float[Array, "T N H"],
+    cache: Float[Array, "P 2 K S H"],
+    page_table: Int32[Array, "R M"],
+    tiles: PrefillTiles,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    aligned: bool = False,
+    num_ctas: int = 132,
+    token: Array | None = None,
+    interpret: Any = None,
+) -> Float[Array, "T N H"]:
+    """Query tiles of prompt chunks against their cached contexts, causal.
+
+    Args:
+        q: The dense batch.
+        cache: Cache of one layer, of q's dtype, the chunks' own tokens already appended.
+        page_table: Pages of each row, in order; entries past its last page may be anything.
+        tiles: What to do, from `build_prefill_tiles`.
+        scale: Factor on q times k.
+        window: Newest tokens a query sees, itself included; None sees all.
+        softcap: Scores s become softcap * tanh(s / softcap); None leaves them.
+        aligned: Whether all chunks start at multiples of 8 (`build_prefill_tiles` checks). The
+            result is then written where it belongs; otherwise XLA gathers it from the tiles.
+        num_ctas: Most SMs to use.
+        token: Read by nobody; orders this kernel after the one that makes it.
+        interpret: None on a GPU, or InterpretGPUParams.
+
+    Returns:
+        Attention output in q's dtype. Of tokens in no tile: zeros, or anything where aligned.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit each other, or the kernel cannot do them.
+    """
+    _check(q, cache, page_table, tiles, window=window, softcap=softcap)
+    mosaic.check_num_ctas(num_ctas)
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = cache.shape[2:4]
+    form = PrefillForm(
+        head_dim=head_dim,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        dtype=q.dtype,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        in_place=aligned,
+        is_simulated=interpret is not None,
+    )
+    capacity = tiles.starts.shape[0]
+    if num_tokens % GRANULE:
+        q = jnp.pad(q, ((0, -num_tokens % GRANULE), (0, 0), (0, 0)))
+    pages = cache.reshape(-1, page_size, head_dim)
+    num_ctas = min(num_ctas, capacity * num_kv_heads)
+
+    def body(*refs: Any) -> None:
+        prefill_role(lax.axis_index("cta"), num_ctas, PrefillRefs(*refs), form)
+
+    num_rows = q.shape[0] if aligned else capacity * form.slots
+    out = mosaic.call(
+        body,
+        out_type=jax.ShapeDtypeStruct((num_rows, num_heads, head_dim), q.dtype),
+        num_ctas=num_ctas,
+        operands=[q, pages, page_table, *(jnp.asarray(field) for field in tiles[:-1])],
+        token=token,
+        approx_math=True,
+        interpret=interpret,
+    )
+    if aligned:
+        return out[:num_tokens]
+    return out.at[jnp.asarray(tiles.sources)].get(mode="fill", fill_value=0)
+
+
+def prefill_attention_reference(
+    q: Float[Array, "T N H"],
+    cache: Float[Array, "P 2 K S H"],
+    page_table: Int32[Array, "R M"],
+    tiles: PrefillTiles,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "T N H"]:
+    """The meaning of `prefill_attention`: each token against all that its row's pages hold."""
+    group = q.shape[1] // cache.shape[2]
+    slots = tile_len(group)
+    tile = jnp.asarray(tiles.sources) // slots
+    is_query = tile < tiles.starts.shape[0]
+    position = jnp.asarray(tiles.positions).at[tile].get(mode="clip") + tiles.sources % slots
+    pages = page_table[jnp.asarray(tiles.rows).at[tile].get(mode="clip")]  # [T, M]
+    both = cache.at[pages].get(mode="clip").astype(jnp.float32)  # [T, M, 2, K, S, H]
+    k, v = jnp.moveaxis(both, 2, 0).swapaxes(2, 3)  # [T, K, M, S, H]
+    k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (k, v))  # [T, K, M S, H]
+    grouped = q.astype(jnp.float32).reshape(q.shape[0], -1, group, q.shape[2])
+    scores = scale * jnp.einsum("TKGH,TKCH->TKGC", grouped, k, precision="highest")
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    key = jnp.arange(k.shape[2])[None]
+    is_seen = is_query[:, None] & (key <= position[:, None])
+    if window is not None:
+        is_seen &= key > position[:, None] - window
+    weights = jax.nn.softmax(scores, axis=-1, where=is_seen[:, None, None])
+    v = jnp.where(is_seen[:, None, :, None], v, 0.0)
+    mixed = jnp.einsum("TKGC,TKCH->TKGH", weights, v, precision="highest")
+    return jnp.where(is_query[:, None, None], mixed.reshape(q.shape), 0.0).astype(q.dtype)
+
+
+def _check(
+    q: Any, cache: Any, page_table: Any, tiles: PrefillTiles, *, window: Any, softcap: Any
+) -> None:
+    if q.ndim != 3 or cache.ndim != 5 or cache.shape[1] != 2 or q.shape[2] != cache.shape[4]:
+        raise ValueError(f"q{q.shape} and cache{cache.shape} are not [T, N, H] and [P, 2, K, S, H]")
+    if 0 in (*q.shape, *cache.shape):
+        raise ValueError(f"q{q.shape} and cache{cache.shape} must not be empty")
+    if q.dtype != cache.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"q is {q.dtype} and the cache {cache.dtype}; both must be bfloat16 or float16"
+        )
+    if q.shape[1] % cache.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {cache.shape[2]} KV heads")
+    if q.shape[2] not in _HEAD_DIMS:
+        raise ValueError(f"head width {q.shape[2]} is none of {_HEAD_DIMS}; use the plain path")
+    if cache.shape[3] not in _PAGE_SIZES:
+        raise ValueError(f"page size {cache.shape[3]} is none of {_PAGE_SIZES}")
+    if page_table.ndim != 2 or page_table.dtype != jnp.int32:
+        raise ValueError(f"page_table is {page_table.dtype}{page_table.shape}, not int32 [R, M]")
+    shapes = [field.shape for field in tiles]
+    if shapes != [tiles.starts.shape] * 4 + [(1,), q.shape[:1]] or tiles.starts.size == 0:
+        raise ValueError(f"tiles of shapes {shapes} are not [C] x 4, [1] and [T] = {q.shape[:1]}")
+    if any(field.dtype != jnp.int32 for field in tiles):
+        raise ValueError(f"tiles are {[str(field.dtype) for field in tiles]}, not int32")
+    for name, value in (("window", window), ("softcap", softcap)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} is not above 0; None does without")

@@ -1,0 +1,264 @@
+"""Prefill attention against its reference, and compiled at the sizes that are served."""
+
+import deviceless
+import jax
+import jax.numpy as jnp
+import kernel_runs
+import numpy as np
+import pytest
+
+from nanoflow_jax.kv_cache import attention, tiles
+from nanoflow_jax.kv_cache.layout import CacheShape, PageMajorLayout
+from pallas_kernels.prefill_attention import prefill_attention, prefill_attention_reference
+from pallas_kernels.prefill_tiles import PrefillTiles, build_prefill_tiles, max_tiles
+
+# The interpreter multiplies in numpy, which warns of the NaN in keys that nobody sees.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+# Weights rounded to bfloat16, and the output.
+_RELATIVE = 4e-3
+# Nothing, one token at the end of a page, a chunk over its own pages only, one in mid-page.
+_RAGGED = ((3, 6, 0, 1), (9, 40, 100, 0), (49, 0, 5, 2), (49, 1, 127, 3))
+
+
+def _operands(
+    chunks=_RAGGED,
+    *,
+    num_tokens=56,
+    heads=(4, 1),
+    head_dim=64,
+    page_size=64,
+    dtype=jnp.bfloat16,
+    window=None,
+    softcap=None,
+    aligned=False,
+):
+    """Chunks over shuffled pages; NaN wherever no request has written."""
+    num_heads, num_kv_heads = heads
+    random = np.random.default_rng([num_tokens, head_dim, page_size])
+    num_rows = 1 + max(row for *_, row in chunks)
+    ends = np.zeros(num_rows, int)
+    for _, length, position, row in chunks:
+        ends[row] = position + length
+    pages_each = -(-ends // page_size)
+    pages = random.permutation(pages_each.sum() + 2)
+    table = np.full((num_rows, pages_each.max() + 1), pages[-1])
+    cache = np.full((len(pages), 2, num_kv_heads, page_size, head_dim), np.nan)
+    for row, end in enumerate(ends):
+        own, pages = np.split(pages, [pages_each[row]])
+        table[row, : len(own)] = own
+        for page in own:
+            written = min(page_size, end)
+            shape = (2, num_kv_heads, written, head_dim)
+            cache[page, :, :, :written] = random.standard_normal(shape)
+            end -= written
+    group = num_heads // num_kv_heads
+    return {
+        "q": kernel_runs.normal(1, num_tokens, num_heads, head_dim, dtype=dtype),
+        "cache": jnp.asarray(cache, dtype),
+        "page_table": jnp.asarray(table, jnp.int32),
+        "tiles": build_prefill_tiles(
+            chunks,
+            group=group,
+            capacity=max_tiles(num_tokens, num_rows, group=group),
+            num_tokens=num_tokens,
+            window=window,
+            aligned=aligned,
+        ),
+        "scale": head_dim**-0.5,
+        "window": window,
+        "softcap": softcap,
+    }
+
+
+def _check(operands, **more):
+    with kernel_runs.interpreting() as interpret:
+        found = prefill_attention(**operands, **more, interpret=interpret)
+    _compare(found, operands, relative=_RELATIVE, **more)
+
+
+def _compare(found, operands, *, relative, **more):
+    wanted = prefill_attention_reference(**operands)
+    if more.get("aligned"):
+        sources = operands["tiles"].sources
+        found = jnp.where((sources < sources.max())[:, None, None], found, 0)
+    kernel_runs.check_close(found, wanted, relative=relative)
+
+
+_CASES = [
+    ({}, 2),
+    ({"chunks": [(0, 50, 14, 0)], "page_size": 16}, 132),
+    ({"chunks": [(0, 30, 237, 0)], "page_size": 32, "heads": (5, 1), "window": 70}, 1),
+    ({"chunks": [(2, 9, 0, 0)], "page_size": 16, "heads": (3, 1), "window": 4}, 2),
+    ({"page_size": 128, "head_dim": 128, "heads": (7, 1), "softcap": 3.0}, 2),
+    ({"chunks": [(1, 20, 60, 0)], "head_dim": 256, "heads": (6, 2)}, 1),
+    ({"chunks": [(0, 9, 130, 0)], "page_size": 128, "head_dim": 256, "heads": (16, 1)}, 1),
+    ({"chunks": [(0, 140, 0, 0)], "num_tokens": 140, "heads": (1, 1), "dtype": jnp.float16}, 1),
+]
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("more", "num_ctas"), _CASES)
+def test_chunks_get_their_reference_on_any_number_of_ctas(more, num_ctas):
+    _check(_operands(**more), num_ctas=num_ctas)
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+def test_aligned_chunks_are_written_in_place_and_leave_their_neighbours_alone():
+    chunks = ((8, 5, 30, 0), (16, 33, 2, 1), (56, 1, 0, 2))
+    operands = _operands(chunks, num_tokens=60, softcap=20.0, aligned=True)
+    _check(operands, aligned=True, num_ctas=2)
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+def test_requests_may_share_pages():
+    chunks = ((0, 10, 70, 0), (10, 12, 64, 1))
+    operands = _operands(chunks, num_tokens=24)
+    table = operands["page_table"]
+    operands["page_table"] = table.at[1, 0].set(table[0, 0])
+    _check(operands, token=jnp.full((3,), jnp.nan))
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+def test_a_step_without_chunks_gives_zeros():
+    operands = _operands([(0, 0, 5, 0)], num_tokens=8, heads=(1, 1))
+    with kernel_runs.interpreting() as interpret:
+        found = prefill_attention(**operands, interpret=interpret)
+    assert not found.any()
+
+
+def test_the_reference_is_the_plain_path():
+    operands = _operands(window=60, softcap=2.0, page_size=16)
+    cache = operands["cache"]
+    shape = CacheShape(
+        num_pages=cache.shape[0], page_size=16, num_kv_heads=1, head_dim=64, dtype=cache.dtype
+    )
+    plain = attention.prefill_attention(
+        PageMajorLayout(shape=shape),
+        operands["q"],
+        cache,
+        operands["page_table"],
+        tiles.PrefillTiles(
+            *map(
+                jnp.asarray,
+                tiles.build_prefill_tiles(
+                    [tiles.Chunk(*chunk) for chunk in _RAGGED], tile_len=8, capacity=10
+                ),
+            )
+        ),
+        tile_len=8,
+        scale=operands["scale"],
+        window=60,
+        softcap=2.0,
+    )
+    kernel_runs.check_close(prefill_attention_reference(**operands), plain, relative=1e-3)
+
+
+def _shapes(num_heads, num_kv_heads, head_dim, page_size):
+    sizes = {"q": (2048, num_heads, head_dim), "page_table": (256, 512)}
+    sizes["cache"] = (4096, 2, num_kv_heads, page_size, head_dim)
+    ints = ((128,), (128,), (128,), (128,), (1,), (2048,))
+    return [
+        jax.ShapeDtypeStruct(sizes["q"], jnp.bfloat16),
+        jax.ShapeDtypeStruct(sizes["cache"], jnp.bfloat16),
+        jax.ShapeDtypeStruct(sizes["page_table"], jnp.int32),
+        *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ints),
+    ]
+
+
+def _served(more):
+    def run(q, cache, page_table, *fields):
+        return prefill_attention(
+            q, cache, page_table, PrefillTiles(*fields), scale=0.1, num_ctas=100, **more
+        )
+
+    return run
+
+
+_SERVED = pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        ((32, 8, 128, 64), {}),
+        ((8, 1, 128, 16), {"aligned": True}),
+        ((16, 8, 256, 32), {"window": 4096, "softcap": 50.0}),
+        ((64, 8, 64, 128), {"window": 128}),
+    ],
+    ids=["llama_8b", "llama_70b_of_8", "gemma_9b", "gpt_oss"],
+)
+
+
+@_SERVED
+def test_served_sizes_lower_for_hopper(sizes, more):
+    assert "mosaic_gpu_v2" in kernel_runs.lowered(_served(more), *_shapes(*sizes))
+
+
+@_SERVED
+def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more):
+    (kernel,) = deviceless.compiled(_served(more), *_shapes(*sizes))
+    assert kernel.grid == (100, 1, 1)
+    assert kernel.spill_bytes == 0
+    assert kernel.registers == 168
+    assert kernel.shared_bytes <= 232448
+    assert "wgmma.mma_async" in kernel.ptx
+    assert "cp.async.bulk.tensor" in kernel.ptx
+
+
+_GOOD = {
+    "q": jnp.zeros((8, 4, 64), jnp.bfloat16),
+    "cache": jnp.zeros((3, 2, 2, 16, 64), jnp.bfloat16),
+    "page_table": jnp.zeros((1, 3), jnp.int32),
+    "tiles": build_prefill_tiles([], group=2, capacity=2, num_tokens=8),
+    "scale": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"q": jnp.zeros((8, 4, 128), jnp.bfloat16)},
+            r"q\(8, 4, 128\) and cache\(3, 2, 2, 16, 64\)",
+        ),
+        ({"cache": jnp.zeros((3, 1, 2, 16, 64))}, r"not \[T, N, H\] and \[P, 2, K, S, H\]"),
+        ({"q": jnp.zeros((0, 4, 64), jnp.bfloat16)}, "must not be empty"),
+        ({"q": jnp.zeros((8, 4, 64))}, "q is float32 and the cache bfloat16; both must be"),
+        ({"q": jnp.zeros((8, 3, 64), jnp.bfloat16)}, "3 query heads are no multiple of 2 KV heads"),
+        (
+            {
+                "q": jnp.zeros((8, 4, 80), jnp.bfloat16),
+                "cache": jnp.zeros((3, 2, 2, 16, 80), jnp.bfloat16),
+            },
+            r"head width 80 is none of \(64, 128, 256\)",
+        ),
+        ({"cache": jnp.zeros((3, 2, 2, 8, 64), jnp.bfloat16)}, r"page size 8 is none of \(16, 32"),
+        ({"page_table": jnp.zeros((3,), jnp.int32)}, r"page_table is int32\(3,\), not int32"),
+        (
+            {"tiles": build_prefill_tiles([], group=2, capacity=2, num_tokens=9)},
+            r"not \[C\] x 4, \[1\] and \[T\] = \(8,\)",
+        ),
+        (
+            {"tiles": PrefillTiles(*[jnp.zeros((2,))] * 4, jnp.zeros((1,)), jnp.zeros((8,)))},
+            "tiles are .*'float32'.*, not int32",
+        ),
+        ({"q": jnp.zeros((8, 34, 64), jnp.bfloat16)}, "17 query heads for each KV head are not in"),
+        ({"window": 0}, "window=0 is not above 0"),
+        ({"softcap": -1.0}, "softcap=-1.0 is not above 0"),
+        ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        prefill_attention(**{**_GOOD, **change})
+
+
+@pytest.mark.gpu
+def test_chunks_on_a_gpu_get_their_reference():
+    for more, _ in _CASES:
+        for num_ctas in (1, 3, 132):
+            operands = _operands(**more)
+            found = prefill_attention(**operands, num_ctas=num_ctas)
+            _compare(found, operands, relative=1e-2)
