@@ -82,7 +82,7 @@ class Gate:
                 code="unknown_host",
             )
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        if origin and urllib.parse.urlsplit(origin).netloc != host:
+        if origin and not _is_page_of(origin, host):
             return ApiError(
                 f"pages of {origin!r:.100} may not use this server",
                 status_code=403,
@@ -109,6 +109,13 @@ class Gate:
         except ValueError:
             return False
         return True
+
+
+def _is_page_of(origin: str, host: str) -> bool:
+    try:
+        return urllib.parse.urlsplit(origin).netloc == host
+    except ValueError:  # such as a bracket that is never closed
+        return False
 
 
 async def _refuse(error: ApiError, send: Send) -> None:

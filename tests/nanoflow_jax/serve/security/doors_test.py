@@ -104,7 +104,9 @@ def test_c11_a_host_that_the_server_does_not_have_is_refused(tmp_path, host):
     assert answer.status_code == 403
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "x"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "x", "http://[::1"]
+)
 def test_c11_pages_of_other_origins_may_neither_ask_nor_read(tmp_path, origin):
     preflight = {
         "origin": origin,
