@@ -137,7 +137,7 @@ class Service:
         if request.truncate_prompt_len is not None:
             found = [ids[-request.truncate_prompt_len :] for ids in found]
         for ids in found if check else ():
-            self._check_prompt(ids, ready)
+            check_prompt(ids, ready)
         return found
 
     def _max_chars(
@@ -169,22 +169,6 @@ class Service:
             return encode_all()
         async with self._encoders:
             return await asyncio.to_thread(encode_all)
-
-    def _check_prompt(self, ids: Sequence[int], ready: client_lib.messages.Ready) -> None:
-        """Refuses early what the engine would refuse, before it is sent there."""
-        if len(ids) >= ready.max_context_len:
-            raise ApiError(
-                f"the prompt has {len(ids)} tokens and the context holds {ready.max_context_len}, "
-                "with room for at least one generated token; shorten the prompt",
-                code="context_length_exceeded",
-            )
-        wrong = next((token for token in ids if not 0 <= token < ready.vocab_size), None)
-        if wrong is not None:
-            raise ApiError(
-                f"prompt: {wrong!r:.40} is not a token id of this model, 0 to "
-                f"{ready.vocab_size - 1}",
-                param="prompt",
-            )
 
     def count(self, ticket: tickets.Ticket) -> None:
         """Adds a finished request to the statistics."""
@@ -233,6 +217,8 @@ class BatchEngine:
     ) -> request_lib.Completion:
         """Runs one request to its end; see `batch_model.Engine`."""
         client = self._service.client
+        assert client.ready is not None, "the engine was never ready"
+        check_prompt(prompt_ids, client.ready)
         try:
             ticket = client.submit(prompt_ids, params, priority=priority)
             with client.aborting([ticket]):
@@ -241,6 +227,27 @@ class BatchEngine:
             raise batch_model.EngineLostError(str(error)) from error
         self._service.count(ticket)
         return completion
+
+
+def check_prompt(ids: Sequence[int], ready: client_lib.messages.Ready) -> None:
+    """Refuses early what the engine would refuse, before it is sent there.
+
+    Raises:
+        ApiError: The prompt is too long, or holds a number that is no token id; it may be one that
+            no message to the engine could hold.
+    """
+    if len(ids) >= ready.max_context_len:
+        raise ApiError(
+            f"the prompt has {len(ids)} tokens and the context holds {ready.max_context_len}, "
+            "with room for at least one generated token; shorten the prompt",
+            code="context_length_exceeded",
+        )
+    wrong = next((token for token in ids if not 0 <= token < ready.vocab_size), None)
+    if wrong is not None:
+        raise ApiError(
+            f"prompt: {wrong!r:.40} is not a token id of this model, 0 to {ready.vocab_size - 1}",
+            param="prompt",
+        )
 
 
 def stopped(error: Exception) -> ApiError:

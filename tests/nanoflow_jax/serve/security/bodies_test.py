@@ -6,7 +6,6 @@ import json
 import random
 import socket
 import threading
-import time
 
 import pytest
 import served
@@ -280,42 +279,29 @@ def test_c7_a_good_grammar_is_served_after_a_client_with_a_hostile_one_left(serv
     assert (status, answer["choices"][0]["text"]) == (200, "yes")
 
 
-def _upload(server, rows):
-    """The id of a new file of rows."""
-    lines = "\n".join(map(json.dumps, rows))
-    form = (
-        '--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-        '--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n'
-        f"{lines}\r\n--b--\r\n"
+def _batch_counts(server, bodies):
+    """Counts of the rows of a batch of such bodies, at its end."""
+    envelope = {"method": "POST", "url": _COMPLETIONS}
+    rows = [{"custom_id": str(i), **envelope, "body": body} for i, body in enumerate(bodies)]
+    batch = server.wait_for_batch(
+        server.begin_batch(rows), lambda batch: batch["status"] in ("completed", "failed")
     )
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    with contextlib.closing(connection):
-        headers = {"content-type": "multipart/form-data; boundary=b"}
-        connection.request("POST", "/v1/files", form, headers)
-        return json.load(connection.getresponse())["id"]
+    assert batch["status"] == "completed", batch
+    return batch["request_counts"]
 
 
 def test_c7_a_hostile_grammar_in_a_batch_fails_its_row_alone_beside_others(server, known):
     asked = [{"json": _MANY}, {"choice": ["yes"]}, {"regex": "("}, {"choice": ["no"]}]
-    rows = [
-        {
-            "custom_id": str(i),
-            "method": "POST",
-            "url": _COMPLETIONS,
-            "body": {**_PROMPT, "structured_outputs": outputs},
-        }
-        for i, outputs in enumerate(asked)
-    ]
-    made = {"input_file_id": _upload(server, rows), "endpoint": _COMPLETIONS}
+    bodies = [{**_PROMPT, "structured_outputs": outputs} for outputs in asked]
     with _canaries(server, known):
-        status, batch = server.ask("/v1/batches", {**made, "completion_window": "24h"})
-        assert status == 200, batch
-        deadline = time.monotonic() + 120
-        while batch["status"] not in ("completed", "failed"):
-            assert time.monotonic() < deadline, batch
-            time.sleep(0.05)
-            batch = server.ask(f"/v1/batches/{batch['id']}")[1]
-    assert batch["request_counts"] == {"total": 4, "completed": 2, "failed": 2}
+        counts = _batch_counts(server, bodies)
+    assert counts == {"total": 4, "completed": 2, "failed": 2}
+
+
+@pytest.mark.parametrize("token", [-1, 4096, 2**63, 2**64, 10**30])
+def test_c10_a_number_that_is_no_token_id_fails_its_row_of_a_batch_alone(server, token):
+    counts = _batch_counts(server, [{**_PROMPT, "prompt": [1, token]}, _PROMPT])
+    assert counts == {"total": 2, "completed": 1, "failed": 1}
 
 
 @pytest.fixture
