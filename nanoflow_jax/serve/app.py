@@ -48,6 +48,7 @@ def build_app(
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(starlette.exceptions.HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(RecursionError, _on_deep_body)
     app.add_exception_handler(Exception, _on_crash)
     names = [name for name in service.section.allowed_hosts.split(",") if name.strip()]
     return gate.Gate(app, keys=api_keys, allowed_hosts=[*names, service.section.host])
@@ -120,6 +121,11 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     first: dict[str, Any] = dict(error.errors()[0]) if error.errors() else {}
     place = ".".join(map(str, first.get("loc", ())))
     return error_response(ApiError(f"{place}: {first.get('msg', 'is not valid')}", param=place))
+
+
+async def _on_deep_body(request: Request, error: Exception) -> Response:
+    """A body that could just be read, and not be written into the message that refuses it."""
+    return error_response(ApiError("the body is nested too deeply", code="invalid_json"))
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:

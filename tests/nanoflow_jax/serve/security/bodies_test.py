@@ -247,6 +247,16 @@ def test_c6_a_body_that_is_no_json_object_is_refused(asker, path, data):
     )
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [(_COMPLETIONS, "prompt"), ("/tokenize", "model"), ("/v1/batches", "metadata")],
+)
+def test_c6_a_body_nested_at_any_depth_is_refused(asker, path, field):
+    for depth in range(900, 1000):  # at one of them Python can read the body, but not write it
+        status, answer = asker(path, f'{{"{field}": {"[" * depth}{"]" * depth}}}')
+        assert status == 400, (depth, answer)
+
+
 _MANY = {"allOf": [{"type": "string", "pattern": f"^(a|b{i}){{1,60}}$"} for i in range(100)]}
 _REFS = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(1000)}
 
