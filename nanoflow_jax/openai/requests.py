@@ -230,9 +230,9 @@ def _chat_logprobs(fields: Fields, default: int | None) -> int | None:
             f"top_logprobs={top!r:.80} is not an integer from 0 to {request_lib.MAX_LOGPROBS}",
             param="top_logprobs",
         )
-    if not wanted:
+    if top and not wanted:  # 0 is vLLM's way to ask for none
         raise ApiError("top_logprobs needs logprobs: true beside it", param="top_logprobs")
-    return int(top)
+    return int(top) if wanted else None
 
 
 def _show(fields: Fields, *, echo: bool, prompt_logprobs: int | None) -> Show:

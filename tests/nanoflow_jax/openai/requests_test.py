@@ -110,6 +110,8 @@ def test_logprobs_of_a_completion_are_a_number() -> None:
     [
         ({}, None),
         ({"logprobs": False}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+        ({"top_logprobs": 0}, None),
         ({"logprobs": True}, 0),
         ({"logprobs": True, "top_logprobs": 4}, 4),
     ],
