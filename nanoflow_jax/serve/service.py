@@ -100,14 +100,16 @@ class Service:
             ApiError: With status 429; the server has no room for them.
         """
         most = self.section.max_queue
-        if self.num_choices + num_choices > most and (self.num_choices or num_choices > most):
+        if self.num_choices + num_choices > most:
             self.metrics.refused.inc()
-            raise ApiError(
+            advice = (
                 f"the server is busy with {self.num_choices} choices and takes at most {most} "
-                "(--max_queue); try again in a moment",
-                code="queue_full",
-                status_code=429,
+                "(--max_queue); try again in a moment"
+                if num_choices <= most
+                else f"the request has {num_choices} choices, n for each prompt, and the server "
+                f"takes at most {most} at once (--max_queue); split it into several requests"
             )
+            raise ApiError(advice, code="queue_full", status_code=429)
         self.num_choices += num_choices
         try:
             yield

@@ -45,12 +45,16 @@ def test_c13_a_full_queue_says_when_to_come_again_and_who_is_in_it_is_served(ser
         assert status == 429, answer
         assert int(headers["retry-after"]) > 0
         assert answer["error"]["code"] == "queue_full"
+        assert "is busy with 3 choices and takes at most 3" in answer["error"]["message"]
         assert server.ask("/health") == (200, {"status": "ready"})
         events = served.read_events(stream)
     ends = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
     assert ends == ["length"] * 3
     status, _, answer = _status_and_headers(server, {**_LONG, "n": 4})
-    assert status == 429  # it never fits
+    assert status == 429  # it never fits, which the message says
+    assert (
+        "4 choices, n for each prompt, and the server takes at most 3" in answer["error"]["message"]
+    )
     assert _status_and_headers(server, {"prompt": "x", "max_tokens": 1, "n": 3})[0] == 200
 
 
