@@ -86,11 +86,6 @@ class EngineClient:
         self._is_ready = asyncio.Event()
 
     @property
-    def num_pending(self) -> int:
-        """Requests in the engine."""
-        return len(self._tickets)
-
-    @property
     def pid(self) -> int | None:
         """The engine's process, if there is one."""
         return self._process.pid if self._process is not None else None

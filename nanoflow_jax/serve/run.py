@@ -270,10 +270,10 @@ class _Server:
         if self._num_signals == 1:
             self._service.is_draining = True
             self._batching.cancel()
-            left = self._client.num_pending
+            left = self._service.num_choices  # rows of batches go on at the next start
             if left:
                 self._say(
-                    f"draining: {left} requests have {self._section.drain_seconds:g} s to finish; "
+                    f"draining: {left} choices have {self._section.drain_seconds:g} s to finish; "
                     "a second signal stops at once"
                 )
             else:
