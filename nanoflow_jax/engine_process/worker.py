@@ -1,6 +1,7 @@
 """The loop of the engine's process: messages in, steps, what they gave out."""
 
 import dataclasses
+import os
 import queue
 import socket
 import threading
@@ -32,6 +33,7 @@ def run(sock: socket.socket) -> int:
         is_input = isinstance(error, ValueError)
         connection.send(messages.Failed(message=str(error) or repr(error), is_input=is_input))
         return 1
+    connection.ends_with_front = False
     with model:
         connection.send(ready)
         try:
@@ -69,18 +71,27 @@ Message = messages.ToEngine | preparing.Prepared
 
 
 class Connection:
-    """Messages to and from the front; a thread reads, so that the loop never waits for input."""
+    """Messages to and from the front; a thread reads, so that the loop never waits for input.
+
+    Attributes:
+        is_closed: Whether the front is gone, as far as the loop has noticed.
+        ends_with_front: Whether the process ends at once with the front. It does until it is
+            ready: nobody takes messages while a model is loaded and compiled, for minutes perhaps.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._codec = wire.Codec(messages.ToEngine)
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.is_closed = False
+        self.ends_with_front = True
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def _read(self) -> None:
         while (data := wire.read_frame(self._sock)) is not None:
             self._inbox.put(self._codec.decode(data))
+        if self.ends_with_front:
+            os._exit(1)
         self._inbox.put(None)
 
     def put(self, message: preparing.Prepared) -> None:

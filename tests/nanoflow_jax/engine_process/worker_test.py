@@ -1,6 +1,11 @@
+import socket
+import subprocess
+import sys
+
+from nanoflow_jax import config
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import engine as engine_lib
-from nanoflow_jax.engine_process import messages, worker
+from nanoflow_jax.engine_process import messages, wire, worker
 
 
 class _FakeConnection:
@@ -96,3 +101,32 @@ def test_a_request_that_failed_before_its_first_token_has_no_time_to_it():
             started_s=None, first_token_s=None, end_s=2.0, num_tokens=0, reasons=("error",)
         ),
     )
+
+
+_STARTS_FOR_EVER = """
+import socket, sys, threading
+from nanoflow_jax.engine_process import worker
+def start(message, send):
+    print("starting", flush=True)
+    threading.Event().wait()
+worker._start = start
+worker.run(socket.socket(fileno=int(sys.argv[1])))
+"""
+
+
+def test_an_engine_that_still_starts_ends_with_its_front():
+    ours, its = socket.socketpair()
+    with ours, its:
+        command = [sys.executable, "-c", _STARTS_FOR_EVER, str(its.fileno())]
+        with subprocess.Popen(
+            command, pass_fds=[its.fileno()], stdout=subprocess.PIPE, text=True
+        ) as process:
+            its.close()
+            start = messages.Start(config=config.EngineConfig())
+            ours.sendall(wire.Codec(messages.FromEngine).frame(start))
+            assert process.stdout.readline() == "starting\n"
+            ours.close()
+            try:
+                assert process.wait(timeout=120) == 1
+            finally:
+                process.kill()
