@@ -215,14 +215,17 @@ def _list_complaints(p: SamplingParams) -> list[str]:
     elif not all(isinstance(s, str) and s for s in p.stop):
         found.append(f"stop={p.stop!r:.80} is not a list of non-empty strings")
     words = p.bad_words
-    if not isinstance(words, tuple) or not all(isinstance(w, str) and w.strip() for w in words):
-        found.append(
-            f"bad_words={words!r:.80} is not a list of texts that are more than white space"
-        )
-    elif len(words) > MAX_BAD_WORDS or any(len(w) > MAX_BAD_WORD_LEN for w in words):
+    if isinstance(words, tuple) and (
+        len(words) > MAX_BAD_WORDS
+        or any(isinstance(w, str) and len(w) > MAX_BAD_WORD_LEN for w in words)
+    ):
         found.append(
             f"bad_words has {len(words)} texts; at most {MAX_BAD_WORDS} of at most "
             f"{MAX_BAD_WORD_LEN} characters are taken"
+        )
+    elif not isinstance(words, tuple) or not all(isinstance(w, str) and w.strip() for w in words):
+        found.append(
+            f"bad_words={words!r:.80} is not a list of texts that are more than white space"
         )
     ids = p.stop_token_ids
     if isinstance(ids, tuple) and len(ids) > MAX_STOP_TOKEN_IDS:

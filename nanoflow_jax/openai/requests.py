@@ -110,12 +110,6 @@ def parse(
     else:
         found = _parse_chat(fields, defaults, tool_style)
     fields.check_all_taken()
-    if len(found.prompts) * found.params.n > MAX_PROMPTS:
-        raise ApiError(
-            f"{len(found.prompts)} prompts with n={found.params.n} are more than {MAX_PROMPTS} "
-            "choices; split them into several requests",
-            param="prompt",
-        )
     return found
 
 
@@ -134,7 +128,7 @@ def _parse_completion(fields: Fields, defaults: Mapping[str, Any]) -> ApiRequest
         raise unsupported("best_of")
     return ApiRequest(
         endpoint=Endpoint.COMPLETIONS,
-        prompts=_prompts(fields.take("prompt")),
+        prompts=_prompts(fields.take("prompt"), n=params.n),
         params=params,
         show=_show(fields, echo=echo, prompt_logprobs=shown),
         **_common(fields),
@@ -282,15 +276,21 @@ def _timeout(value: Any) -> float | None:
     return float(value)
 
 
-def _prompts(value: Any) -> tuple[Prompt, ...]:
+def _prompts(value: Any, *, n: int) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
-        if all(is_int(token) for token in value):
+        if _are_ids(value):
             return (tuple(value),)
+        if len(value) * n > MAX_PROMPTS:  # before each of them costs time
+            raise ApiError(
+                f"{len(value)} prompts with n={n} are more than {MAX_PROMPTS} choices; split them "
+                "into several requests",
+                param="prompt",
+            )
         if all(isinstance(prompt, str) for prompt in value):
             return tuple(value)
-        if all(isinstance(p, list) and p and all(is_int(t) for t in p) for p in value):
+        if all(isinstance(prompt, list) and _are_ids(prompt) for prompt in value):
             return tuple(tuple(prompt) for prompt in value)
     raise ApiError(
         "prompt is missing"
@@ -299,3 +299,8 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
         "such lists",
         param="prompt",
     )
+
+
+def _are_ids(value: list[Any]) -> bool:
+    """Whether a list is one of whole numbers; quick, as there may be millions."""
+    return set(map(type, value)) == {int}

@@ -67,6 +67,11 @@ def _bias(value: Any) -> dict[int, Any]:
             f"logit_bias={value!r:.80} is not an object of token ids with numbers",
             param="logit_bias",
         )
+    if len(value) > request_lib.MAX_LOGIT_BIAS:
+        raise ApiError(
+            f"logit_bias has {len(value)} entries; at most {request_lib.MAX_LOGIT_BIAS} are taken",
+            param="logit_bias",
+        )
     for key in value:
         if re.fullmatch(r"[0-9]{1,10}", key) is None:
             raise ApiError(f"logit_bias: {key!r:.40} is no token id", param="logit_bias")

@@ -7,6 +7,7 @@ calls in it.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import reprlib
@@ -160,15 +161,17 @@ def _check_size(tools: Any) -> None:
         raise ApiError(
             f"tools has {len(tools)} entries; at most {MAX_TOOLS} are taken", param="tools"
         )
-    check_depth(tools, "tools", param="tools")
     try:
         size = len(json.dumps(tools, allow_nan=False, ensure_ascii=False).encode())
+    except RecursionError as error:
+        raise _too_deep("tools", param="tools") from error
     except ValueError as error:
         raise ApiError(f"tools holds what JSON cannot say: {error}", param="tools") from error
     if size > MAX_TOOLS_BYTES:
         raise ApiError(
             f"tools has {size} bytes; at most {MAX_TOOLS_BYTES} are taken", param="tools"
         )
+    check_depth(tools, "tools", param="tools")
 
 
 def _function(tool: Any, where: str) -> dict[str, Any]:
@@ -242,11 +245,16 @@ def check_depth(value: Any, name: str, *, param: str) -> None:
         ApiError: More than MAX_DEPTH objects and lists lie in one another.
     """
     level, depth = [value], 0
-    while level := [v for v in level if isinstance(v, Mapping | list)]:
+    while level := [v for v in level if isinstance(v, dict | list)]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise ApiError(f"{name} is nested deeper than {MAX_DEPTH} levels", param=param)
-        level = [inner for v in level for inner in (v.values() if isinstance(v, Mapping) else v)]
+            raise _too_deep(name, param=param)
+        parts = (v.values() if isinstance(v, dict) else v for v in level)
+        level = list(itertools.chain.from_iterable(parts))
+
+
+def _too_deep(name: str, *, param: str) -> ApiError:
+    return ApiError(f"{name} is nested deeper than {MAX_DEPTH} levels", param=param)
 
 
 def delta(piece: Piece) -> dict[str, Any]:

@@ -184,6 +184,9 @@ _BAD_ANYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {}}, "stream_options is an object that goes with stream: true"),
     ({"response_format": {"type": "xml"}}, "response_format=.* is not an object whose type is"),
     ({"tools": [{"type": "function"}]}, "tools is not supported yet"),
+    # Of long lists the length is looked at before what is in them.
+    ({"logit_bias": {f"x{i}": 1 for i in range(301)}}, "logit_bias has 301 entries; at most 300"),
+    ({"bad_words": [0] * 129}, "bad_words has 129 texts; at most 128"),
     ({"temprature": 1}, "'temprature' is no field of .*; did you mean temperature?"),
     ({"qqqq": 1}, "'qqqq' is no field of"),
 ]
@@ -208,6 +211,7 @@ def test_a_wrong_field_is_refused_by_name(parse: Any, body: dict[str, Any], mess
         ({"prompt": [True]}, "is not text, a list of texts"),
         ({"prompt": {"a": 1}}, "is not text, a list of texts"),
         ({"prompt": ["a"] * 1025, "n": 2}, "1025 prompts with n=2 are more than 2048 choices"),
+        ({"prompt": [{}] * 2049}, "2049 prompts with n=1 are more than 2048 choices"),
         ({"logprobs": 21}, "logprobs=21 is not an integer from 0 to 20"),
         ({"logprobs": True}, "logprobs=True is not an integer"),
         ({"echo": "yes"}, "echo='yes' is not true or false"),
