@@ -18,6 +18,8 @@ from nanoflow_jax.serve import body, event_stream
 from nanoflow_jax.serve import service as service_lib
 
 Found = TypeVar("Found")
+# Answers with log-probabilities of more tokens are written beside the event loop.
+_MANY_SCORED = 500
 _encode = msgspec.json.Encoder().encode
 
 
@@ -54,7 +56,7 @@ async def answer(
         pieces = work.pieces()
         first = await _while_there(http, anext(pieces))  # so that an early error has a status
         return event_stream.EventStream(_chained(first, pieces))
-    return JsonResponse(await _while_there(http, work.whole()))
+    return Response(await _while_there(http, work.whole()), media_type=JsonResponse.media_type)
 
 
 async def _chained(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -104,7 +106,7 @@ class _Work:
         self._deadline = deadline
         self._heard_at: float | None = None
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> bytes:
         """The answer, all of it."""
         service = self._service
         with service.admitted(self._num_choices):
@@ -117,7 +119,13 @@ class _Work:
                     completion = await _told(ticket.completion())
                     service.count(ticket)
                     completions.append(completion)
-            return service.writer.body(self._request, completions, service.head())
+            if sum(map(_num_scored, completions)) > _MANY_SCORED:
+                return await asyncio.to_thread(self._written, completions)
+            return self._written(completions)
+
+    def _written(self, completions: Sequence[request_lib.Completion]) -> bytes:
+        service = self._service
+        return _encode(service.writer.body(self._request, completions, service.head()))
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """The answer as events; the first may be empty."""
@@ -219,6 +227,12 @@ class _Work:
                     (now - self._heard_at) / len(delta.token_ids)
                 )
         self._heard_at = now
+
+
+def _num_scored(completion: request_lib.Completion) -> int:
+    """Tokens of which a completion has log-probabilities."""
+    scored = sum(len(choice.logprobs or ()) for choice in completion.choices)
+    return scored + len(completion.prompt_logprobs or ())
 
 
 async def _pump(

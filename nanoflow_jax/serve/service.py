@@ -22,6 +22,9 @@ _SHORT_CHARS = 2000
 # Of one text that need not fit into the context: /tokenize, and prompts that are cut.
 _MAX_CHARS = 1 << 20
 _ENCODERS = 2
+# Log-probabilities of one answer: room for 20 beside each token of a context of 128k. Each is some
+# hundred bytes here, and as many in the engine.
+MAX_LOGPROBS_SHOWN = 1 << 22
 
 
 class Service:
@@ -183,8 +186,10 @@ class Service:
         """Hands the prompts of a request to the engine.
 
         Raises:
-            ApiError: With status 503; the engine is gone.
+            ApiError: The answer could be too large, or, with status 503, the engine is gone.
         """
+        assert self.client.ready is not None, "prompts are encoded when it is"
+        check_answer(request.params, prompts, self.client.ready)
         try:
             return [
                 self.client.submit(
@@ -219,8 +224,9 @@ class BatchEngine:
     ) -> request_lib.Completion:
         """Runs one request to its end; see `batch_model.Engine`."""
         client = self._service.client
-        assert client.ready is not None, "the engine was never ready"
+        assert client.ready is not None, "rows wait until it is"
         check_prompt(prompt_ids, client.ready)
+        check_answer(params, [prompt_ids], client.ready)
         try:
             ticket = client.submit(prompt_ids, params, priority=priority)
             with client.aborting([ticket]):
@@ -249,6 +255,33 @@ def check_prompt(ids: Sequence[int], ready: client_lib.messages.Ready) -> None:
         raise ApiError(
             f"prompt: {wrong!r:.40} is not a token id of this model, 0 to {ready.vocab_size - 1}",
             param="prompt",
+        )
+
+
+def check_answer(
+    params: request_lib.SamplingParams,
+    prompts: Sequence[Sequence[int]],
+    ready: client_lib.messages.Ready,
+) -> None:
+    """Refuses what could have an answer beyond all bounds.
+
+    Raises:
+        ApiError: It could show more than MAX_LOGPROBS_SHOWN log-probabilities.
+    """
+    count = 0
+    for ids in prompts:
+        if params.prompt_logprobs is not None:
+            count += len(ids) * (1 + params.prompt_logprobs)
+        if params.logprobs is not None:
+            room = ready.max_context_len - len(ids)
+            most = room if params.max_tokens is None else min(room, params.max_tokens)
+            count += params.n * most * (1 + params.logprobs)
+    if count > MAX_LOGPROBS_SHOWN:
+        raise ApiError(
+            f"the answer could show {count} log-probabilities, and at most {MAX_LOGPROBS_SHOWN} "
+            "are shown at once; ask for fewer of them, or set max_tokens, n or the number of "
+            "prompts lower",
+            param="logprobs",
         )
 
 

@@ -168,11 +168,22 @@ def test_c5_what_is_large_only_together_is_bounded_too(server, known, body):
     assert status in (400, 429)
 
 
+def test_c5_more_logprobs_than_a_server_has_room_for_are_refused_before_work(server, known):
+    body = {"prompt": [[5] * 200] * 1000, "max_tokens": 1, "echo": True, "logprobs": 20}
+    with _canaries(server, known):
+        status, answer = server.ask(_COMPLETIONS, body)
+    assert status == 400
+    assert (
+        "the answer could show 4221000 log-probabilities, and at most 4194304 are shown at once"
+        in answer["error"]["message"]
+    )
+
+
 def test_c5_the_most_that_is_allowed_at_once_is_served_beside_others(server, known):
     body = {
         "prompt": "x",
         "n": 128,
-        "max_tokens": 1,
+        "max_tokens": 5,
         "allowed_token_ids": [7] * 8192,
         "logit_bias": {str(i): 1 for i in range(300)},
         "stop": [chr(0x4E00 + i) * 1024 for i in range(16)],
@@ -182,7 +193,7 @@ def test_c5_the_most_that_is_allowed_at_once_is_served_beside_others(server, kno
     with _canaries(server, known):
         status, answer = server.ask(_COMPLETIONS, body)
     assert status == 200, answer
-    assert len(answer["choices"]) == 128
+    assert [len(c["logprobs"]["tokens"]) for c in answer["choices"]] == [5] * 128
 
 
 def test_c5_a_body_larger_than_the_limit_is_answered_though_it_is_still_being_sent(server, known):
