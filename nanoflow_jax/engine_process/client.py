@@ -296,8 +296,8 @@ class EngineClient:
                 self.state = State.READY
                 self._is_ready.set()
             case messages.Traced():
-                told = self._traces.popleft()
-                if not told.done():
+                told = self._traces.popleft() if self._traces else None  # dropped meanwhile
+                if told is not None and not told.done():
                     told.set_result(message.error)
             case messages.Failed():
                 self._failure = message
