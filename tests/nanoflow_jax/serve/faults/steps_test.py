@@ -132,8 +132,10 @@ def test_a_request_past_its_time_is_ended_and_the_others_go_on(server, canaries)
 
 
 def test_f13_deadlines_hold_though_the_wall_clock_jumps(server, canaries):
-    created = {_complete(server, _body([9, 4], 1))[1]["created"] for _ in range(6)}
-    assert max(created) - min(created) > 80_000, "the clock stands still"
+    created = {_complete(server, _body([9, 4], 1))[1]["created"]}
+    while max(created) - min(created) < 80_000:  # the clock does jump
+        assert len(created) < 100
+        created.add(_complete(server, _body([9, 4], 1))[1]["created"])
     status, found = _complete(server, _body([9, 4], 60, timeout_s=600))
     assert status == 200, found
     began = time.monotonic()
