@@ -4,8 +4,10 @@
 `python -m nanoflow_jax.bench serving --workload=FILE --url=URL [--concurrency=64 --nostream]`
 `python -m nanoflow_jax.bench overhead --workload=FILE --url=URL [--model=DIR ...]`
 `python -m nanoflow_jax.bench soak --workload=FILE --url=URL --concurrency=200 [--model=DIR ...]`
+`python -m nanoflow_jax.bench gpu_check [--repeats=3 --seed=N]`
 
-The last two run the workload offline too, so they take the knobs that the server was started with.
+overhead and soak run the workload offline too, so they take the knobs that the server was started
+with. gpu_check needs a GPU, or jax 0.11 to interpret its kernels.
 Exit codes: 0 done, 1 failed while measuring or found a fault, 2 wrong flags or files, 130
 interrupted.
 """
@@ -13,15 +15,17 @@ interrupted.
 import contextlib
 import json
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from absl import flags as absl_flags
 
 from nanoflow_jax import config, console, flags, llm, start_up
-from nanoflow_jax.bench import http_client, overhead, serving, soak, throughput
+from nanoflow_jax.bench import gpu_check, http_client, overhead, serving, soak, throughput
 from nanoflow_jax.engine import build
 from nanoflow_jax.workload import file as workload_file
 
@@ -37,7 +41,11 @@ def _define() -> None:
         "pairs", 25, "How often overhead asks for a first token on each side.", lower_bound=1
     )
     absl_flags.DEFINE_float("seconds", 60.0, "How long soak begins new requests.", lower_bound=0.0)
-    absl_flags.DEFINE_integer("seed", 0, "Of what soak's clients do.")
+    absl_flags.DEFINE_integer(
+        "seed",
+        0,
+        "Of what soak's clients do, and of gpu_check's operands: there a new one if unset.",
+    )
     absl_flags.DEFINE_string("url", "http://127.0.0.1:8000", "Server to ask.")
     absl_flags.DEFINE_integer("concurrency", 64, "Clients of the server.", lower_bound=1)
     absl_flags.DEFINE_boolean("stream", True, "Ask the server for tokens as they come.")
@@ -171,11 +179,30 @@ def _soak() -> int:
     return console.FAILED if found.complaints else 0
 
 
+def _gpu_check() -> int:
+    seed = _FLAGS.seed if _FLAGS["seed"].present else secrets.randbelow(2**31)
+    device = jax.devices()[0]
+    print(f"device: {device.device_kind}; jax {jax.__version__}; --seed={seed}")
+    failed = 0
+    with _rows() as write:
+        for found in gpu_check.run(seed=seed, repeats=_FLAGS.repeats):
+            verdict = {True: "ok", False: "FAILED", None: "not checked"}[found.ok]
+            print(
+                f"{verdict}: {found.name}; {found.check}: {found.detail} ({found.seconds:.1f} s)",
+                flush=True,
+            )
+            write({"device": device.device_kind, "seed": seed, **vars(found)})
+            failed += found.ok is False
+    print(f"{failed} checks failed" if failed else "no check failed")
+    return console.FAILED if failed else 0
+
+
 _BENCHMARKS = {
     "throughput": _throughput,
     "serving": _serving,
     "overhead": _overhead,
     "soak": _soak,
+    "gpu_check": _gpu_check,
 }
 
 

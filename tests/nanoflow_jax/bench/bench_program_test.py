@@ -15,7 +15,11 @@ _WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
     ("arguments", "code", "message"),
     [
         (["serving"], 2, "error: --workload=FILE is missing: a JSON file of request mixes\n"),
-        (["speed"], 2, "error: name one benchmark: throughput, serving, overhead, soak\n"),
+        (
+            ["speed"],
+            2,
+            "error: name one benchmark: throughput, serving, overhead, soak, gpu_check\n",
+        ),
         (
             ["serving", "--workload=w.json", "--json=none/rows.json"],
             2,

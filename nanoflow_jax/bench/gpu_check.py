@@ -1,0 +1,182 @@
+"""Checks every kernel on the device at hand: numbers, repeatability, and graphs that overlap.
+
+On a GPU the kernels run at the sizes that are served; on a CPU they are interpreted on tiny ones,
+which checks this program.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanoflow_jax import compat
+from nanoflow_jax.bench import kernel_cases
+
+# Bytes of NaN that lie where results will be, if the kernel leaves any of them unwritten.
+_POISON_BYTES = 1 << 30
+# XLA has a thread for each core, or NPROC; the warpgroups of an interpreted CTA need one each.
+_LEAST_THREADS = 4
+_MODE = "xla_gpu_command_buffer_scheduling_mode"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one check.
+
+    Attributes:
+        name: Of the case.
+        check: What was looked at.
+        ok: Whether it holds; None if it cannot be looked at here.
+        detail: Figures, or why not.
+        seconds: Wall time, compiling included.
+    """
+
+    name: str
+    check: str
+    ok: bool | None
+    detail: str
+    seconds: float
+
+
+def run(*, seed: int, repeats: int) -> Iterator[Outcome]:
+    """Checks all kernels, one outcome after another.
+
+    Args:
+        seed: Of the operands.
+        repeats: How often each kernel runs on the same operands; results must not differ in a bit.
+
+    Raises:
+        ValueError: The kernels cannot run here.
+    """
+    on_gpu = jax.devices()[0].platform == "gpu"
+    if not on_gpu and not compat.CAN_INTERPRET_MOSAIC:
+        raise ValueError(
+            f"there is no GPU, and jax {jax.__version__} cannot interpret the kernels; use jax "
+            "0.11 or newer, on Python 3.12"
+        )
+    if not on_gpu and int(os.environ.get("NPROC", os.cpu_count() or 1)) < _LEAST_THREADS:
+        raise ValueError(
+            f"interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} threads; set "
+            "NPROC=8 in the environment"
+        )
+    if on_gpu:
+        interpret, sizes = None, kernel_cases.SERVED
+    else:
+        interpret = compat.interpret_gpu_params(
+            detect_races=True, out_of_bounds_reads="uninitialized"
+        )
+        sizes = kernel_cases.TINY
+    cases = kernel_cases.cases(sizes, seed)
+    for case in cases:
+        yield from _check_case(case, interpret=interpret, repeats=repeats)
+    if on_gpu:
+        yield _check_graphs(cases)
+    else:
+        yield Outcome(
+            name="two kernels side by side in a CUDA graph",
+            check="CONCURRENT gives the bits of SERIALIZE",
+            ok=None,
+            detail="needs a GPU",
+            seconds=0.0,
+        )
+
+
+def _check_case(case: kernel_cases.Case, *, interpret: Any, repeats: int) -> Iterator[Outcome]:
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.block_until_ready(jax.jit(case.reference)(*case.operands))
+    for num_ctas in case.num_ctas:
+        begin = time.perf_counter()
+        try:
+            runs = _results(case, num_ctas=num_ctas, interpret=interpret, repeats=repeats)
+        except jax.errors.JaxRuntimeError as error:
+            if interpret is not None:
+                compat.reset_interpreter()
+            ok, detail = False, f"failed: {str(error).splitlines()[0]}"
+        else:
+            ok, detail = _judge(case, wanted, runs)
+            if interpret is not None and compat.races_found():
+                ok, detail = False, f"{detail}; the interpreter found a race"
+        yield Outcome(
+            name=case.name,
+            check=f"{num_ctas} CTAs",
+            ok=ok,
+            detail=detail,
+            seconds=time.perf_counter() - begin,
+        )
+
+
+def _results(
+    case: kernel_cases.Case, *, num_ctas: int, interpret: Any, repeats: int
+) -> list[list[np.ndarray]]:
+    def call(*operands: Any) -> tuple[Any, ...]:
+        return case.kernel(*operands, num_ctas=num_ctas, interpret=interpret)
+
+    program = jax.jit(call).lower(*case.operands).compile()
+    found = []
+    for _ in range(repeats):
+        if interpret is None:
+            _poison()
+        found.append([np.asarray(array) for array in program(*case.operands)])
+    return found
+
+
+def _poison() -> None:
+    """Leaves NaN in memory that the next allocation is likely to get."""
+    jnp.full(_POISON_BYTES // 4, jnp.nan, jnp.float32).block_until_ready().delete()
+
+
+def _judge(
+    case: kernel_cases.Case, wanted: Sequence[Any], runs: Sequence[Sequence[np.ndarray]]
+) -> tuple[bool, str]:
+    errors = []
+    for found, reference in zip(runs[0], wanted, strict=True):
+        one, other = np.asarray(found, np.float64), np.asarray(reference, np.float64)
+        distance = np.linalg.norm(one - other) / max(float(np.linalg.norm(other)), 1e-30)
+        errors.append(float(distance))
+    changed = sum(
+        not all(
+            one.tobytes() == other.tobytes() for one, other in zip(runs[0], other_run, strict=True)
+        )
+        for other_run in runs[1:]
+    )
+    detail = f"error {', '.join(f'{error:.1e}' for error in errors)} of {case.relative_error:.0e}"
+    if changed:
+        detail += f"; {changed} of {len(runs) - 1} repeats gave other bits"
+    # A NaN makes an error that no comparison calls small.
+    return all(error <= case.relative_error for error in errors) and not changed, detail
+
+
+def _check_graphs(cases: Sequence[kernel_cases.Case]) -> Outcome:
+    """Runs a product and an attention that may overlap, and in turn, and compares bits."""
+    begin = time.perf_counter()
+    product = next(case for case in cases if case.name.startswith("gemm"))
+    attention = next(case for case in cases if case.name.startswith("decode attention,"))
+    cut = len(product.operands)
+
+    def both(*operands: Any) -> tuple[Any, ...]:
+        one = product.kernel(*operands[:cut], num_ctas=84, interpret=None)
+        other = attention.kernel(*operands[cut:], num_ctas=48, interpret=None)
+        return one + other
+
+    operands = (*product.operands, *attention.operands)
+    lowered = jax.jit(both).lower(*operands)
+    found: dict[str, list[bytes]] = {}
+    for mode in ("SERIALIZE", "CONCURRENT"):
+        options: Any = {_MODE: mode, "xla_gpu_graph_min_graph_size": 1}
+        program: Callable[..., Any] = lowered.compile(compiler_options=options)
+        for _ in range(3):  # the first runs are not captured
+            results = program(*operands)
+        found[mode] = [np.asarray(array).tobytes() for array in results]
+    ok = found["SERIALIZE"] == found["CONCURRENT"]
+    return Outcome(
+        name=f"{product.name}, beside {attention.name}",
+        check="CONCURRENT gives the bits of SERIALIZE",
+        ok=ok,
+        detail="the same" if ok else "not the same",
+        seconds=time.perf_counter() - begin,
+    )

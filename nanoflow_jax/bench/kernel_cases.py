@@ -1,0 +1,368 @@
+"""Kernels with the operands that they are checked and timed on, each beside its reference."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import decode_attention as decode_lib
+from pallas_kernels import gemm as gemm_lib
+from pallas_kernels import grouped_gemm as grouped_lib
+from pallas_kernels import prefill_attention as prefill_lib
+from pallas_kernels import prefill_tiles, work_list
+from pallas_kernels.attention_beside_gemm import attention_beside_gemm
+
+# Of the 2-norm of a result: its rounding, that of the weights that multiply values, and the GPU's
+# approximate exp2. Products of float32 are made of TF32, ten bits of mantissa.
+_GEMM_ERROR = {"bfloat16": 4e-3, "float32": 2e-3}
+_ATTENTION_ERROR = 1e-2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel on one set of operands.
+
+    Attributes:
+        name: Of the kernel and its shape.
+        operands: Arrays, drawn anew for each case.
+        kernel: Takes the operands, then num_ctas and interpret by name; a tuple of results.
+        reference: Takes the operands; the same results by the plain functions.
+        relative_error: Largest distance of the two, as a share of the reference, in the 2-norm.
+        num_ctas: Caps to run the kernel with.
+    """
+
+    name: str
+    operands: Sequence[Any]
+    kernel: Callable[..., tuple[Any, ...]]
+    reference: Callable[..., tuple[Any, ...]]
+    relative_error: float
+    num_ctas: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large the cases are.
+
+    Attributes:
+        tokens: T of products and of prefill, and the ragged T beside it.
+        hidden: D.
+        intermediate: F of the gated product.
+        heads: N and K.
+        head_dim: H.
+        requests: R of decode.
+        longest: Longest context.
+        page_sizes: S; the first is the default.
+        experts: E and A.
+        num_ctas: Caps; the last is the whole device.
+    """
+
+    tokens: tuple[int, int]
+    hidden: int
+    intermediate: int
+    heads: tuple[int, int]
+    head_dim: int
+    requests: int
+    longest: int
+    page_sizes: Sequence[int]
+    experts: tuple[int, int]
+    num_ctas: Sequence[int]
+
+
+# Llama-3-8B's, with Mixtral's experts.
+SERVED = Sizes(
+    tokens=(2048, 203),
+    hidden=4096,
+    intermediate=14336,
+    heads=(32, 8),
+    head_dim=128,
+    requests=256,
+    longest=2048,
+    page_sizes=(64, 16),
+    experts=(8, 2),
+    num_ctas=(16, 48, 100, 132),
+)
+# What an interpreter gets through: a few tiles each.
+TINY = Sizes(
+    tokens=(136, 13),
+    hidden=64,
+    intermediate=136,
+    heads=(4, 1),
+    head_dim=64,
+    requests=3,
+    longest=90,
+    page_sizes=(64, 16),
+    experts=(3, 2),
+    num_ctas=(1, 3),
+)
+
+
+def cases(sizes: Sizes, seed: int) -> list[Case]:
+    """All kernels; the same seed gives the same operands.
+
+    Args:
+        sizes: How large.
+        seed: Of all random numbers.
+    """
+    draw = _Draw(seed)
+    return [
+        *_products(sizes, draw),
+        _grouped(sizes, draw),
+        *(_decode(sizes, draw, page_size) for page_size in sizes.page_sizes),
+        _prefill(sizes, draw),
+        _fused(sizes, draw),
+    ]
+
+
+class _Draw:
+    """Random arrays, made on the device."""
+
+    def __init__(self, seed: int) -> None:
+        self._key = jax.random.key(seed)
+        self.host = np.random.default_rng(seed)
+
+    def normal(self, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+        self._key, key = jax.random.split(self._key)
+        return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+    def pages(
+        self, lens: Sequence[int], *, heads: int, head_dim: int, page_size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """A cache and a page table for such contexts: pages shuffled, NaN where nothing is."""
+        counts = [-(-length // page_size) for length in lens]
+        order = self.host.permutation(sum(counts) + 2)
+        table = np.full((len(lens), max([*counts, 1])), order[-1], np.int32)
+        written = np.zeros(len(order), np.int32)
+        taken = 0
+        for row, (length, count) in enumerate(zip(lens, counts, strict=True)):
+            own = order[taken : taken + count]
+            taken += count
+            table[row, :count] = own
+            written[own] = np.minimum(length - page_size * np.arange(count), page_size)
+        is_there = jnp.arange(page_size, dtype=jnp.int32)[None] < jnp.asarray(written)[:, None]
+        values = self.normal(len(order), 2, heads, page_size, head_dim)
+        nothing = jnp.asarray(jnp.nan, values.dtype)
+        cache = jnp.where(is_there[:, None, None, :, None], values, nothing)
+        return cache, jnp.asarray(table)
+
+
+def _products(sizes: Sizes, draw: _Draw) -> list[Case]:
+    rows, ragged = sizes.tokens
+    width, inner = sizes.hidden, sizes.intermediate
+    float8 = jnp.float8_e4m3fn
+
+    def scale(count: int) -> jax.Array:
+        return jnp.abs(draw.normal(count, dtype=jnp.float32)) + 0.1
+
+    def operands(count: int, depth: int, columns: int, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
+        return {
+            "x": draw.normal(count, depth, dtype=dtype),
+            "w": draw.normal(columns, depth, dtype=dtype),
+        }
+
+    made = {
+        f"gemm {rows} x {width} x {inner}, gated": {
+            **operands(rows, width, inner),
+            "w_up": draw.normal(inner, width),
+        },
+        f"gemm {rows} x {inner} x {width}, residual": {
+            **operands(rows, inner, width),
+            "residual": draw.normal(rows, width),
+        },
+        f"gemm {ragged} x {width} x {width}, bias": {
+            **operands(ragged, width, width),
+            "bias": draw.normal(width),
+        },
+        f"gemm {ragged} x {width} x {width}, float32": operands(
+            ragged, width, width, dtype=jnp.float32
+        ),
+        f"gemm {rows} x {width} x {width}, float8": {
+            **operands(rows, width, width, dtype=float8),
+            "x_scale": scale(rows),
+            "w_scale": scale(width),
+        },
+    }
+    return [_product(name, fields, sizes) for name, fields in made.items()]
+
+
+def _product(name: str, fields: dict[str, Any], sizes: Sizes) -> Case:
+    names = list(fields)
+
+    def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
+        given = dict(zip(names, arrays, strict=True))
+        return (gemm_lib.gemm(**given, num_ctas=num_ctas, interpret=interpret),)
+
+    def reference(*arrays: Any) -> tuple[Any, ...]:
+        return (gemm_lib.gemm_reference(**dict(zip(names, arrays, strict=True))),)
+
+    dtype = str(fields["x"].dtype)
+    return Case(
+        name=name,
+        operands=list(fields.values()),
+        kernel=kernel,
+        reference=reference,
+        relative_error=_GEMM_ERROR.get(dtype, _GEMM_ERROR["bfloat16"]),
+        num_ctas=sizes.num_ctas,
+    )
+
+
+def _grouped(sizes: Sizes, draw: _Draw) -> Case:
+    rows, width, inner = sizes.tokens[0], sizes.hidden, sizes.intermediate
+    num_experts, active = sizes.experts
+    # The last expert gets no token.
+    chosen = np.argsort(draw.host.random((rows, num_experts - 1)), axis=1)[:, :active]
+    weights = draw.normal(num_experts, 2 * inner, width)
+    x, experts = draw.normal(rows, width), jnp.asarray(chosen, jnp.int32)
+
+    def both(product: Callable[..., Any], x: Any, w: Any, experts: Any) -> tuple[Any, ...]:
+        groups = grouped_lib.plan_groups(experts, num_experts=num_experts)
+        made = product(grouped_lib.permute(x, groups), w, groups, gated=True)
+        # Rows after the used tiles hold anything.
+        is_row = groups.sources < rows
+        return (jnp.where(is_row[:, None], made, 0),)
+
+    def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
+        product = functools.partial(
+            grouped_lib.grouped_gemm, num_ctas=num_ctas, interpret=interpret
+        )
+        return both(product, *arrays)
+
+    return Case(
+        name=f"grouped gemm {rows} x {width} x {inner}, {active} of {num_experts} experts, gated",
+        operands=(x, weights, experts),
+        kernel=kernel,
+        reference=functools.partial(both, grouped_lib.grouped_gemm_reference),
+        relative_error=_GEMM_ERROR["bfloat16"],
+        num_ctas=sizes.num_ctas,
+    )
+
+
+def _contexts(sizes: Sizes, draw: _Draw) -> np.ndarray:
+    lens = draw.host.integers(1, sizes.longest + 1, sizes.requests)
+    lens[0], lens[-1] = 0, sizes.longest
+    return lens.astype(np.int32)
+
+
+def _decode_operands(sizes: Sizes, draw: _Draw, page_size: int) -> tuple[Any, ...]:
+    lens = _contexts(sizes, draw)
+    heads, kv_heads = sizes.heads
+    cache, table = draw.pages(
+        lens.tolist(), heads=kv_heads, head_dim=sizes.head_dim, page_size=page_size
+    )
+    q = draw.normal(sizes.requests, heads, sizes.head_dim)
+    return q, cache, table, jnp.asarray(lens)
+
+
+def _decode(sizes: Sizes, draw: _Draw, page_size: int) -> Case:
+    operands = _decode_operands(sizes, draw, page_size)
+    lens = np.asarray(operands[-1])
+    is_plain = page_size == sizes.page_sizes[0]
+    form: dict[str, Any] = {"scale": sizes.head_dim**-0.5}
+    if not is_plain:
+        form |= {"window": max(sizes.longest // 3, 1), "softcap": 30.0}
+
+    def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
+        work = work_list.plan_decode(
+            lens, num_kv_heads=sizes.heads[1], num_ctas=num_ctas, window=form.get("window")
+        )
+        q, cache, table, context_lens = arrays
+        made = decode_lib.decode_attention(
+            q, cache, table, context_lens, work, **form, interpret=interpret
+        )
+        return (made,)
+
+    def reference(*arrays: Any) -> tuple[Any, ...]:
+        return (decode_lib.decode_attention_reference(*arrays, **form),)
+
+    more = "" if is_plain else ", window, soft-cap"
+    return Case(
+        name=f"decode attention, {sizes.requests} of up to {sizes.longest}, pages of {page_size}"
+        + more,
+        operands=operands,
+        kernel=kernel,
+        reference=reference,
+        relative_error=_ATTENTION_ERROR,
+        num_ctas=sizes.num_ctas,
+    )
+
+
+def _prefill(sizes: Sizes, draw: _Draw) -> Case:
+    num_tokens = sizes.tokens[0]
+    heads, kv_heads = sizes.heads
+    # Three chunks: the start of a prompt, one behind a long prefix, one token.
+    first = num_tokens // 2
+    second = num_tokens - first - 3
+    prefix = sizes.longest - second
+    chunks = ((0, first, 0, 0), (first, second, prefix, 1), (num_tokens - 1, 1, 5, 2))
+    cache, table = draw.pages(
+        [position + length for _, length, position, _ in chunks],
+        heads=kv_heads,
+        head_dim=sizes.head_dim,
+        page_size=sizes.page_sizes[0],
+    )
+    group = heads // kv_heads
+    tiles = prefill_tiles.build_prefill_tiles(
+        chunks,
+        group=group,
+        capacity=prefill_tiles.max_tiles(num_tokens, len(chunks), group=group),
+        num_tokens=num_tokens,
+    )
+    scale = sizes.head_dim**-0.5
+
+    def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
+        q, cache, table = arrays
+        made = prefill_lib.prefill_attention(
+            q, cache, table, tiles, scale=scale, num_ctas=num_ctas, interpret=interpret
+        )
+        return (made,)
+
+    def reference(*arrays: Any) -> tuple[Any, ...]:
+        q, cache, table = arrays
+        return (prefill_lib.prefill_attention_reference(q, cache, table, tiles, scale=scale),)
+
+    return Case(
+        name=f"prefill attention, {num_tokens} tokens of 3 chunks, up to {sizes.longest}",
+        operands=(draw.normal(num_tokens, heads, sizes.head_dim), cache, table),
+        kernel=kernel,
+        reference=reference,
+        relative_error=_ATTENTION_ERROR,
+        num_ctas=sizes.num_ctas,
+    )
+
+
+def _fused(sizes: Sizes, draw: _Draw) -> Case:
+    attention = _decode_operands(sizes, draw, sizes.page_sizes[0])
+    lens = np.asarray(attention[-1])
+    rows, width, inner = sizes.tokens[0], sizes.hidden, sizes.intermediate
+    product = (draw.normal(rows, width), draw.normal(inner, width), draw.normal(inner, width))
+    scale = sizes.head_dim**-0.5
+    most = sizes.num_ctas[-1]
+
+    def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
+        work = work_list.plan_decode(
+            lens, num_kv_heads=sizes.heads[1], num_ctas=most - num_ctas, max_ctas=most
+        )
+        gemm = gemm_lib.prepare_gemm(arrays[0], arrays[1], w_up=arrays[2])
+        q, cache, table, context_lens = arrays[3:]
+        beside = decode_lib.prepare_decode(
+            q, cache, table, context_lens, work, scale=scale, interpreted=interpret is not None
+        )
+        return attention_beside_gemm(gemm, beside, num_ctas, num_ctas=most, interpret=interpret)
+
+    def reference(*arrays: Any) -> tuple[Any, ...]:
+        return (
+            gemm_lib.gemm_reference(arrays[0], arrays[1], w_up=arrays[2]),
+            decode_lib.decode_attention_reference(*arrays[3:], scale=scale),
+        )
+
+    return Case(
+        name=f"decode attention beside gemm {rows} x {width} x {inner}, {most} CTAs in all",
+        operands=(*product, *attention),
+        kernel=kernel,
+        reference=reference,
+        relative_error=_ATTENTION_ERROR,
+        num_ctas=(max(most // 3, 1), most - most // 3),
+    )

@@ -1,0 +1,35 @@
+"""What differs between versions of jax, on the one that is here."""
+
+import jax
+import jax.numpy as jnp
+import kernel_runs
+import numpy as np
+
+from nanoflow_jax import compat
+from pallas_kernels.gemm import gemm
+
+
+def test_interpreters_take_their_options():
+    assert compat.interpret_gpu_params(detect_races=True).detect_races
+
+
+def test_programs_are_lowered_for_a_gpu_that_is_not_there():
+    with compat.abstract_gpu("NVIDIA H200", 132):
+        traced = jax.jit(lambda x: x + 1).trace(jax.ShapeDtypeStruct((4,), jnp.float32))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.add" in text
+
+
+def test_rows_are_loaded_into_registers_on_every_version():
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 64), (128, 64), (128,))]
+    text = kernel_runs.lowered(lambda x, w, bias: gemm(x, w, bias=bias, num_ctas=2), *shapes)
+    assert "mosaic_gpu_v2" in text
+
+
+@kernel_runs.needs_interpreter
+def test_a_kernel_without_races_has_none_and_the_interpreter_can_be_reset():
+    with kernel_runs.interpreting() as interpret:
+        found = gemm(jnp.ones((8, 64)), jnp.ones((8, 64)), num_ctas=1, interpret=interpret)
+    np.testing.assert_array_equal(found, 64.0)
+    assert not compat.races_found()
+    compat.reset_interpreter()
