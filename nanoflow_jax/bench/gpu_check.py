@@ -61,8 +61,8 @@ def run(*, seed: int, repeats: int) -> Iterator[Outcome]:
         )
     if not on_gpu and int(os.environ.get("NPROC", os.cpu_count() or 1)) < _LEAST_THREADS:
         raise ValueError(
-            f"interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} threads; set "
-            "NPROC=8 in the environment"
+            f"interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} threads; "
+            "set NPROC=8 in the environment"
         )
     if on_gpu:
         interpret, sizes = None, kernel_cases.SERVED
