@@ -2,18 +2,13 @@
 
 import dataclasses
 import json
-import selectors
-import shlex
 import signal
-import subprocess
-import sys
 import threading
-import time
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanoflow_jax import line_worker
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.grammar import vocabulary as vocabulary_lib
 
@@ -57,7 +52,7 @@ class CompileProcess:
         self._vocabulary = vocabulary
         self._limits = limits or CompileLimits()
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._worker: line_worker.LineWorker | None = None
 
     def check(self, grammar: request_lib.Grammar) -> int:
         """Refuses a grammar that is wrong or costs too much.
@@ -108,98 +103,39 @@ class CompileProcess:
             self._drop()
 
     def _ask(self, line: bytes) -> Mapping[str, Any]:
-        if self._child is not None and not self._child.is_alive():
+        if self._worker is not None and not self._worker.is_alive():
             self._drop()
-        if self._child is None:
-            self._child = _Child(self._vocabulary, self._limits)
-        answer = self._child.ask(line, seconds=self._limits.wall_seconds)
-        if "limit" in answer:
-            self._drop()
-        return answer
+        if self._worker is None:
+            self._worker = _start(self._vocabulary, self._limits)
+        try:
+            return self._worker.ask(line, seconds=self._limits.wall_seconds)
+        except line_worker.WorkerLateError:
+            limit = "clock"
+        except line_worker.WorkerDiedError:
+            # The profiling timer's signal; a Rust program out of memory aborts.
+            limit = "clock" if self._worker.wait() == -signal.SIGPROF else "memory"
+        self._drop()
+        return {"limit": limit}
 
     def _drop(self) -> None:
-        if self._child is not None:
-            self._child.close()
-            self._child = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
 
-class _Child:
-    """A running worker process."""
-
-    def __init__(self, vocabulary: vocabulary_lib.Vocabulary, limits: CompileLimits) -> None:
-        # -P: the folder of the script, which holds our modules, is not where it imports from.
-        command = [sys.executable, "-P", str(_WORKER)]
-        command += [str(limits.memory_bytes), str(limits.cpu_seconds)]
-        # A session of its own: Ctrl-C is for the engine, which may want to finish its requests.
-        self._process = subprocess.Popen(
-            command,
-            start_new_session=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-        )
-        self.close = weakref.finalize(self, _end, self._process)
-        tokens = {
-            "text": vocabulary.text,
-            "vocab_size": vocabulary.size,
-            "eos_ids": vocabulary.eos_ids,
-        }
-        ready = self.ask(json.dumps(tokens).encode() + b"\n", seconds=_START_S)
-        if "error" in ready:
-            self.close()
-            raise ValueError(
-                f"grammars cannot be used with this model's tokenizer: {ready['error']}"
-            )
-        if "ready" not in ready:
-            self.close()
-            raise ValueError(
-                "the process that compiles grammars does not start (exit code "
-                f"{self._process.returncode}); see what `{shlex.join(command)}` prints"
-            )
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def ask(self, line: bytes, *, seconds: float) -> Mapping[str, Any]:
-        """Sends a line and reads one; {"limit": ...} if the process passed one of its limits."""
-        assert self._process.stdin is not None
-        try:
-            # The worker reads a whole line before it writes, so neither waits for the other.
-            view = memoryview(line)
-            while view:
-                view = view[self._process.stdin.write(view) :]
-        except BrokenPipeError:
-            return self._why_dead()
-        return self._read_line(seconds=seconds)
-
-    def _read_line(self, *, seconds: float) -> Mapping[str, Any]:
-        stdout = self._process.stdout
-        assert stdout is not None
-        deadline = time.monotonic() + seconds
-        chunks: list[bytes] = []
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            while not chunks or not chunks[-1].endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    return {"limit": "clock"}
-                chunk = stdout.read(1 << 20)
-                if not chunk:
-                    return self._why_dead()
-                chunks.append(chunk)
-        answer: Mapping[str, Any] = json.loads(b"".join(chunks))
-        return answer
-
-    def _why_dead(self) -> Mapping[str, Any]:
-        # The profiling timer's signal; a Rust program out of memory aborts.
-        code = self._process.wait()
-        return {"limit": "clock" if code == -signal.SIGPROF else "memory"}
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.kill()
-    process.stdin.close()
-    process.stdout.close()
-    process.wait()
+def _start(vocabulary: vocabulary_lib.Vocabulary, limits: CompileLimits) -> line_worker.LineWorker:
+    arguments = [str(limits.memory_bytes), str(limits.cpu_seconds)]
+    worker = line_worker.LineWorker(_WORKER, arguments)
+    tokens = {"text": vocabulary.text, "vocab_size": vocabulary.size, "eos_ids": vocabulary.eos_ids}
+    try:
+        ready = worker.ask(json.dumps(tokens).encode() + b"\n", seconds=_START_S)
+    except (line_worker.WorkerDiedError, line_worker.WorkerLateError) as error:
+        worker.close()
+        raise ValueError(
+            "the process that compiles grammars does not start (exit code "
+            f"{worker.wait()}); see what `{worker.command}` prints"
+        ) from error
+    if "error" in ready:
+        worker.close()
+        raise ValueError(f"grammars cannot be used with this model's tokenizer: {ready['error']}")
+    return worker

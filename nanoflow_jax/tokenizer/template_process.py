@@ -3,16 +3,12 @@
 import dataclasses
 import json
 import math
-import selectors
-import shlex
-import subprocess
-import sys
 import threading
-import time
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from nanoflow_jax import line_worker
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _START_S = 60.0  # a cold disk and a busy machine, not the template
@@ -50,7 +46,7 @@ class TemplateProcess:
     def __init__(self, limits: RenderLimits) -> None:
         self._limits = limits
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._worker: line_worker.LineWorker | None = None
 
     def render(self, source: str, *, variables: Mapping[str, Any], now: str, num_items: int) -> str:
         """Render a template within the limits.
@@ -90,85 +86,38 @@ class TemplateProcess:
             self._drop()
 
     def _ask(self, line: bytes) -> Mapping[str, Any]:
-        if self._child is not None and not self._child.is_alive():
+        if self._worker is not None and not self._worker.is_alive():
             self._drop()
-        if self._child is None:
-            self._child = _Child(self._limits)
-        answer = self._child.ask(line, seconds=self._limits.seconds)
+        if self._worker is None:
+            self._worker = _start(self._limits)
+        try:
+            answer = self._worker.ask(line, seconds=self._limits.seconds)
+        except line_worker.WorkerDiedError:
+            answer = {"error": "died"}
+        except line_worker.WorkerLateError:
+            answer = {"error": "clock"}
         if answer.get("error") in ("clock", "died", "memory"):
             self._drop()
         return answer
 
     def _drop(self) -> None:
-        if self._child is not None:
-            self._child.close()
-            self._child = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
 
-class _Child:
-    """A running worker process."""
-
-    def __init__(self, limits: RenderLimits) -> None:
-        # -P: the folder of the script, which holds our modules, is not where it imports from.
-        alarm_s = math.ceil(limits.seconds) + 1
-        command = [sys.executable, "-P", str(_WORKER), str(limits.memory_bytes), str(alarm_s)]
-        # A session of its own: Ctrl-C is for the engine, which may want to finish its requests.
-        self._process = subprocess.Popen(
-            command,
-            start_new_session=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-        )
-        self.close = weakref.finalize(self, _end, self._process)
-        ready = self._read_line(seconds=_START_S)
-        if "ready" not in ready:
-            self.close()
-            raise ValueError(
-                "the process that renders chat templates does not start (exit code "
-                f"{self._process.returncode}); see what `{shlex.join(command)}` prints"
-            )
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def ask(self, line: bytes, *, seconds: float) -> Mapping[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            # The worker reads a whole line before it writes, so neither waits for the other.
-            view = memoryview(line)
-            while view:
-                view = view[self._process.stdin.write(view) :]
-        except BrokenPipeError:
-            return {"error": "died"}
-        return self._read_line(seconds=seconds)
-
-    def _read_line(self, *, seconds: float) -> Mapping[str, Any]:
-        stdout = self._process.stdout
-        assert stdout is not None
-        deadline = time.monotonic() + seconds
-        chunks: list[bytes] = []
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            while not chunks or not chunks[-1].endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    return {"error": "clock"}
-                chunk = stdout.read(1 << 20)
-                if not chunk:
-                    return {"error": "died"}
-                chunks.append(chunk)
-        answer: Mapping[str, Any] = json.loads(b"".join(chunks))
-        return answer
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.kill()
-    process.stdin.close()
-    process.stdout.close()
-    process.wait()
+def _start(limits: RenderLimits) -> line_worker.LineWorker:
+    alarm_s = math.ceil(limits.seconds) + 1
+    worker = line_worker.LineWorker(_WORKER, [str(limits.memory_bytes), str(alarm_s)])
+    try:
+        worker.read(seconds=_START_S)
+    except (line_worker.WorkerDiedError, line_worker.WorkerLateError) as error:
+        worker.close()
+        raise ValueError(
+            "the process that renders chat templates does not start (exit code "
+            f"{worker.wait()}); see what `{worker.command}` prints"
+        ) from error
+    return worker
 
 
 def _text(answer: Mapping[str, Any], *, limits: RenderLimits, fuel: int) -> str:

@@ -94,10 +94,10 @@ def test_one_long_honest_message_stays_inside_the_limits():
 def test_a_worker_that_was_killed_is_replaced():
     template = ChatTemplate({"default": _CHATML}, special_tokens={})
     expected = template.render(_HELLO)
-    child = template._process._child
-    assert child is not None
-    os.kill(child._process.pid, signal.SIGKILL)
-    child._process.wait()
+    worker = template._process._worker
+    assert worker is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
     assert template.render(_HELLO) == expected
 
 
@@ -112,8 +112,8 @@ def test_threads_take_turns():
 def test_the_worker_ends_with_its_template():
     template = ChatTemplate({"default": _CHATML}, special_tokens={})
     template.render(_HELLO)
-    assert template._process._child is not None
-    process = template._process._child._process
+    assert template._process._worker is not None
+    process = template._process._worker._process
     del template
     assert process.poll() is not None
 
