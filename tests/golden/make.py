@@ -51,8 +51,8 @@ _MIN_MARGIN = 1e-3
 _MIN_DISTINCT = 8
 # Nor may the choice of experts hang on rounding, nor float32 itself stray far from float64. How far
 # it strays is up to the order in which a processor's kernels sum (torch 2.13, llama3: below 3e-5
-# with ATen's portable kernels, 3.2e-5 with AVX2, 3.8e-5 with MKL_CBWR=COMPATIBLE). Two that stray by
-# this much differ by the 1e-4 that tests allow, and no more.
+# with ATen's portable kernels, 3.2e-5 with AVX2, 3.8e-5 with MKL_CBWR=COMPATIBLE). Two that stray
+# by this much differ by the 1e-4 that tests allow, and no more.
 _MIN_ROUTER_MARGIN = 1e-5
 _MAX_ROUNDING = 5e-5
 # The same processor gives every file again byte for byte.
