@@ -8,6 +8,7 @@ import batch_runs
 from nanoflow_jax import config, llm
 from nanoflow_jax.batch import job, resume, rows, run
 
+GREEDY = {"temperature": 0, "max_tokens": 6}
 SECTION = config.ModelSection(model=str(batch_runs.FOLDER), max_context_len=128)
 
 

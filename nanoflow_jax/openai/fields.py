@@ -6,7 +6,7 @@ from typing import Any
 
 from nanoflow_jax.openai.errors import ApiError
 
-_NO_EFFECT = (
+NO_EFFECT = (
     "user",
     "metadata",
     "store",
@@ -50,7 +50,7 @@ class Fields:
         """
         self.body = body
         self._endpoint = endpoint
-        self._known = {*_NO_EFFECT, *_NOT_YET}
+        self._known = {*NO_EFFECT, *_NOT_YET}
         self._taken: set[str] = set()
 
     def take(self, name: str) -> Any:

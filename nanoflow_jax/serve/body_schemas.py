@@ -7,7 +7,7 @@ together.
 from typing import Any
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.openai import requests, structured, tool_messages, tools
+from nanoflow_jax.openai import fields, requests, structured, tool_messages, tools
 from nanoflow_jax.serve.schema_parts import (
     INT32,
     TEXT_OR_NULL,
@@ -21,21 +21,6 @@ from nanoflow_jax.tokenizer import chat_template
 
 _TEXT = {"type": "string"}
 _LOGPROBS = {"minimum": 0, "maximum": request_lib.MAX_LOGPROBS}
-# Fields that are taken and change nothing, whatever they hold.
-_NO_EFFECT = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "cache_salt",
-    "spaces_between_special_tokens",
-    "reasoning_effort",
-    "verbosity",
-)
 # Fields that are taken only with values that ask for nothing.
 _ASK_NOTHING: Schema = {
     "functions": {"enum": [None, []]},
@@ -61,7 +46,6 @@ def completion_fields(model: str) -> dict[str, Any]:
         "best_of": nullable("integer", minimum=1, maximum=request_lib.MAX_CHOICES),
         "tools": {"enum": [None, []]},
         "tool_choice": {"enum": [None, "none", "auto"]},
-        "parallel_tool_calls": {},
         "continue_final_message": {"enum": [None, False]},
     }
 
@@ -104,7 +88,7 @@ def _common_fields(model: str) -> dict[str, Any]:
         "truncate_prompt_tokens": nullable("integer", minimum=1, maximum=INT32),
         "priority": nullable("integer", minimum=-1000, maximum=1000),
         "timeout_s": nullable("number", exclusiveMinimum=0, maximum=1e6),
-        **{name: {"description": "Has no effect."} for name in _NO_EFFECT},
+        **{name: {"description": "Has no effect."} for name in fields.NO_EFFECT},
         **_ASK_NOTHING,
     }
 

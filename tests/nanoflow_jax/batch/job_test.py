@@ -2,27 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
 
 import batch_runs
 import pytest
-from job_runs import SECTION, answers_of, body_of, make_options, run_job
+from job_runs import GREEDY, SECTION, answers_of, body_of, make_options, run_job
 
 from nanoflow_jax import llm
 from nanoflow_jax.batch import job, rows, run
-
-_GREEDY = {"temperature": 0, "max_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[llm.LLM]:
-    with llm.LLM(str(batch_runs.FOLDER), **batch_runs.KNOBS) as made:
-        yield made
-
-
-@pytest.fixture
-def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    return tmp_path
 
 
 def test_rows_of_all_forms_are_answered_as_the_model_alone_answers(
@@ -30,11 +16,11 @@ def test_rows_of_all_forms_are_answered_as_the_model_alone_answers(
 ) -> None:
     chat = [{"role": "user", "content": "Hello"}]
     asked = [
-        batch_runs.batch_row("text", prompt="Hello there", return_token_ids=True, **_GREEDY),
-        batch_runs.batch_row("ids", prompt=[5, 6, 7], return_token_ids=True, **_GREEDY),
-        batch_runs.batch_row("chat", messages=chat, return_token_ids=True, **_GREEDY),
+        batch_runs.batch_row("text", prompt="Hello there", return_token_ids=True, **GREEDY),
+        batch_runs.batch_row("ids", prompt=[5, 6, 7], return_token_ids=True, **GREEDY),
+        batch_runs.batch_row("chat", messages=chat, return_token_ids=True, **GREEDY),
         {"prompt": "Hello there", "return_token_ids": True, "seed": 3, "max_tokens": 6},
-        {"messages": chat, "return_token_ids": True, **_GREEDY},
+        {"messages": chat, "return_token_ids": True, **GREEDY},
     ]
     found = answers_of(model, folder, asked)
     greedy = llm.SamplingParams(temperature=0, max_tokens=6)
@@ -54,7 +40,7 @@ def test_rows_of_all_forms_are_answered_as_the_model_alone_answers(
 
 
 def test_an_output_row_has_openais_fields(model: llm.LLM, folder: pathlib.Path) -> None:
-    lines = [batch_runs.batch_row("a", prompt="x", **_GREEDY), "broken"]
+    lines = [batch_runs.batch_row("a", prompt="x", **GREEDY), "broken"]
     good, bad = answers_of(model, folder, lines)
     assert list(good) == list(bad) == ["id", "custom_id", "response", "error"]
     name = good["id"].removeprefix("batch_req_")
@@ -70,17 +56,17 @@ def test_an_output_row_has_openais_fields(model: llm.LLM, folder: pathlib.Path) 
 def test_bad_rows_fail_alone(model: llm.LLM, folder: pathlib.Path) -> None:
     lines = [
         "not json",
-        batch_runs.batch_row("a", prompt="x", **_GREEDY),
-        batch_runs.batch_row("a", prompt="y", **_GREEDY),
-        batch_runs.batch_row("b", prompt=[1] * 128, **_GREEDY),
-        batch_runs.batch_row("c", prompt=[1, 10**6], **_GREEDY),
-        batch_runs.batch_row("d", prompt=["fine", [1]], **_GREEDY),
-        batch_runs.batch_row("e", prompt=[[1], [1] * 500], **_GREEDY),
-        batch_runs.batch_row("f", messages=[{"role": 5}], **_GREEDY),
+        batch_runs.batch_row("a", prompt="x", **GREEDY),
+        batch_runs.batch_row("a", prompt="y", **GREEDY),
+        batch_runs.batch_row("b", prompt=[1] * 128, **GREEDY),
+        batch_runs.batch_row("c", prompt=[1, 10**6], **GREEDY),
+        batch_runs.batch_row("d", prompt=["fine", [1]], **GREEDY),
+        batch_runs.batch_row("e", prompt=[[1], [1] * 500], **GREEDY),
+        batch_runs.batch_row("f", messages=[{"role": 5}], **GREEDY),
         batch_runs.batch_row("g", prompt="x", response_format={"type": "poem"}),
         batch_runs.batch_row("h", prompt="x", logit_bias={"100000": 1}),
         batch_runs.batch_row("i", prompt="\ud800"),
-        batch_runs.batch_row("z", prompt="x", **_GREEDY),
+        batch_runs.batch_row("z", prompt="x", **GREEDY),
     ]
     found = answers_of(model, folder, lines)
     assert batch_runs.numbers(found) == list(range(len(lines)))
@@ -136,7 +122,7 @@ def test_several_prompts_and_choices_of_one_row_are_one_answer(
 def test_logprobs_echo_and_prompt_logprobs_reach_the_answer(
     model: llm.LLM, folder: pathlib.Path
 ) -> None:
-    body = {"prompt": "abc", "echo": True, "logprobs": 2, "prompt_logprobs": 1, **_GREEDY}
+    body = {"prompt": "abc", "echo": True, "logprobs": 2, "prompt_logprobs": 1, **GREEDY}
     (row,) = answers_of(model, folder, [body])
     choice = body_of(row)["choices"][0]
     assert choice["text"].startswith("abc")
@@ -174,7 +160,7 @@ def test_rows_draw_from_the_seed_of_the_job(model: llm.LLM, tmp_path: pathlib.Pa
 
 
 def test_blank_lines_are_no_rows(model: llm.LLM, folder: pathlib.Path) -> None:
-    found = answers_of(model, folder, ["", {"prompt": "x", **_GREEDY}, "", ""])
+    found = answers_of(model, folder, ["", {"prompt": "x", **GREEDY}, "", ""])
     assert batch_runs.numbers(found) == [1]
 
 
@@ -185,7 +171,7 @@ def test_an_empty_input_is_finished_at_once(model: llm.LLM, folder: pathlib.Path
 def test_rows_wait_outside_the_engine_until_they_are_needed(
     model: llm.LLM, folder: pathlib.Path
 ) -> None:
-    batch_runs.write(folder / "in.jsonl", [{"prompt": "x", **_GREEDY, "n": 2}] * 30)
+    batch_runs.write(folder / "in.jsonl", [{"prompt": "x", **GREEDY, "n": 2}] * 30)
     most = 0
 
     def report(state: run.State) -> None:
@@ -216,10 +202,10 @@ def test_the_summary_counts_rows_and_tokens_of_all_runs(
 def test_a_model_that_a_row_names_and_that_is_not_ours_is_noted(
     model: llm.LLM, folder: pathlib.Path
 ) -> None:
-    batch_runs.write(folder / "in.jsonl", [{"prompt": "x", "model": "gpt-x", **_GREEDY}])
+    batch_runs.write(folder / "in.jsonl", [{"prompt": "x", "model": "gpt-x", **GREEDY}])
     assert run_job(model, make_options(folder)).other_model == "gpt-x"
     own = make_options(folder, output=folder / "own.jsonl", restart=True)
-    batch_runs.write(folder / "in.jsonl", [{"prompt": "x", "model": "qwen3", **_GREEDY}])
+    batch_runs.write(folder / "in.jsonl", [{"prompt": "x", "model": "qwen3", **GREEDY}])
     assert run_job(model, own).other_model is None
 
 
@@ -236,7 +222,7 @@ def test_a_row_with_a_grammar_is_answered_in_its_form_and_a_bad_one_fails_alone(
 
 
 def test_a_row_says_how_its_prompt_becomes_tokens(folder: pathlib.Path) -> None:
-    asked = {"return_token_ids": True, **_GREEDY}
+    asked = {"return_token_ids": True, **GREEDY}
     lines = [
         {"prompt": "Hello there", **asked},
         {"prompt": "Hello there", "add_special_tokens": False, **asked},

@@ -4,28 +4,14 @@ import dataclasses
 import errno
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import batch_runs
 import pytest
-from job_runs import SECTION, answers_of, make_options, run_job
+from job_runs import GREEDY, SECTION, answers_of, make_options, run_job
 
 from nanoflow_jax import config, llm
 from nanoflow_jax.batch import job, rows
-
-_GREEDY = {"temperature": 0, "max_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[llm.LLM]:
-    with llm.LLM(str(batch_runs.FOLDER), **batch_runs.KNOBS) as made:
-        yield made
-
-
-@pytest.fixture
-def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    return tmp_path
 
 
 def test_a_job_goes_on_where_it_stopped_and_ends_up_the_same(
@@ -98,7 +84,7 @@ def test_processes_share_the_rows_and_answer_as_one_does(
 def test_f4_a_full_disk_ends_the_run_and_the_next_one_goes_on(
     model: llm.LLM, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch_runs.write(folder / "in.jsonl", [{"prompt": "x", **_GREEDY}] * 6)
+    batch_runs.write(folder / "in.jsonl", [{"prompt": "x", **GREEDY}] * 6)
     real, left = os.write, 3
 
     def write(descriptor: int, data: Any) -> int:
@@ -168,8 +154,8 @@ def test_a_job_whose_answers_would_change_is_refused(
 
 
 def test_restart_begins_again(model: llm.LLM, folder: pathlib.Path) -> None:
-    found = answers_of(model, folder, [{"prompt": "x", **_GREEDY}])
-    again = answers_of(model, folder, [{"prompt": "yz", **_GREEDY}], restart=True)
+    found = answers_of(model, folder, [{"prompt": "x", **GREEDY}])
+    again = answers_of(model, folder, [{"prompt": "yz", **GREEDY}], restart=True)
     assert len(again) == 1
     assert again[0]["id"] != found[0]["id"]
 
@@ -187,7 +173,7 @@ def test_a_file_that_no_job_wrote_is_never_touched(folder: pathlib.Path, restart
 
 
 def test_a_line_of_somebody_else_is_refused(model: llm.LLM, folder: pathlib.Path) -> None:
-    answers_of(model, folder, [{"prompt": "x", **_GREEDY}])
+    answers_of(model, folder, [{"prompt": "x", **GREEDY}])
     with open(folder / "out.jsonl", "a") as file:
         file.write("hello\n")
     with (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from engine_runs import Output, ask, build_small, run, take
 from golden import cases
+from llama_engine import CASE, KNOBS, greedy, run_one
 from plain_model import PlainModel
 from poisoned_model import copy_with_nan
 
@@ -16,36 +17,19 @@ from nanoflow_jax.engine import engine as engine_lib
 from nanoflow_jax.engine import sequence
 from nanoflow_jax.request import FinishReason
 
-_CASE = cases.load("llama")
 _VOCAB, _CONTEXT, _EOS = 353, 256, 2
-
-
-_KNOBS = {
-    "max_requests": 12,
-    "dense_batch": 24,
-    "buckets": "24:12:12",
-    "cache_page_size": 5,
-}
 
 
 @pytest.fixture(scope="module")
 def engine():
-    made = build_small(_CASE.path, **_KNOBS)
+    made = build_small(CASE.path, **KNOBS)
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return PlainModel(_CASE.path, length=64)
-
-
-def _one(engine, prompt, **params):
-    return run(engine, [ask("one", prompt, **params)])[0]
-
-
-def _greedy(index, count):
-    return _CASE.tokens[index][:count].tolist()
+    return PlainModel(CASE.path, length=64)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +70,7 @@ def _greedy(index, count):
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_alone(engine, prompt, params, message):
-    engine.add(ask("good", _CASE.prompts[2], max_tokens=3, ignore_eos=True))
+    engine.add(ask("good", CASE.prompts[2], max_tokens=3, ignore_eos=True))
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         engine.add(ask("bad", prompt, **params))
     found = Output()
@@ -95,7 +79,7 @@ def test_a_request_that_cannot_be_served_is_refused_alone(engine, prompt, params
             assert update.request_id == "good"
             take(found, update)
         engine.check()
-    assert found.token_ids == _greedy(2, 3)
+    assert found.token_ids == greedy(2, 3)
 
 
 def test_an_id_can_be_used_again_only_after_its_request_has_ended(engine):
@@ -104,29 +88,29 @@ def test_an_id_can_be_used_again_only_after_its_request_has_ended(engine):
         engine.add(ask("a", [6]))
     engine.abort("a")
     # The step in flight, if any, still carries the aborted one.
-    assert run(engine, [ask("a", _CASE.prompts[3], max_tokens=4, ignore_eos=True)])[
+    assert run(engine, [ask("a", CASE.prompts[3], max_tokens=4, ignore_eos=True)])[
         0
-    ].token_ids == _greedy(3, 4)
+    ].token_ids == greedy(3, 4)
 
 
 def test_a_stop_token_ends_a_request_and_its_surplus_token_is_dropped(engine):
-    tokens = _greedy(5, 12)
+    tokens = greedy(5, 12)
     place = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
     before = dataclasses.replace(engine.counters)
-    found = _one(
-        engine, _CASE.prompts[5], max_tokens=40, ignore_eos=True, stop_token_ids=[tokens[place]]
+    found = run_one(
+        engine, CASE.prompts[5], max_tokens=40, ignore_eos=True, stop_token_ids=[tokens[place]]
     )
     assert found.token_ids == tokens[: place + 1]
     assert found.finish_reason is FinishReason.STOP
     assert engine.counters.generated_tokens - before.generated_tokens == place + 1
     # While its last token was on its way to the host, one more was launched.
     assert engine.counters.surplus_tokens - before.surplus_tokens == 1
-    assert engine.counters.prompt_tokens - before.prompt_tokens == len(_CASE.prompts[5])
+    assert engine.counters.prompt_tokens - before.prompt_tokens == len(CASE.prompts[5])
 
 
 def test_the_update_that_ends_a_request_names_the_stop_token(engine):
-    tokens = _greedy(1, 1)
-    engine.add(ask("a", _CASE.prompts[1], max_tokens=9, ignore_eos=True, stop_token_ids=tokens))
+    tokens = greedy(1, 1)
+    engine.add(ask("a", CASE.prompts[1], max_tokens=9, ignore_eos=True, stop_token_ids=tokens))
     updates = []
     while engine.has_work:
         updates += engine.step()
@@ -147,29 +131,29 @@ def test_the_first_token_says_when_its_prompt_began_to_run(engine):
 
 def test_end_of_text_ends_a_request_unless_it_is_ignored(engine):
     likely = {"logit_bias": {_EOS: 100}, "max_tokens": 5}
-    ended = _one(engine, [7, 8], **likely)
+    ended = run_one(engine, [7, 8], **likely)
     assert (ended.token_ids, ended.finish_reason) == ([_EOS], FinishReason.STOP)
-    ignored = _one(engine, [7, 8], **likely, ignore_eos=True)
+    ignored = run_one(engine, [7, 8], **likely, ignore_eos=True)
     assert (ignored.token_ids, ignored.finish_reason) == ([_EOS] * 5, FinishReason.LENGTH)
 
 
 def test_min_tokens_bans_what_would_end_the_request(engine):
-    first = _greedy(4, 1)[0]
+    first = greedy(4, 1)[0]
     params = {"stop_token_ids": [first], "logit_bias": {first: 90, _EOS: 80}, "max_tokens": 9}
-    found = _one(engine, _CASE.prompts[4], **params, min_tokens=4)
+    found = run_one(engine, CASE.prompts[4], **params, min_tokens=4)
     assert len(found.token_ids) == 5
     assert not {first, _EOS} & set(found.token_ids[:4])
     assert found.token_ids[4] == first
 
 
 def test_a_request_without_max_tokens_runs_to_the_end_of_the_context(engine):
-    found = _one(engine, [3] * 250, max_tokens=None, ignore_eos=True)
+    found = run_one(engine, [3] * 250, max_tokens=None, ignore_eos=True)
     assert (len(found.token_ids), found.finish_reason) == (_CONTEXT - 250, FinishReason.LENGTH)
 
 
 def test_only_allowed_tokens_are_drawn(engine):
     allowed = (0, 31, 32, 63, 352)
-    found = _one(
+    found = run_one(
         engine, [9, 4], allowed_token_ids=allowed, max_tokens=40, temperature=5.0, ignore_eos=True
     )
     assert set(found.token_ids) <= set(allowed)
@@ -178,7 +162,7 @@ def test_only_allowed_tokens_are_drawn(engine):
 
 def test_a_request_with_no_token_left_to_draw_fails_alone(engine):
     banned = ask("bad", [4], allowed_token_ids=(_EOS,), min_tokens=2, max_tokens=5)
-    good = ask("good", _CASE.prompts[6], max_tokens=6, ignore_eos=True)
+    good = ask("good", CASE.prompts[6], max_tokens=6, ignore_eos=True)
     failed, fine = run(engine, [banned, good])
     assert failed.finish_reason is FinishReason.ERROR
     assert failed.token_ids == []
@@ -186,7 +170,7 @@ def test_a_request_with_no_token_left_to_draw_fails_alone(engine):
         "no token could be drawn: every token was banned by allowed_token_ids, bad_words, "
         "min_tokens or the grammar"
     )
-    assert fine.token_ids == _greedy(6, 6)
+    assert fine.token_ids == greedy(6, 6)
 
 
 _POISON = 77
@@ -200,7 +184,7 @@ def test_f7_logits_that_are_no_numbers_fail_only_their_request(case, bad, tmp_pa
     golden, poison = cases.load(case), _POISON
     folder = copy_with_nan(golden.path, tmp_path / "model", token=poison)
     clean = [i for i, p in enumerate(golden.prompts) if poison not in [*p, *golden.tokens[i]]][:6]
-    poisoned = build_small(folder, **_KNOBS)
+    poisoned = build_small(folder, **KNOBS)
     requests = [ask("bad", bad, max_tokens=20, ignore_eos=True)]
     requests += [ask(str(i), golden.prompts[i], max_tokens=20, ignore_eos=True) for i in clean[:4]]
     failed, *fine = run(poisoned, requests)
@@ -218,11 +202,11 @@ def test_f7_logits_that_are_no_numbers_fail_only_their_request(case, bad, tmp_pa
 
 def test_an_aborted_request_reports_nothing_more_and_leaves_no_trace(engine):
     other = Output()
-    engine.add(ask("gone", _CASE.prompts[8], max_tokens=30, ignore_eos=True))
-    engine.add(ask("unread", _CASE.prompts[11], max_tokens=30, prompt_logprobs=2, priority=-1))
+    engine.add(ask("gone", CASE.prompts[8], max_tokens=30, ignore_eos=True))
+    engine.add(ask("unread", CASE.prompts[11], max_tokens=30, prompt_logprobs=2, priority=-1))
     engine.step()
     engine.abort("unread")  # its first slice of the prompt is on its way to the host
-    engine.add(ask("other", _CASE.prompts[9], max_tokens=12, ignore_eos=True))
+    engine.add(ask("other", CASE.prompts[9], max_tokens=12, ignore_eos=True))
     seen = []
     for _ in range(6):
         for update in engine.step():
@@ -238,13 +222,13 @@ def test_an_aborted_request_reports_nothing_more_and_leaves_no_trace(engine):
         for update in engine.step():
             assert update.request_id == "other"
             take(other, update)
-    assert other.token_ids == _greedy(9, 12)
+    assert other.token_ids == greedy(9, 12)
     assert (engine.num_running, engine.num_waiting) == (0, 0)
 
 
 def test_logprobs_are_those_of_the_models_own_distribution(engine, plain):
-    prompt = _CASE.prompts[7]
-    found = _one(
+    prompt = CASE.prompts[7]
+    found = run_one(
         engine,
         prompt,
         max_tokens=4,
@@ -275,7 +259,7 @@ def test_a_vocabulary_smaller_than_the_logprobs_asked_for_reports_all_of_it():
 
 
 def test_zero_logprobs_report_the_drawn_token_alone(engine):
-    found = _one(engine, [5, 6], max_tokens=2, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    found = run_one(engine, [5, 6], max_tokens=2, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     assert [entry.top for entry in found.logprobs] == [(), ()]
     assert [entry.top for entry in found.prompt_logprobs] == [()]
 
@@ -302,7 +286,7 @@ def test_penalties_see_prompt_and_output_though_more_requests_use_them_than_rows
         {"presence": -1.0, "frequency": 0.7, "repetition": 1.2},
         {"presence": 0.3, "frequency": -0.5, "repetition": 0.8},
     ]
-    prompts = [_CASE.prompts[i] for i in (2, 3, 4, 5, 6)]
+    prompts = [CASE.prompts[i] for i in (2, 3, 4, 5, 6)]
     requests = [
         ask(
             str(i),
@@ -319,7 +303,7 @@ def test_penalties_see_prompt_and_output_though_more_requests_use_them_than_rows
     changed = 0
     for prompt, setting, output in zip(prompts, settings, found, strict=True):
         assert output.token_ids == _penalised(plain, prompt, 16, **setting)
-        plainly = _one(engine, prompt, max_tokens=16, ignore_eos=True)
+        plainly = run_one(engine, prompt, max_tokens=16, ignore_eos=True)
         changed += plainly.token_ids != output.token_ids
     assert changed >= 4
 
@@ -337,5 +321,5 @@ def test_seeds_become_32_bits_that_tell_64_bit_seeds_apart():
 
 
 def test_the_golden_folder_ends_texts_where_these_tests_say():
-    config = json.loads((_CASE.path / "config.json").read_text())
+    config = json.loads((CASE.path / "config.json").read_text())
     assert (config["eos_token_id"], config["vocab_size"]) == (_EOS, _VOCAB)

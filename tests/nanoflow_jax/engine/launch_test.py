@@ -4,40 +4,21 @@ import jax
 import numpy as np
 import pytest
 from engine_runs import ask, build_small, run
-from golden import cases
+from llama_engine import CASE, KNOBS, greedy
 
 from nanoflow_jax.engine import runner
-
-_CASE = cases.load("llama")
-_VOCAB, _CONTEXT, _EOS = 353, 256, 2
-
-
-_KNOBS = {
-    "max_requests": 12,
-    "dense_batch": 24,
-    "buckets": "24:12:12",
-    "cache_page_size": 5,
-}
 
 
 @pytest.fixture(scope="module")
 def engine():
-    made = build_small(_CASE.path, **_KNOBS)
+    made = build_small(CASE.path, **KNOBS)
     yield made
     made.close()
 
 
-def _one(engine, prompt, **params):
-    return run(engine, [ask("one", prompt, **params)])[0]
-
-
-def _greedy(index, count):
-    return _CASE.tokens[index][:count].tolist()
-
-
 def _busy_requests():
     """A request of every kind."""
-    long, short = _CASE.prompts[9], _CASE.prompts[3]
+    long, short = CASE.prompts[9], CASE.prompts[3]
     shared = {"max_tokens": 10, "ignore_eos": True}
     return [
         ask("greedy", long, **shared),
@@ -133,7 +114,7 @@ def _scramble(made):
 
 
 def test_changing_what_the_host_knows_after_launch_changes_nothing(monkeypatch):
-    stepwise = build_small(_CASE.path, **_KNOBS, async_scheduling=False)
+    stepwise = build_small(CASE.path, **KNOBS, async_scheduling=False)
     wanted = [output.token_ids for output in run(stepwise, _busy_requests())]
     launches, undo = stepwise._runner, []
     sample, collect = launches.sample, launches.collect
@@ -156,9 +137,9 @@ def test_changing_what_the_host_knows_after_launch_changes_nothing(monkeypatch):
 
 
 def test_one_step_at_a_time_has_no_surplus_and_answers_in_the_same_step():
-    stepwise = build_small(_CASE.path, **_KNOBS, async_scheduling=False)
-    tokens = _greedy(2, 1)
-    stepwise.add(ask("a", _CASE.prompts[2], max_tokens=9, ignore_eos=True, stop_token_ids=tokens))
+    stepwise = build_small(CASE.path, **KNOBS, async_scheduling=False)
+    tokens = greedy(2, 1)
+    stepwise.add(ask("a", CASE.prompts[2], max_tokens=9, ignore_eos=True, stop_token_ids=tokens))
     assert [update.token_ids for update in stepwise.step()] == [(tokens[0],)]
     assert not stepwise.has_work
     assert stepwise.counters.surplus_tokens == 0
@@ -166,8 +147,8 @@ def test_one_step_at_a_time_has_no_surplus_and_answers_in_the_same_step():
 
 
 def test_closing_waits_for_the_step_in_flight():
-    made = build_small(_CASE.path, **_KNOBS)
-    made.add(ask("a", _CASE.prompts[2], max_tokens=9))
+    made = build_small(CASE.path, **KNOBS)
+    made.add(ask("a", CASE.prompts[2], max_tokens=9))
     made.step()
     made.close()
     assert made._in_flight is None
