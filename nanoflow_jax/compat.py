@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import inspect
 from typing import Any
 
@@ -22,6 +23,7 @@ def interpret_gpu_params(**options: Any) -> Any:
     Args:
         options: For instance detect_races=True, out_of_bounds_reads="uninitialized".
     """
+    _race_states()
     if hasattr(plgpu, "InterpretGPUParams"):
         return plgpu.InterpretGPUParams(**options)
     from jax._src.pallas.mosaic_gpu.interpret import params
@@ -38,17 +40,34 @@ def load_row(ref: Any, columns: Any, *, layout: Any) -> Any:
 
 
 def races_found() -> bool:
-    """Whether the last interpreted kernel, run with detect_races, had a race."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
-    return bool(interpret_pallas_call.get_races().races_found)
+    """Whether a kernel that was interpreted with detect_races since the reset had a race."""
+    return any(state.races_found for state in _race_states())
 
 
 def reset_interpreter() -> None:
-    """Forgets a kernel that failed while it was interpreted; without it later ones fail too."""
+    """Forgets races, and a kernel that failed; without it later kernels fail too."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
     interpret_pallas_call.reset_gpu_interpret_mode_state()
+    _race_states().clear()
+
+
+@functools.cache
+def _race_states() -> list[Any]:
+    """What the interpreter notes of races, a state for each kernel; jax keeps the last alone."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    has_own = hasattr(gpu_callbacks, "GPURaceDetectionState")
+    name = "GPURaceDetectionState" if has_own else "RaceDetectionState"
+    make = getattr(gpu_callbacks, name)
+    states: list[Any] = []
+
+    def noted(**options: Any) -> Any:
+        states.append(make(**options))
+        return states[-1]
+
+    setattr(gpu_callbacks, name, noted)
+    return states
 
 
 def abstract_gpu(kind: str, num_sms: int) -> contextlib.AbstractContextManager[Any]:

@@ -259,6 +259,7 @@ def _decode_operands(sizes: Sizes, draw: _Draw, page_size: int) -> tuple[Any, ..
 def _decode(sizes: Sizes, draw: _Draw, page_size: int) -> Case:
     operands = _decode_operands(sizes, draw, page_size)
     lens = np.asarray(operands[-1])
+    most = sizes.num_ctas[-1]
     is_plain = page_size == sizes.page_sizes[0]
     form: dict[str, Any] = {"scale": sizes.head_dim**-0.5}
     if not is_plain:
@@ -266,11 +267,11 @@ def _decode(sizes: Sizes, draw: _Draw, page_size: int) -> Case:
 
     def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
         work = work_list.plan_decode(
-            lens, num_kv_heads=sizes.heads[1], num_ctas=num_ctas, window=form.get("window")
+            lens, num_kv_heads=sizes.heads[1], num_ctas=most, window=form.get("window")
         )
         q, cache, table, context_lens = arrays
         made = decode_lib.decode_attention(
-            q, cache, table, context_lens, work, **form, interpret=interpret
+            q, cache, table, context_lens, work, **form, num_ctas=num_ctas, interpret=interpret
         )
         return (made,)
 
@@ -348,7 +349,7 @@ def _fused(sizes: Sizes, draw: _Draw) -> Case:
         gemm = gemm_lib.prepare_gemm(arrays[0], arrays[1], w_up=arrays[2])
         q, cache, table, context_lens = arrays[3:]
         beside = decode_lib.prepare_decode(
-            q, cache, table, context_lens, work, scale=scale, interpreted=interpret is not None
+            q, cache, table, context_lens, work, scale=scale, interpret=interpret
         )
         return attention_beside_gemm(gemm, beside, num_ctas, num_ctas=most, interpret=interpret)
 

@@ -46,7 +46,7 @@ def _check_splits(num_ctas, splits, interpret):
         x, w, residual, *attended = operands
         return attention_beside_gemm(
             prepare_gemm(x, w, residual=residual),
-            prepare_decode(*attended, work, scale=_SCALE, interpreted=interpret is not None),
+            prepare_decode(*attended, work, scale=_SCALE, interpret=interpret),
             split,
             num_ctas=num_ctas,
             interpret=interpret,
