@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import request
 from nanoflow_jax.engine import packing, sampling
 from nanoflow_jax.kv_cache import layout, tiles
 from nanoflow_jax.models import paged_attention, transformer
+from nanoflow_jax.parallel import collectives, mesh
+from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
 
 # Rows whose logits are computed at once for prompt_logprobs: bounds the [rows, V] array.
@@ -40,6 +43,7 @@ class Sizes:
         vocab_size: V.
         penalty_requests: Rows of the penalty table.
         tile_len: Tokens in a prefill tile.
+        num_devices: Devices that share the model; each draws for as many rows as the others.
     """
 
     max_requests: int
@@ -49,11 +53,13 @@ class Sizes:
     vocab_size: int
     penalty_requests: int
     tile_len: int
+    num_devices: int = 1
 
     @property
     def sample_rows(self) -> tuple[int, ...]:
         """Row counts for which sample is compiled: a small one for small steps."""
-        return tuple(sorted({min(8, self.max_requests), self.max_requests}))
+        counts = {min(8, self.max_requests), self.max_requests}
+        return tuple(sorted({-(-n // self.num_devices) * self.num_devices for n in counts}))
 
     def logit_rows(self, bucket: buckets.Bucket) -> int:
         """Logit rows that a bucket's forward computes."""
@@ -210,29 +216,45 @@ jax.tree_util.register_dataclass(SampleResult)
 
 
 def build_sample(
-    *, sizes: Sizes, rows: int, variant: sampling.SamplerVariant
+    *,
+    sizes: Sizes,
+    rows: int,
+    variant: sampling.SamplerVariant,
+    placement: placement_lib.Placement,
 ) -> Callable[..., SampleResult]:
-    """The sample program: (last_tokens, table, logits, vector) -> result."""
+    """The sample program: (last_tokens, table, logits, vector) -> result.
+
+    Each device draws for its own rows of the logits; all of them then keep what all have drawn.
+    """
     pack = sample_packing(sizes, rows=rows, variant=variant)
+    group = placement.group
 
     def sample(
         last_tokens: Int32[Array, "S"],
         table: sampling.PenaltyTable,
-        logits: Float[Array, "R V"],
+        logits: Float[Array, "r V"],
         vector: Int32[Array, "X"],
     ) -> SampleResult:
         inputs = pack.unpack(vector)
-        params = _row_params(inputs, rows, variant)
-        full = _full_params(inputs) if variant is sampling.SamplerVariant.FULL else None
+        wanted = inputs.pop("wants_logprobs", None)
+        own = {name: group.own_rows(value) for name, value in inputs.items()}
+        params = _row_params(own, logits.shape[0], variant)
+        full = _full_params(own) if variant is sampling.SamplerVariant.FULL else None
         drawn = sampling.sample(logits, params, full, table, variant=variant)
         columns = [drawn.tokens[:, None], drawn.ok.astype(jnp.int32)[:, None]]
+        if wanted is not None:
+            columns.append(_logprob_columns(logits, drawn.tokens, wanted > 0))
+        out = group.all_rows(jnp.concatenate(columns, axis=1))
+        tokens = out[:, 0]
         if full is not None:
-            table = sampling.count(table, full.count_slot, drawn.tokens)
-            columns.append(_logprob_columns(logits, drawn.tokens, inputs["wants_logprobs"] > 0))
-        updated = last_tokens.at[inputs["slots"]].set(drawn.tokens, mode="drop")
-        return SampleResult(last_tokens=updated, table=table, out=jnp.concatenate(columns, axis=1))
+            table = sampling.count(table, inputs["count_slot"], tokens)
+        updated = last_tokens.at[inputs["slots"]].set(tokens, mode="drop")
+        return SampleResult(last_tokens=updated, table=table, out=out)
 
-    return sample
+    whole, by_row = PartitionSpec(), PartitionSpec(mesh.AXIS)
+    return collectives.on_each(
+        sample, placement.mesh, in_specs=(whole, whole, by_row, whole), out_specs=whole
+    )
 
 
 def _row_params(
