@@ -96,7 +96,6 @@ def gemm(
     Raises:
         ValueError: Shapes or dtypes do not fit each other.
     """
-    mosaic.check_num_ctas(num_ctas)
     kernel = prepare_gemm(
         x,
         w,
@@ -109,7 +108,6 @@ def gemm(
         out_dtype=out_dtype,
         tile=tile,
     )
-    num_ctas = min(num_ctas, kernel.most_ctas)
     return mosaic.run(kernel, num_ctas=num_ctas, token=token, interpret=interpret)
 
 

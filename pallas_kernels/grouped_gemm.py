@@ -119,33 +119,45 @@ def grouped_gemm(
     Raises:
         ValueError: Shapes or dtypes do not fit each other, or the tile.
     """
-    tile = tile or GemmTile()
-    _check(x, w, groups, gated=gated, tile=tile)
-    mosaic.check_num_ctas(num_ctas)
+    kernel = prepare_grouped_gemm(x, w, groups, gated=gated, out_dtype=out_dtype, tile=tile)
+    return mosaic.run(kernel, num_ctas=num_ctas, token=token, interpret=interpret)
+
+
+def prepare_grouped_gemm(
+    x: Float[Array, "R D"],
+    w: Float[Array, "E F2 D"],
+    groups: Groups,
+    *,
+    gated: bool = False,
+    out_dtype: Any = None,
+    tile: GemmTile | None = None,
+) -> mosaic.Kernel:
+    """The kernel of `grouped_gemm`, to run on a share of a grid; takes and refuses the same."""
+    chosen = tile or GemmTile()
+    _check(x, w, groups, gated=gated, tile=chosen)
     weight_rows = w.shape[1]
     num_columns = weight_rows // 2 if gated else weight_rows
-    x = padded(x, 1, tile.depth)
-    w = padded(w.reshape(-1, w.shape[2]), mosaic.TILE_ROWS, tile.depth)
+    x = padded(x, 1, chosen.depth)
+    w = padded(w.reshape(-1, w.shape[2]), mosaic.TILE_ROWS, chosen.depth)
     first_rows = (0, num_columns) if gated else (0,)
-    most_tiles = groups.tile_expert.shape[0] * pl.cdiv(num_columns, tile.columns)
-    num_ctas = min(num_ctas, most_tiles)
 
-    def body(x_ref: Any, w_ref: Any, tile_group: Any, num_tiles: Any, out: Any) -> None:
-        refs = GemmRefs(
+    def role(index: Any, num_workers: Any, *refs: Any) -> None:
+        x_ref, w_ref, tile_group, num_tiles, out = refs
+        product = GemmRefs(
             x=x_ref,
             factors=tuple(Factor(ref=w_ref, first_row=first) for first in first_rows),
             out=out,
             groups=GroupRefs(tile_group=tile_group, num_tiles=num_tiles, weight_rows=weight_rows),
         )
-        gemm_role(lax.axis_index("cta"), num_ctas, refs, tile)
+        gemm_role(index, num_workers, product, chosen)
 
-    return mosaic.call(
-        body,
-        out_type=jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.dtype(out_dtype or x.dtype)),
-        num_ctas=num_ctas,
+    result = jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.dtype(out_dtype or x.dtype))
+    return mosaic.Kernel(
         operands=[x, w, groups.tile_expert, groups.num_tiles],
-        token=token,
-        interpret=interpret,
+        results=(result,),
+        role=role,
+        finish=lambda out: out,
+        most_ctas=groups.tile_expert.shape[0] * pl.cdiv(num_columns, chosen.columns),
     )
 
 
