@@ -48,7 +48,8 @@ class Sizes:
     """How large the cases are.
 
     Attributes:
-        tokens: T of products and of prefill, and the ragged T beside it.
+        tokens: T of products and of prefill, and the ragged T beside it, so few that an expert has
+            no more rows than the smallest tile.
         hidden: D.
         intermediate: F of the gated product.
         heads: N and K.
@@ -110,7 +111,7 @@ def cases(sizes: Sizes, seed: int) -> list[Case]:
     draw = _Draw(seed)
     return [
         *_products(sizes, draw),
-        _grouped(sizes, draw),
+        *(_grouped(sizes, draw, rows) for rows in sizes.tokens),
         *(_decode(sizes, draw, page_size) for page_size in sizes.page_sizes),
         _prefill(sizes, draw),
         _fused(sizes, draw),
@@ -210,8 +211,8 @@ def _product(name: str, fields: dict[str, Any], sizes: Sizes) -> Case:
     )
 
 
-def _grouped(sizes: Sizes, draw: _Draw) -> Case:
-    rows, width, inner = sizes.tokens[0], sizes.hidden, sizes.intermediate
+def _grouped(sizes: Sizes, draw: _Draw, rows: int) -> Case:
+    width, inner = sizes.hidden, sizes.intermediate
     num_experts, active = sizes.experts
     # The last expert gets no token.
     chosen = np.argsort(draw.host.random((rows, num_experts - 1)), axis=1)[:, :active]
