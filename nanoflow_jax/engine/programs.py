@@ -138,6 +138,21 @@ class ForwardResult:
 jax.tree_util.register_dataclass(ForwardResult)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How what the programs hold lies on the devices of an engine.
+
+    Attributes:
+        placement: The devices.
+        caches: A partition for each array of the caches.
+        weights: One for each weight.
+    """
+
+    placement: placement_lib.Placement
+    caches: Any
+    weights: Sequence[PartitionSpec]
+
+
 def build_forward(
     graph: Any,
     treedef: Any,
@@ -145,10 +160,13 @@ def build_forward(
     layout: layout.KvLayout,
     sizes: Sizes,
     bucket: buckets.Bucket,
-    operations: operation_lib.Operations = operation_lib.PLAIN,
+    operations: operation_lib.Operations,
+    shares: Shares,
 ) -> Callable[..., ForwardResult]:
     """The forward program of one bucket: (caches, last_tokens, weights, vector) -> result."""
     pack = forward_packing(sizes, bucket)
+    group = shares.placement.group
+    operations = dataclasses.replace(operations, group=group)
 
     def forward(
         caches: Sequence[Any],
@@ -162,12 +180,15 @@ def build_forward(
         sampled = last_tokens.at[slots].get(mode="clip")
         token_ids = jnp.where(slots < sizes.max_requests, sampled, inputs["token_ids"])
         attend = _attention(inputs, layout, bucket, sizes.attention)
-        x = model.embed(token_ids)
+        x = model.embed(token_ids, group)
         x, new_caches = model.run_layers(
             x, inputs["positions"], caches, attend, operations=operations
         )
-        logits = model.head(x.at[inputs["logit_tokens"]].get(mode="clip"))
-        spare = sizes.padded_rows(bucket) - logits.shape[0]
+        tokens, spare = inputs["logit_tokens"], sizes.padded_rows(bucket)
+        if group.num_devices > 1:  # each draws for equally many rows
+            tokens = jnp.pad(tokens, (0, spare - tokens.shape[0]))
+        logits = model.head(x.at[tokens].get(mode="clip"), group)
+        spare -= tokens.shape[0]
         hidden = None
         if bucket.prefill_rows:
             hidden = jnp.pad(x, ((0, sizes.dense_batch - x.shape[0]), (0, 0)))
@@ -175,7 +196,19 @@ def build_forward(
             caches=new_caches, logits=jnp.pad(logits, ((0, spare), (0, 0))), hidden=hidden
         )
 
-    return forward
+    whole = PartitionSpec()
+    return collectives.on_each(
+        forward,
+        shares.placement.mesh,
+        in_specs=(shares.caches, whole, shares.weights, whole),
+        out_specs=_partitions(shares, has_hidden=bucket.prefill_rows > 0),
+    )
+
+
+def _partitions(shares: Shares, *, has_hidden: bool) -> Any:
+    """How a forward's result lies on the devices, in its form."""
+    parts: Any = {"logits": PartitionSpec(mesh.AXIS), "caches": shares.caches}
+    return ForwardResult(**parts, hidden=PartitionSpec() if has_hidden else None)  # type: ignore[arg-type]
 
 
 def _attention(
@@ -302,21 +335,30 @@ def _logprob_columns(
     return jax.lax.cond(wanted, compute, skip)
 
 
-def build_prompt_logprobs(graph: Any, treedef: Any) -> Callable[..., Int32[Array, "C X"]]:
+def build_prompt_logprobs(
+    graph: Any, treedef: Any, shares: Shares
+) -> Callable[..., Int32[Array, "C X"]]:
     """Logprobs of a bounded slice of prompt positions: (weights, hidden, vector) -> rows.
 
     The vector holds the flat token index of each position, then the token that follows it.
     """
+    group = shares.placement.group
 
     def prompt_logprobs(
         weights: Sequence[Array], hidden: Float[Array, "T D"], vector: Int32[Array, "X"]
     ) -> Int32[Array, "C X"]:
         model: transformer.Transformer = nnx.merge(graph, jax.tree.unflatten(treedef, weights))
         places, targets = vector.reshape(2, -1)
-        logits = model.head(hidden.at[places].get(mode="clip"))
-        return _logprob_columns(logits, targets, jnp.asarray(True))
+        logits = model.head(hidden.at[places].get(mode="clip"), group)
+        return group.all_rows(_logprob_columns(logits, group.own_rows(targets), jnp.asarray(True)))
 
-    return prompt_logprobs
+    whole = PartitionSpec()
+    return collectives.on_each(
+        prompt_logprobs,
+        shares.placement.mesh,
+        in_specs=(shares.weights, whole, whole),
+        out_specs=whole,
+    )
 
 
 def build_reset(*, sizes: Sizes, max_context_len: int) -> Callable[..., sampling.PenaltyTable]:

@@ -58,6 +58,9 @@ class Group:
         return lax.all_gather(x, mesh_lib.AXIS, tiled=True)
 
 
+ALONE = Group()
+
+
 def on_each(
     function: Callable[..., Any], mesh: jax.sharding.Mesh, *, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:

@@ -71,7 +71,9 @@ class Placement:
 
     def spec(self, axes: str) -> jax.sharding.PartitionSpec:
         """Which axis of an array with these letters is split; `axes` has no letter twice."""
-        letters = "KV" + ("E" if self.split_experts and "E" in axes else "F")
+        # A router [E, D] is on every device: each token's choice is among all experts.
+        whole_experts = self.split_experts and {"E", "F"} <= set(axes)
+        letters = "KV" + ("E" if whole_experts else "F")
         parts = [mesh_lib.AXIS if letter in letters else None for letter in axes]
         assert parts.count(mesh_lib.AXIS) <= 1, f"axes {axes} would be split twice"
         return jax.sharding.PartitionSpec(*parts)
@@ -79,6 +81,15 @@ class Placement:
     def sharding(self, axes: str) -> jax.sharding.NamedSharding:
         """How an array with these axis letters lies on the mesh."""
         return jax.sharding.NamedSharding(self.mesh, self.spec(axes))
+
+    def zeros(self, share: jax.ShapeDtypeStruct, axes: str) -> Shaped[jax.Array, "..."]:
+        """An array of zeros of which each device has a share of this shape."""
+        spec = self.spec(axes)
+        sizes = [
+            size * (self.num_devices if part else 1)
+            for size, part in zip(share.shape, spec, strict=True)
+        ]
+        return jnp.zeros(sizes, share.dtype, device=self.sharding(axes))
 
     def lay_out(self, whole: Shaped[Any, "..."], axes: str) -> Shaped[Any, "..."]:
         """A weight as the devices hold it: kv heads repeated, vocabulary padded with zeros.

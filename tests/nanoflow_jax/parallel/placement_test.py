@@ -47,6 +47,7 @@ def test_experts_are_split_whole_where_that_is_asked_for_and_their_router_is_not
     )
     placed = _placed(2, widths, split_experts=True)
     assert placed.spec("E2FD") == jax.sharding.PartitionSpec("tensor", None, None, None)
+    assert placed.spec("ED") == jax.sharding.PartitionSpec(None, None)
     assert placed.spec("2FD") == jax.sharding.PartitionSpec(None, "tensor", None)
     with pytest.raises(ValueError, match="intermediate_size of an expert=9 cannot be shared out"):
         _placed(2, widths)
