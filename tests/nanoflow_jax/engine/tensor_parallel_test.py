@@ -34,7 +34,12 @@ def _answers(folder, **knobs):
         {},
         {"temperature": 0.9, "top_k": 20},
         {"temperature": 1.1, "top_p": 0.8, "presence_penalty": 0.5},
-        {"temperature": 0.7, "min_p": 0.1, "logit_bias": {3: 2.0}, "allowed_token_ids": tuple(range(60))},
+        {
+            "temperature": 0.7,
+            "min_p": 0.1,
+            "logit_bias": {3: 2.0},
+            "allowed_token_ids": tuple(range(60)),
+        },
         {"repetition_penalty": 1.3},
         {"prompt_logprobs": 4},
     )
