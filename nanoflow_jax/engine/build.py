@@ -216,6 +216,7 @@ def build_engine(
     page_size = min(config.cache.page_size or defaults.page_size, context)
     served = kernel_choice.Served(config=source.config, dtype=dtype, page_size=page_size)
     choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
+    _LOG.info("kernels: %s", choices)
     model = _load(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(
@@ -268,6 +269,7 @@ def build_engine(
         threads=config.compile.threads,
         options={},
         operations=implementations.operations(choices),
+        watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
     )
     limits = scheduler.Limits(

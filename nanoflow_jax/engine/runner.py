@@ -116,6 +116,7 @@ class Runner:
         threads: int,
         options: Mapping[str, Any],
         operations: operation_lib.Operations,
+        watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
     ) -> None:
         self._sizes = sizes
@@ -130,7 +131,7 @@ class Runner:
         ]
         others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)
         self._programs = compiler.compile_all(forwards + others, threads=threads, progress=progress)
-        self.watch = compiler.CompileWatch()
+        self.watch = watch
 
     def _allocate(self) -> None:
         """Makes the state that steps hand on: caches, last tokens, penalty table."""
