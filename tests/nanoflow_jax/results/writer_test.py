@@ -13,11 +13,6 @@ from nanoflow_jax.results import folder, manifest, writer
 from nanoflow_jax.results.kind import Tokens
 
 
-@pytest.fixture
-def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
-    return result_folders.project(tmp_path / "project")
-
-
 def test_a_finished_run_is_a_folder_with_its_figures(checkout: pathlib.Path) -> None:
     path, found = result_folders.write(checkout)
 
