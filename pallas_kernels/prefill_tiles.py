@@ -52,7 +52,8 @@ class PrefillTiles(NamedTuple):
     # Where a token's result is: item * tile_len + slot, the first part's if there are parts;
     # C * tile_len: none.
     sources: Int32[Any, "T"]
-    cuts: Int32[Any, "C 3"]  # number of the part in its tile, parts of that, number of all parts
+    # Number of the part in its tile, parts of that, number among all parts; 0 in an unused item.
+    cuts: Int32[Any, "C 3"]
     part_groups: Int32[Any, "B"]  # which group a part is merged with; B // 2 of an unused part
     group_items: Int32[Any, "B//2"]  # item that is the first part of a group; C of none
 
@@ -262,7 +263,6 @@ def _cuts(
 ) -> tuple[Int32[np.ndarray, "C 3"], Int32[np.ndarray, "B"], Int32[np.ndarray, "W"]]:
     """What an item is of its tile; which parts belong together, and where their result goes."""
     cuts = np.zeros((capacity, 3), np.int32)
-    cuts[:, 1] = 1
     part_groups = np.full(room, room // 2, np.int32)
     group_items = np.full(room // 2, capacity, np.int32)
     is_cut = parts > 1
