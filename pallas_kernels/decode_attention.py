@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
 from pallas_kernels.decode_role import WIDE_HEAD_DIM, DecodeOptions, DecodeRefs, decode_role
-from pallas_kernels.merge_parts import COLUMN_MULTIPLE, merge_parts
+from pallas_kernels.merge_parts import COLUMN_MULTIPLE, merge_runs
 from pallas_kernels.work_list import PARTS_PER_GROUP, TILE_LEN, WORKERS_PER_CTA, WorkList
 
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
@@ -119,7 +119,7 @@ def prepare_decode(
 
     def finish(out: Any, parts: Any, part_weights: Any) -> Float[Array, "R N H"]:
         groups, row_groups = jnp.asarray(work.groups), jnp.asarray(work.row_groups)
-        merged = merge_parts(
+        merged = merge_runs(
             parts,
             part_weights,
             groups,

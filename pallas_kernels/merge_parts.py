@@ -1,10 +1,10 @@
 """Results of attention over parts of the keys, merged to results over all of them.
 
-Bound by latency: some hundred parts of a few KB each, which lie in the L2 cache. Each warpgroup
-takes a group of parts at a time, and reads a few parts at once.
+`merge_runs` is a kernel for many small groups, whose parts follow one another. Bound by latency:
+some hundred parts of a few KB each, which lie in the L2 cache. Each warpgroup takes a group at a
+time, and reads a few of its parts at once. `merge_parts` leaves few parts of many rows to XLA.
 
-Accuracy: summed in float32, part after part, whatever the number of CTAs; rounded once. What is no
-number stays in its own group.
+Accuracy: summed in float32, always in one order, whatever the number of CTAs; rounded once.
 
 Source: merging of partial softmaxes: Flash-Decoding (Dao et al., 2023).
 """
@@ -24,13 +24,15 @@ from pallas_kernels import mosaic
 
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
+# Of a part in its group: less than any rounding, and enough for what is no number to be seen.
+_LEAST_SHARE = 1e-30
 # Threads of a warpgroup; each holds as many columns of a row as another.
 COLUMN_MULTIPLE = 128
 # Parts that are read at once, to wait for memory once.
 _AT_ONCE = 4
 
 
-def merge_parts(
+def merge_runs(
     parts: Float[Array, "C G H"],
     weights: Float[Array, "C G"],
     groups: Int32[Array, "B 2"],
@@ -76,7 +78,7 @@ def merge_parts(
     )
 
 
-def merge_parts_reference(
+def merge_runs_reference(
     parts: Float[Array, "C G H"],
     weights: Float[Array, "C G"],
     groups: Int32[Array, "B 2"],
@@ -84,17 +86,51 @@ def merge_parts_reference(
     num_rows: int,
     dtype: Any,
 ) -> Float[Array, "B {num_rows} H"]:
-    """The meaning of `merge_parts`; zeros where a group has no parts."""
-    parts, weights = parts[:, :num_rows], weights[:, :num_rows]
-    number = jnp.arange(parts.shape[0], dtype=jnp.int32)
-    is_in = (number >= groups[:, :1]) & (number < groups[:, 1:])
-    is_in = is_in[:, :, None]  # [B, C, 1]
-    top = jnp.max(jnp.where(is_in, weights[None], _LOWEST), axis=1, keepdims=True)
-    share = jnp.where(is_in, jnp.exp2(weights[None] - top), 0.0)  # [B, C, G]
-    # Not a product: 0 times what is no number, in another group, is none either.
-    sums = jnp.where(is_in[..., None], share[..., None] * parts[None], 0.0).sum(axis=1)
-    total = share.sum(axis=1)[..., None]
-    return jnp.where(total == 0, 0.0, sums / total).astype(dtype)
+    """The meaning of `merge_runs`; zeros where a group has no parts."""
+    number = jnp.arange(parts.shape[0], dtype=jnp.int32)[:, None]
+    is_in = (number >= groups[:, 0]) & (number < groups[:, 1])
+    owner = jnp.where(is_in.any(axis=1), is_in.argmax(axis=1), len(groups)).astype(jnp.int32)
+    merged = merge_parts(parts, weights, owner, num_groups=len(groups))
+    return merged[:, :num_rows].astype(dtype)
+
+
+def merge_parts(
+    parts: Float[Array, "C G H"],
+    weights: Float[Array, "C G"],
+    part_groups: Int32[Array, "C"],
+    *,
+    num_groups: int,
+) -> Float[Array, "W G H"]:
+    """Means of parts, each weighing as much as the sum of its exponentials.
+
+    Few parts, whatever the batch: a product with who-is-in-which-group is cheap, and unlike a
+    scattered sum it always adds in one order.
+
+    Args:
+        parts: Results of softmax over a part of the keys.
+        weights: Logarithm to the base 2 of the sum of exponentials of each.
+        part_groups: Which group a part is in; num_groups for a part to leave out, which may hold
+            anything.
+        num_groups: W.
+
+    Returns:
+        Results of softmax over all keys of a group; zeros where it has no parts. What is no number
+        makes itself NaN in its own group, and nothing in another.
+    """
+    is_in = part_groups[None] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]  # [W, C]
+    is_sound = jnp.isfinite(parts) & jnp.isfinite(weights)[..., None]
+    weights = jnp.where((part_groups < num_groups)[:, None], weights, _LOWEST)
+    weights = jnp.where(jnp.isfinite(weights), weights, -_LOWEST)
+    top = jnp.max(jnp.where(is_in[..., None], weights[None], _LOWEST), axis=1)  # [W, G]
+    share = jnp.maximum(jnp.exp2(weights[None] - top[:, None]), _LEAST_SHARE)
+    share = jnp.where(is_in[..., None], share, 0.0)  # [W, C, G]
+    # One product for all sums. What is no number is counted instead: times 0 it is still none.
+    H = parts.shape[2]
+    sides = (jnp.where(is_sound, parts, 0.0), ~is_sound, jnp.ones_like(parts[..., :1]))
+    counted = jnp.concatenate([side.astype(jnp.float32) for side in sides], axis=-1)
+    sums = jnp.einsum("WCG,CGI->WGI", share, counted, precision="highest")
+    merged = sums[..., :H] / jnp.maximum(sums[..., 2 * H :], _LEAST_SHARE)
+    return jnp.where(sums[..., H : 2 * H] > 0, jnp.nan, merged)
 
 
 def _kernel(parts: Any, weights: Any, groups: Any, out: Any, *, num_groups: int) -> None:
