@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.decode_role import WIDE_HEAD_DIM, DecodeOptions, DecodeRefs, decode_role
+from pallas_kernels.decode_role import NARROW_HEAD_DIM, DecodeOptions, DecodeRefs, decode_role
 from pallas_kernels.merge_parts import COLUMN_MULTIPLE, merge_runs
 from pallas_kernels.work_list import PARTS_PER_GROUP, TILE_LEN, WORKERS_PER_CTA, WorkList
 
@@ -32,6 +32,7 @@ _LOWEST = -1e30
 _MOST_GROUP = 16
 _MOST_HEAD_DIM = 256
 _COLUMN_MULTIPLE = 16
+_WIDE_COLUMN_MULTIPLE = 64
 
 
 def decode_attention(
@@ -195,11 +196,9 @@ def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkLis
     (R, N, H), (K, S) = q.shape, cache.shape[2:4]
     if N % K or N // K > _MOST_GROUP:
         raise ValueError(f"N={N} query heads are not 1 to {_MOST_GROUP} for each of K={K} kv heads")
-    if H != _MOST_HEAD_DIM and (H % _COLUMN_MULTIPLE or H > WIDE_HEAD_DIM):
-        raise ValueError(
-            f"head_dim={H} is no multiple of {_COLUMN_MULTIPLE} up to {WIDE_HEAD_DIM}, nor "
-            f"{_MOST_HEAD_DIM}"
-        )
+    multiple = _COLUMN_MULTIPLE if H <= NARROW_HEAD_DIM else _WIDE_COLUMN_MULTIPLE
+    if H % multiple or H > _MOST_HEAD_DIM:
+        raise ValueError(f"head_dim={H} is no multiple of {multiple} up to {_MOST_HEAD_DIM}")
     if S < mosaic.TILE_ROWS or (TILE_LEN % S and S % TILE_LEN):
         raise ValueError(
             f"page_size={S} must be at least {mosaic.TILE_ROWS} and divide {TILE_LEN}, "

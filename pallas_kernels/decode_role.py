@@ -27,12 +27,12 @@ _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30
 # Rows of a warpgroup's product, of which one kv head's query heads are the first.
 _ROWS = 64
-# Above it tiles are half as long: registers are too few for more scores beside the result, and
-# shared memory for enough tiles to fetch ahead.
-WIDE_HEAD_DIM = 192
-_WIDE_TILE_LEN = TILE_LEN // 2
-# Up to it they are enough for results to leave in wide slices.
-_NARROW_HEAD_DIM = 128
+# The most whose scores of a whole tile, 64 tokens, fit into registers beside results. Of wider heads
+# tiles are half as long, and columns must come in units of a layout's 64 rows.
+NARROW_HEAD_DIM = 176
+_SHORT_TILE_LEN = TILE_LEN // 2
+# Up to it there are registers enough for results to leave in wide slices.
+_WIDE_SLICE_HEAD_DIM = 128
 _QUERY_SLOTS = 2
 # Columns that leave at a time through shared memory: the most, of results and of parts.
 _OUT_COLUMNS = 64
@@ -90,14 +90,14 @@ class _Decode:
         self._dtype = refs.cache.dtype
         _, _, self._num_kv_heads, self._page_size, self._head_dim = refs.cache.shape
         self._group = refs.q.shape[1]
-        self._tile_len = _WIDE_TILE_LEN if self._head_dim > WIDE_HEAD_DIM else TILE_LEN
+        self._tile_len = _SHORT_TILE_LEN if self._head_dim > NARROW_HEAD_DIM else TILE_LEN
         # Pages, or parts of one, in a tile.
         self._pieces = max(1, self._tile_len // self._page_size)
         # Queries lie so close that the product of one reads rows of the next, to no effect. The
         # race detector would rightly see a write to those, so interpreted ones lie apart.
         self._query_step = _ROWS if options.interpreted else self._group
         self._query_rows = _ROWS + (WORKERS_PER_CTA * _QUERY_SLOTS - 1) * self._query_step
-        is_narrow = self._head_dim <= _NARROW_HEAD_DIM
+        is_narrow = self._head_dim <= _WIDE_SLICE_HEAD_DIM
         most_columns = _OUT_COLUMNS if is_narrow else _PART_COLUMNS
         self._out_columns = math.gcd(self._head_dim, most_columns)
         self._part_columns = math.gcd(self._head_dim, _PART_COLUMNS)
@@ -130,12 +130,12 @@ class _Decode:
 
             @pl.when(warpgroup == mosaic.MEMORY_WARPGROUP)
             def _() -> None:
-                plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
+                plgpu.set_max_registers(mosaic.ATTENTION_MEMORY_REGISTERS, action="decrease")
                 self._fetch(index, num_ctas, scratch_refs)
 
             @pl.when(warpgroup < WORKERS_PER_CTA)
             def _() -> None:
-                plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
+                plgpu.set_max_registers(mosaic.ATTENTION_COMPUTE_REGISTERS, action="increase")
                 self._compute(index, num_ctas, warpgroup, scratch_refs)
 
         pl.run_scoped(scope, collective_axes="warpgroup", **self._scratch())
@@ -179,18 +179,16 @@ class _Decode:
         def one_cta(i: Any, counts: Any) -> Any:
             first_worker = (index + i * num_ctas) * WORKERS_PER_CTA
             begins = [self._walk.begin(first_worker + slot)[0] for slot in workers]
-            sizes = [begin.left * self._walk.tiles_each for begin in begins]
+            num_tiles = jnp.maximum(*(begin.left for begin in begins)) * self._walk.tiles_each
 
-            def step(j: Any, states: Any) -> Any:
-                return tuple(
-                    self._fetch_one(j < sizes[slot], slot, states[slot], s) for slot in workers
-                )
+            def step(_: Any, states: Any) -> Any:
+                return tuple(self._fetch_one(slot, states[slot], s) for slot in workers)
 
             states = tuple(
                 _Fetched(place=begin, within=jnp.int32(0), items=items, tiles=tiles)
                 for begin, (items, tiles) in zip(begins, counts, strict=True)
             )
-            states = lax.fori_loop(jnp.int32(0), jnp.maximum(*sizes), step, states)
+            states = lax.fori_loop(jnp.int32(0), num_tiles, step, states)
             return tuple((state.items, state.tiles) for state in states)
 
         zero = jnp.int32(0)
@@ -202,9 +200,10 @@ class _Decode:
             self._drain(s.tile_empty, slot, self._stages, 2 * tiles)
             self._drain(s.query_empty, slot, _QUERY_SLOTS, items)
 
-    def _fetch_one(self, is_there: Any, slot: int, state: "_Fetched", s: "_Scratch") -> "_Fetched":
+    def _fetch_one(self, slot: int, state: "_Fetched", s: "_Scratch") -> "_Fetched":
         """Fetches keys and values of one tile, before an item's first its queries."""
         item = self._walk.item(state.place)
+        is_there = state.place.left > 0
 
         @pl.when(is_there & (state.within == 0))
         def _() -> None:
@@ -238,18 +237,16 @@ class _Decode:
 
     def _pages(self, item: Item, tile: Any) -> list[tuple[Any, Any]]:
         """Page and first token in it for each piece of a tile."""
-        page_size = jnp.int32(self._page_size)
+        table, tile_len, page_size = self._refs.page_table, self._tile_len, self._page_size
         # Past the last page its like is fetched again: the number of arrivals stays the same.
-        last = lax.div(item.length - 1, page_size)
-        tokens = [
-            tile * self._tile_len + i * (self._tile_len // self._pieces)
-            for i in range(self._pieces)
-        ]
-        numbers = [jnp.minimum(lax.div(token, page_size), last) for token in tokens]
-        return [
-            (self._refs.page_table[item.request, number], lax.rem(token, page_size))
-            for number, token in zip(numbers, tokens, strict=True)
-        ]
+        last = lax.div(item.length - 1, jnp.int32(page_size))
+        if page_size > tile_len:
+            # Written so that the compiler sees what first tokens are multiples of.
+            num_tiles = jnp.int32(page_size // tile_len)
+            number = jnp.minimum(lax.div(tile, num_tiles), last)
+            return [(table[item.request, number], lax.rem(tile, num_tiles) * tile_len)]
+        numbers = [jnp.minimum(tile * self._pieces + i, last) for i in range(self._pieces)]
+        return [(table[item.request, number], 0) for number in numbers]
 
     def _fetch_tile(
         self, pages: Any, part: int, head: Any, slot: int, count: Any, s: "_Scratch"

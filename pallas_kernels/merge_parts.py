@@ -87,9 +87,9 @@ def merge_runs_reference(
     dtype: Any,
 ) -> Float[Array, "B {num_rows} H"]:
     """The meaning of `merge_runs`; zeros where a group has no parts."""
-    number = jnp.arange(parts.shape[0], dtype=jnp.int32)[:, None]
-    is_in = (number >= groups[:, 0]) & (number < groups[:, 1])
-    owner = jnp.where(is_in.any(axis=1), is_in.argmax(axis=1), len(groups)).astype(jnp.int32)
+    number = jnp.arange(parts.shape[0], dtype=jnp.int32)[None]
+    is_in = (number >= groups[:, :1]) & (number < groups[:, 1:])
+    owner = jnp.where(is_in.any(axis=0), is_in.argmax(axis=0), len(groups)).astype(jnp.int32)
     merged = merge_parts(parts, weights, owner, num_groups=len(groups))
     return merged[:, :num_rows].astype(dtype)
 

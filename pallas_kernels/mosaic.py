@@ -21,6 +21,9 @@ MEMORY_WARPGROUP = COMPUTE_WARPGROUPS
 # Registers a thread: 2 x 232 + 40 for 128 threads each fit into the 65536 of an SM.
 COMPUTE_REGISTERS = 232
 MEMORY_REGISTERS = 40
+# The same of attention, whose pages cost the warpgroup that moves memory more of them.
+ATTENTION_COMPUTE_REGISTERS = COMPUTE_REGISTERS - 8
+ATTENTION_MEMORY_REGISTERS = MEMORY_REGISTERS + 8 * COMPUTE_WARPGROUPS
 # Shared memory that one CTA may have on Hopper, bytes (CUDA C programming guide, table of
 # compute capabilities).
 SHARED_BYTES = 232_448

@@ -192,13 +192,15 @@ _SERVED = pytest.mark.parametrize(
 
 @_SERVED
 def test_kernels_of_llama_8b_lower_for_hopper_in_one(names):
-    assert kernel_runs.lowered(*_fused(names)).count("mosaic_gpu_v2") == 1
+    # Decode attention has a second one, which merges parts.
+    num_kernels = 1 + ("decode" in names)
+    assert kernel_runs.lowered(*_fused(names)).count("mosaic_gpu_v2") == num_kernels
 
 
 @pytest.mark.timeout(120)
 @_SERVED
 def test_kernels_in_one_have_no_spills_and_leave_no_room_for_a_second_cta(names):
-    (kernel,) = deviceless.compiled(*_fused(names))
+    kernel, *_ = deviceless.compiled(*_fused(names))
     _check_one_cta_per_sm(kernel)
 
 
@@ -216,9 +218,9 @@ def test_prefill_beside_decode_adds_barriers_alone_to_the_shared_memory_of_decod
         kernel = _served_kernel("decode", arrays)
         return mosaic.run(kernel, num_ctas=132, token=None, interpret=None)
 
-    (both,) = deviceless.compiled(*_fused(("prefill", "decode")))
+    both, _ = deviceless.compiled(*_fused(("prefill", "decode")))
     _check_one_cta_per_sm(both)
-    (alone,) = deviceless.compiled(decode, *_SERVED_SHAPES["decode"])
+    alone, _ = deviceless.compiled(decode, *_SERVED_SHAPES["decode"])
     assert alone.shared_bytes <= both.shared_bytes < alone.shared_bytes + 1024
 
 
