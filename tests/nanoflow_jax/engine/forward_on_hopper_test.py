@@ -1,6 +1,5 @@
 """The forward program that an H200 would run, compiled without one."""
 
-import collections
 import dataclasses
 import functools
 
@@ -14,7 +13,7 @@ from flax import nnx
 from nanoflow_jax import config
 from nanoflow_jax.engine import implementations, kernel_choice, programs
 from nanoflow_jax.kv_cache import layout as layout_lib
-from nanoflow_jax.models import huggingface, presets, transformer
+from nanoflow_jax.models import huggingface, loading, presets, transformer
 from nanoflow_jax.scheduler.buckets import Bucket
 
 _LAYERS = 2
@@ -59,6 +58,7 @@ def _program(preset, *asked):
     section = config.EngineConfig.from_knobs(**knobs).kernels
     choices = kernel_choice.choose(section, _H200, served)
     kv_layout = _layout(model)
+    placement = loading.place_model(model, jax.devices()[:1])
     sizes = programs.Sizes(
         max_requests=_BUCKET.decode_rows,
         max_pages=_MAX_PAGES,
@@ -66,7 +66,14 @@ def _program(preset, *asked):
         dense_batch=_BUCKET.tokens,
         vocab_size=model.vocab_size,
         penalty_requests=1,
-        attention=implementations.attention(choices, layout=kv_layout, config=model, tile_len=128),
+        num_devices=1,
+        attention=implementations.attention(
+            choices,
+            layout=kv_layout,
+            group=model.group_size,
+            windows=model.distinct_windows,
+            tile_len=128,
+        ),
     )
 
     def make(spec):
@@ -81,6 +88,7 @@ def _program(preset, *asked):
         sizes=sizes,
         bucket=_BUCKET,
         operations=implementations.operations(choices),
+        shares=programs.Shares(placement=placement, caches=None, weights=()),
     )
     return deviceless.program(
         jax.jit(forward, donate_argnums=0, keep_unused=True),
@@ -91,28 +99,34 @@ def _program(preset, *asked):
     )
 
 
+_ATTENTION = ("decode_attention", "prefill_attention")
 _KERNELS = {
-    ("llama-3-8b",): ("decode_attention", "prefill_attention"),
-    ("gemma-2-9b",): ("decode_attention", "prefill_attention"),
-    ("llama-3-8b", "gemm"): (
-        "decode_attention",
-        "prefill_attention",
-        "norm_kqv",
-        "o",
-        "up_gate",
-        "down",
-    ),
-    ("mixtral-8x7b",): ("decode_attention", "prefill_attention", "up_gate", "down"),
+    ("llama-3-8b",): _ATTENTION,
+    ("llama-3-8b", "gemm"): ("norm_kqv", *_ATTENTION, "o", "up_gate", "down"),
+    ("mixtral-8x7b",): (*_ATTENTION, "up_gate", "down"),
 }
 
 
-def test_x():
-    for case in _KERNELS:
-        p = _program(*case)
-        print(case, p.memory, len(p.launches))
-        print(collections.Counter(k.kind for k in p.launches))
-        for l in p.launches:
-            print("  ", l.kind, l.name, l.scope)
-        print([(c.name, c.shape, c.scope) for c in p.copies])
-        print([(c.name, c.shape, c.scope) for c in p.instructions if c.opcode == "transpose"])
-        print([(k.registers, k.spill_bytes, k.grid, k.shared_bytes) for k in p.mosaic_kernels])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", _KERNELS, ids=" ".join)
+def test_each_layer_has_its_kernels_and_copies_neither_caches_nor_weights(case):
+    program, model = _program(*case), _model_config(case[0])
+    kernels = [one.scope.split("/") for one in program.launches if one.kind == "kCustomCall"]
+    found = [next((part for part in scope if part in _KERNELS[case]), scope) for scope in kernels]
+    assert found == [*_KERNELS[case]] * _LAYERS
+    for kernel in program.mosaic_kernels:
+        assert kernel.spill_bytes == 0
+        assert kernel.grid[0] <= _H200.num_sms
+
+    cache_bytes = _layout(model).shape.cache_bytes
+    assert program.memory.alias_bytes == _LAYERS * cache_bytes
+    assert not program.copies
+    assert not [one for one in program.instructions if one.opcode == "transpose"]
+    # Parts of the step's one vector are copied for kernels to read, and nothing else.
+    by_name = {one.name: one for one in program.instructions}
+    for launch in program.launches:
+        if "Copy" in launch.kind:
+            assert by_name[launch.name].num_bytes <= 1 << 16
+    # No room for a copy of either: the least weight is that of o.
+    least_weight = 2 * model.hidden_size * model.num_heads * model.head_dim
+    assert program.memory.temp_bytes < min(cache_bytes, 2 * least_weight)
