@@ -75,7 +75,7 @@ def _split_all(
             for op in graph.choices[product][way]:
                 found[op.name] = (*found.get(op.name, ()), *cut(part))
     for op in graph.operations:
-        values = (*op.reads, *op.writes)
+        values = (*op.reads, op.writes)
         if any(value.rows is operations.Rows.GROUPED for value in values):
             found[op.name] = grouped
         elif op.choice is None:

@@ -118,7 +118,7 @@ class Dependencies:
         writers: dict[int, list[Node]] = {}
         for node in self.nodes:
             op, layer = self._operation(node), node.layer
-            reads, writes = operations.CACHE in op.reads, operations.CACHE in op.writes
+            reads, writes = operations.CACHE in op.reads, op.writes == operations.CACHE
             if reads or writes:
                 yield from ((writer, node) for writer in writers.get(layer, ()))
             if writes:

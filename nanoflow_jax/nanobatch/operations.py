@@ -29,11 +29,13 @@ class Rows(enum.StrEnum):
     TOKENS: in the order of the dense batch, so that any range of tokens can be cut out.
     GROUPED: sorted by expert among the tokens of one nano-operation; only a nano-operation of
         the same tokens can read them.
+    DECODE: decode rows alone, those of each cell by themselves.
     CACHE: in pages of the KV cache, those of earlier steps too.
     """
 
     TOKENS = "tokens"
     GROUPED = "grouped"
+    DECODE = "decode"
     CACHE = "cache"
 
 
@@ -52,7 +54,9 @@ Y = Value("y")
 QKV = Value("qkv")
 ROTATED = Value("rotated")
 CACHE = Value("cache", Rows.CACHE)
-ATTENDED = Value("attended")
+# What both attentions give: the first for decode rows, the second for tokens of chunks.
+DECODED = Value("decoded", Rows.DECODE)
+PREFILLED = Value("prefilled")
 NORMED = Value("normed")
 ROUTED = Value("routed", Rows.GROUPED)
 HIDDEN = Value("hidden")
@@ -80,17 +84,19 @@ class Operation:
         name: Unique in the layer.
         resource: What bounds it.
         reads: Values of its tokens that it needs.
-        writes: Values of its tokens that it makes. Operations that write the same value fill in
-            rows of different tokens: decode rows and chunks, or tokens of different choices.
+        writes: The value of its tokens that it makes. Operations that write the same value belong
+            to different ways of a product and fill in different tokens.
         sees_earlier: Reads the cache also where earlier tokens of the same dense batch lie.
+        has_weights: Whether it multiplies with weights, which all its nano-operations share.
         choice: Which way of a product it belongs to, if that product has several.
     """
 
     name: str
     resource: Resource
     reads: tuple[Value, ...]
-    writes: tuple[Value, ...]
+    writes: Value
     sees_earlier: bool = False
+    has_weights: bool = False
     choice: Choice | None = None
 
     @property
@@ -114,7 +120,7 @@ class LayerGraph:
         known = {X}
         for op in self.operations:
             assert known.issuperset(op.reads), f"{op.name} reads what nobody has written"
-            known.update(op.writes)
+            known.add(op.writes)
         assert Y in known, "nothing leaves the layer"
 
     @functools.cached_property
@@ -124,7 +130,7 @@ class LayerGraph:
 
     def writers(self, value: Value) -> tuple[Operation, ...]:
         """Operations that write a value; none of this layer writes X."""
-        return tuple(op for op in self.operations if value in op.writes)
+        return tuple(op for op in self.operations if value == op.writes)
 
     @functools.cached_property
     def choices(self) -> dict[str, dict[str, tuple[Operation, ...]]]:
@@ -160,21 +166,28 @@ class LayerShape:
 def layer_graph(shape: LayerShape) -> LayerGraph:
     """The operations of a layer of this shape."""
     is_split = shape.num_devices > 1
-    o = _output_ways() if is_split else (_compute("o", (X, ATTENDED), MIDDLE),)
+    o = _output_ways() if is_split else (_compute("o", (X, DECODED, PREFILLED), MIDDLE),)
     return LayerGraph(operations=(*_attention(), *o, *_feed_forward(shape)))
 
 
 def _compute(
-    name: str, reads: tuple[Value, ...], *writes: Value, choice: Choice | None = None
+    name: str, reads: tuple[Value, ...], writes: Value, *, choice: Choice | None = None
 ) -> Operation:
     return Operation(
-        name=name, resource=Resource.COMPUTE, reads=reads, writes=writes, choice=choice
+        name=name,
+        resource=Resource.COMPUTE,
+        reads=reads,
+        writes=writes,
+        has_weights=True,
+        choice=choice,
     )
 
 
-def _network(name: str, reads: Value, writes: Value, choice: Choice) -> Operation:
+def _network(
+    name: str, reads: tuple[Value, ...], writes: Value, choice: Choice | None = None
+) -> Operation:
     return Operation(
-        name=name, resource=Resource.NETWORK, reads=(reads,), writes=(writes,), choice=choice
+        name=name, resource=Resource.NETWORK, reads=reads, writes=writes, choice=choice
     )
 
 
@@ -182,14 +195,14 @@ def _attention() -> tuple[Operation, ...]:
     memory = functools.partial(Operation, resource=Resource.MEMORY)
     return (
         _compute("norm_kqv", (X,), QKV),
-        memory(name="rope", reads=(QKV,), writes=(ROTATED,)),
-        memory(name="append", reads=(QKV, ROTATED), writes=(CACHE,)),
-        memory(name="decode_attention", reads=(ROTATED, CACHE), writes=(ATTENDED,)),
+        memory(name="rope", reads=(QKV,), writes=ROTATED),
+        memory(name="append", reads=(QKV, ROTATED), writes=CACHE),
+        memory(name="decode_attention", reads=(ROTATED, CACHE), writes=DECODED),
         Operation(
             name="prefill_attention",
             resource=Resource.COMPUTE,
             reads=(ROTATED, CACHE),
-            writes=(ATTENDED,),
+            writes=PREFILLED,
             sees_earlier=True,
         ),
     )
@@ -200,16 +213,16 @@ def _output_ways() -> tuple[Operation, ...]:
     reduce, gather = Choice("o", "reduce"), Choice("o", "gather")
     partial, heads, columns = Value("o_partial"), Value("attended_all"), Value("o_columns")
     return (
-        _compute("o", (X, ATTENDED), partial, choice=reduce),
-        _network("o_reduce", partial, MIDDLE, reduce),
-        _network("attention_gather", ATTENDED, heads, gather),
+        _compute("o", (X, DECODED, PREFILLED), partial, choice=reduce),
+        _network("o_reduce", (partial,), MIDDLE, reduce),
+        _network("attention_gather", (DECODED, PREFILLED), heads, gather),
         _compute("o_columns", (X, heads), columns, choice=gather),
-        _network("o_gather", columns, MIDDLE, gather),
+        _network("o_gather", (columns,), MIDDLE, gather),
     )
 
 
 def _feed_forward(shape: LayerShape) -> tuple[Operation, ...]:
-    norm = Operation(name="norm", resource=Resource.MEMORY, reads=(MIDDLE,), writes=(NORMED,))
+    norm = Operation(name="norm", resource=Resource.MEMORY, reads=(MIDDLE,), writes=NORMED)
     reduce, gather = Choice("down", "reduce"), Choice("down", "gather")
     partial, all_hidden, columns = Value("down_partial"), Value("hidden_all"), Value("down_columns")
     hidden = HIDDEN_GROUPED if shape.is_sparse else HIDDEN
@@ -218,15 +231,15 @@ def _feed_forward(shape: LayerShape) -> tuple[Operation, ...]:
     elif shape.is_sparse:  # its rows are sorted by expert until down has put them back
         down = (
             _compute("down", (MIDDLE, hidden), partial),
-            Operation(name="down_reduce", resource=Resource.NETWORK, reads=(partial,), writes=(Y,)),
+            _network("down_reduce", (partial,), Y),
         )
     else:
         down = (
             _compute("down", (MIDDLE, hidden), partial, choice=reduce),
-            _network("down_reduce", partial, Y, reduce),
-            _network("hidden_gather", hidden, all_hidden, gather),
+            _network("down_reduce", (partial,), Y, reduce),
+            _network("hidden_gather", (hidden,), all_hidden, gather),
             _compute("down_columns", (MIDDLE, all_hidden), columns, choice=gather),
-            _network("down_gather", columns, Y, gather),
+            _network("down_gather", (columns,), Y, gather),
         )
     if not shape.is_sparse:
         return (norm, _compute("up_gate", (NORMED,), HIDDEN), *down)

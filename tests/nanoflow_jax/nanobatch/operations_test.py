@@ -31,10 +31,16 @@ def test_decode_attention_is_bound_by_memory_and_products_by_arithmetic():
     assert {bound[n] for n in ("norm_kqv", "o", "up_gate", "down")} == {Resource.COMPUTE}
 
 
-def test_both_attentions_write_what_o_reads():
-    writers = [op.name for op in DENSE.writers(operations.ATTENDED)]
-    assert writers == ["decode_attention", "prefill_attention"]
-    assert operations.ATTENDED in DENSE.by_name["o"].reads
+def test_o_reads_what_both_attentions_write():
+    attentions = {DENSE.by_name[n].writes for n in ("decode_attention", "prefill_attention")}
+    assert attentions == {operations.DECODED, operations.PREFILLED}
+    assert attentions < set(DENSE.by_name["o"].reads)
+
+
+def test_products_and_routing_have_weights():
+    graph = layer_graph(LayerShape(is_sparse=True))
+    weighted = [op.name for op in graph.operations if op.has_weights]
+    assert weighted == ["norm_kqv", "o", "route", "up_gate", "down"]
 
 
 def test_nothing_of_a_layer_writes_what_enters_it():
