@@ -40,6 +40,11 @@ class Cell:
     decode_rows: int
     prefill_rows: int
 
+    @property
+    def end_decode_row(self) -> int:
+        """Row of that table after its own."""
+        return self.first_decode_row + self.decode_rows
+
 
 class Piece(NamedTuple):
     """Consecutive tokens of one chunk in one cell."""
@@ -64,6 +69,11 @@ class Placement:
     decode_tokens: Int32[np.ndarray, "R"]
     decode_rows: Int32[np.ndarray, "R"]
     pieces: tuple[Piece, ...]
+
+    def chunk_tokens(self, chunk: int) -> Int32[np.ndarray, "T"]:
+        """Flat index of each token of a chunk."""
+        pieces = (piece for piece in self.pieces if piece.chunk == chunk)
+        return np.concatenate([np.arange(p.start, p.start + p.length) for p in pieces])
 
 
 class Dealer:
