@@ -33,6 +33,9 @@ class DecodeInputs(Protocol):
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         """The attention, in a program."""
 
+    def capped(self, num_ctas: int | None) -> "DecodeInputs":
+        """The same for at most so many SMs; None for as many as now."""
+
 
 class PrefillInputs(Protocol):
     """Both ends of what attention of prompt chunks needs beside pages."""
@@ -61,6 +64,9 @@ class PlainDecodeInputs:
 
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         return paged_attention.PlainDecode(layout=self.layout)
+
+    def capped(self, num_ctas: int | None) -> DecodeInputs:
+        return self  # XLA cannot be held to a number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +132,9 @@ class KernelDecodeInputs:
             for i, window in enumerate(self.windows)
         }
         return kernel_attention.KernelDecode(works=works, interpret=self.interpret)
+
+    def capped(self, num_ctas: int | None) -> DecodeInputs:
+        return self if num_ctas is None else dataclasses.replace(self, num_ctas=num_ctas)
 
     def _plan(self, context_lens: Any, window: int | None) -> work_list.WorkList:
         return work_list.plan_decode(
@@ -196,8 +205,3 @@ class AttentionInputs:
 
     decode: DecodeInputs
     prefill: PrefillInputs
-
-    def fields(self, bucket: buckets.Bucket) -> Fields:
-        """What lies in the vector of a bucket's forward."""
-        found = self.decode.fields(bucket) if bucket.decode_rows else {}
-        return found | (self.prefill.fields(bucket) if bucket.prefill_rows else {})
