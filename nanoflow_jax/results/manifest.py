@@ -14,8 +14,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SAMPLES = "samples.jsonl.gz"
 TOKENS = "tokens.json"
+LOG = "log.txt"
 # All that a folder may hold besides the manifest: eight files at most.
-FILES = (SAMPLES, "kernels.csv.gz", "ctas.npz", "program.tar.gz", "smi.csv", TOKENS, "log.txt")
+FILES = (SAMPLES, "kernels.csv.gz", "ctas.npz", "program.tar.gz", "smi.csv", TOKENS, LOG)
 _NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9]+)*")
 
 

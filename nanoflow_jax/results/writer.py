@@ -36,6 +36,7 @@ class ResultWriter:
 
     Attributes:
         path: The folder.
+        origin: The code that runs.
     """
 
     def __init__(self, root: Path, run: Run, *, project: Path = provenance.PROJECT) -> None:
@@ -53,8 +54,8 @@ class ResultWriter:
         run.check()
         self._kind = kinds.find(run.kind)
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        origin = provenance.collect(run.kernels, project=project)
-        self._manifest = Manifest(run=run, origin=origin, date=today)
+        self.origin = provenance.collect(run.kernels, project=project)
+        self._manifest = Manifest(run=run, origin=self.origin, date=today)
         self._before: Mapping[str, float] | None = None
         self._after: Mapping[str, float] | None = None
         self.path = root / self._manifest.folder
@@ -111,6 +112,16 @@ class ResultWriter:
         """Notes what the device reached at most, before the first sample or after the last."""
         self._before = before if before is not None else self._before
         self._after = after if after is not None else self._after
+
+    def set_plan(self, plan: Mapping[str, Any]) -> None:
+        """Notes what is run, where it is known only once an engine has been built."""
+        run = msgspec.structs.replace(self._manifest.run, plan=dict(plan))
+        self._manifest = msgspec.structs.replace(self._manifest, run=run)
+
+    def add_log(self, text: str) -> None:
+        """Appends a line to log.txt; it is in the file once this returns."""
+        with open(self.path / manifest.LOG, "a", encoding="utf-8") as log:
+            log.write(f"{text}\n")
 
     def add_file(self, name: str, data: bytes) -> None:
         """Adds one of `manifest.FILES`, whole; not the samples.

@@ -140,6 +140,18 @@ def test_samples_survive_kill_nine(checkout: pathlib.Path) -> None:
         writer.close(path)
 
 
+def test_a_plan_and_a_log_are_kept_even_if_the_run_fails(checkout: pathlib.Path) -> None:
+    result = writer.ResultWriter(checkout, result_folders.run(), project=checkout)
+    result.set_plan({"dense_batch": 8})
+    result.add_log("start 1.0 s")
+    assert (result.path / "log.txt").read_text() == "start 1.0 s\n"
+    result.add_log("done")
+    found = result.fail("cold")
+    assert found.run.plan == {"dense_batch": 8}
+    assert (result.path / "log.txt").read_text() == "start 1.0 s\ndone\n"
+    assert list(found.files) == ["log.txt", "samples.jsonl.gz"]
+
+
 def test_the_same_samples_give_the_same_bytes(checkout: pathlib.Path) -> None:
     one, _ = result_folders.write(checkout)
     other, _ = result_folders.write(checkout, name="again")
