@@ -90,7 +90,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the code was that ran.
+    """What the code was that ran, and what it ran beside.
 
     Attributes:
         commit: Of the checkout; None if there was none.
@@ -98,6 +98,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         kernel_sources: SHA-256 of every file of pallas_kernels that was used, by path.
         versions: Of Python, packages and the driver.
         environment: Variables that jax and XLA read.
+        load: Programs that wanted a processor, on average over the minute before; above the number
+            of cores the machine was busy with other things.
     """
 
     commit: str | None
@@ -105,6 +107,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kernel_sources: dict[str, str]
     versions: dict[str, str]
     environment: dict[str, str]
+    load: float
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

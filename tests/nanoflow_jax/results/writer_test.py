@@ -30,7 +30,10 @@ def test_a_finished_run_is_a_folder_with_its_figures(checkout: pathlib.Path) -> 
     assert [one.seconds for one in folder.read(path).samples] == [2.0, 2.5, 4.0]
 
 
-def test_a_result_knows_the_code_that_made_it(checkout: pathlib.Path) -> None:
+def test_a_result_knows_the_code_that_made_it(
+    checkout: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
     head = result_folders.git(checkout, "rev-parse", "HEAD")
     _, found = result_folders.write(checkout)
 
@@ -42,6 +45,8 @@ def test_a_result_knows_the_code_that_made_it(checkout: pathlib.Path) -> None:
     assert found.origin.versions["python"] == sys.version.split()[0]
     assert found.origin.versions["jax"]
     assert found.origin.environment["JAX_PLATFORMS"] == "cpu"
+    assert "JAX_COMPILATION_CACHE_DIR" not in found.origin.environment
+    assert found.origin.load >= 0
 
 
 def test_a_second_result_is_of_a_clean_tree_although_the_first_is_not_committed(
