@@ -129,7 +129,8 @@ def _throughput() -> int:
         def chosen(settings: build.Settings) -> None:
             print(settings, file=sys.stderr)
             if result is not None:
-                result.set_plan(throughput_result.plan(settings))
+                planned = throughput_result.plan(settings)
+                result.set_plan(planned, kernels=throughput_result.kernels(settings))
 
         start = time.perf_counter()
         engine = build.build_engine(engine_config, model, build.Reports(settings=chosen))

@@ -10,7 +10,7 @@ import jax
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.bench import throughput
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import build, kernel_choice
 from nanoflow_jax.results import manifest, provenance
 from nanoflow_jax.workload import file as workload_file
 
@@ -45,7 +45,7 @@ def planned(asked: Asked, model: build.ModelSource) -> manifest.Run:
     return manifest.Run(
         kind="throughput",
         name=asked.name,
-        device=device(),
+        device=device(asked.engine.parallel),
         command=tuple(asked.command),
         seed=asked.engine.model.weight_seed if asked.engine.model.random_weights else None,
         num_samples=len(asked.mixes) * asked.repeats,
@@ -61,8 +61,20 @@ def planned(asked: Asked, model: build.ModelSource) -> manifest.Run:
 
 def plan(settings: build.Settings) -> dict[str, Any]:
     """What the engine chose that its speed depends on."""
-    chosen = dataclasses.asdict(settings)
-    return {name: value for name, value in chosen.items() if name not in _NOT_PLANNED}
+    chosen = {name: value for name, value in vars(settings).items() if name not in _NOT_PLANNED}
+    makers = {str(name): str(one.maker) for name, one in settings.kernels.by_operation.items()}
+    return {
+        **chosen,
+        "kernels": makers,
+        "num_ctas": settings.kernels.num_ctas,
+        "interpreted": settings.kernels.any_interpreted,
+    }
+
+
+def kernels(settings: build.Settings) -> list[str]:
+    """Modules of pallas_kernels that the engine uses; an operation has the name of its kernel's."""
+    chosen = settings.kernels.by_operation.items()
+    return [str(name) for name, one in chosen if one.maker is kernel_choice.Maker.MOSAIC]
 
 
 def sample(
@@ -76,12 +88,13 @@ def sample(
     return {"case": case, "round": number, "asked_tokens": asked, **vars(result)}
 
 
-def device() -> manifest.Device:
-    """The device that engines run on."""
+def device(section: config_lib.ParallelSection) -> manifest.Device:
+    """The devices that the engine runs on."""
     found = jax.devices()[0]
     if found.platform == "cpu":
         return provenance.processor()
-    return manifest.Device(platform="gpu", name=found.device_kind)
+    count = section.tensor_parallel * section.data_parallel
+    return manifest.Device(platform="gpu", name=found.device_kind, count=count)
 
 
 def _chosen_knobs(engine: config_lib.EngineConfig) -> dict[str, Any]:

@@ -70,12 +70,17 @@ def _is_gpu(run: manifest.Run) -> bool:
     return run.device.platform == "gpu"
 
 
+def _level(run: manifest.Run) -> kind.Level:
+    """Of kernels that were interpreted counts what they gave, not how fast."""
+    return kind.Level.CPU_NUMERICS if run.plan.get("interpreted") else kind.Level.ONE_RUN
+
+
 KIND = kind.Kind(
     name="throughput",
     sample=Sample,
     files=lambda run: frozenset({manifest.SAMPLES}),
     needs_ceilings=_is_gpu,
-    level=lambda run: kind.Level.ONE_RUN,
+    level=_level,
     figures=_figures,
     complaints=_complaints,
 )

@@ -4,7 +4,7 @@ import datetime
 import gzip
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -53,6 +53,7 @@ class ResultWriter:
         """
         run.check()
         self._kind = kinds.find(run.kind)
+        self._project = project
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         self.origin = provenance.collect(run.kernels, project=project)
         self._manifest = Manifest(run=run, origin=self.origin, date=today)
@@ -113,10 +114,22 @@ class ResultWriter:
         self._before = before if before is not None else self._before
         self._after = after if after is not None else self._after
 
-    def set_plan(self, plan: Mapping[str, Any]) -> None:
-        """Notes what is run, where it is known only once an engine has been built."""
-        run = msgspec.structs.replace(self._manifest.run, plan=dict(plan))
-        self._manifest = msgspec.structs.replace(self._manifest, run=run)
+    def set_plan(self, plan: Mapping[str, Any], *, kernels: Iterable[str] = ()) -> None:
+        """Notes what is run, where it is known only once an engine has been built.
+
+        Args:
+            plan: As in `Run`.
+            kernels: Modules of pallas_kernels that are used beside those of the `Run`.
+
+        Raises:
+            ValueError: There is no such kernel.
+        """
+        run = self._manifest.run
+        used = tuple(sorted({*run.kernels, *kernels}))
+        sources = provenance.kernel_sources(used, project=self._project)
+        self.origin = msgspec.structs.replace(self.origin, kernel_sources=sources)
+        run = msgspec.structs.replace(run, plan=dict(plan), kernels=used)
+        self._manifest = msgspec.structs.replace(self._manifest, run=run, origin=self.origin)
 
     def add_log(self, text: str) -> None:
         """Appends a line to log.txt; it is in the file once this returns."""

@@ -10,8 +10,8 @@ import msgspec
 
 from nanoflow_jax import config
 from nanoflow_jax.bench import throughput, throughput_result
-from nanoflow_jax.engine import build
-from nanoflow_jax.results import folder, manifest
+from nanoflow_jax.engine import build, kernel_choice
+from nanoflow_jax.results import folder, manifest, provenance
 from nanoflow_jax.results import throughput as throughput_kind
 from nanoflow_jax.workload.file import WorkRequest
 
@@ -45,7 +45,15 @@ def test_a_result_says_which_work_was_done_with_which_knobs(tmp_path: pathlib.Pa
 
 
 def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
+    choices = {
+        operation: kernel_choice.Choice(maker=maker, reason="asked for")
+        for operation, maker in (
+            (kernel_choice.Operation.GEMM, kernel_choice.Maker.PLAIN),
+            (kernel_choice.Operation.DECODE_ATTENTION, kernel_choice.Maker.MOSAIC),
+        )
+    }
     settings = build.Settings(
+        num_replicas=2,
         device="cpu",
         dtype="float32",
         model_bytes=1,
@@ -56,15 +64,26 @@ def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
         dense_batch=32,
         max_context_len=64,
         buckets=("4:4:0",),
+        kernels=kernel_choice.Choices(by_operation=choices, num_ctas=48),
     )
+    assert throughput_result.kernels(settings) == ["decode_attention"]
     assert throughput_result.plan(settings) == {
+        "num_replicas": 2,
         "dtype": "float32",
         "page_size": 16,
         "max_requests": 4,
         "dense_batch": 32,
         "max_context_len": 64,
         "buckets": ("4:4:0",),
+        "kernels": {"gemm": "plain", "decode_attention": "Mosaic kernel"},
+        "num_ctas": 48,
+        "interpreted": False,
     }
+
+
+def test_each_operation_of_an_engine_has_the_name_of_its_kernel() -> None:
+    found = provenance.kernel_sources(kernel_choice.Operation)
+    assert {f"pallas_kernels/{name}.py" for name in kernel_choice.Operation} <= found.keys()
 
 
 def test_a_run_is_a_sample_of_its_kind() -> None:

@@ -37,6 +37,11 @@ def test_a_finished_run_of_a_clean_commit_is_verified(checkout: pathlib.Path) ->
     }
 
 
+def test_the_speed_of_interpreted_kernels_is_no_measurement(checkout: pathlib.Path) -> None:
+    found = _verify(_write(checkout, plan={"interpreted": True}))
+    assert set(verify.levels(found, [found]).values()) == {Level.CPU_NUMERICS}
+
+
 def test_a_failed_run_is_history_and_no_claim(checkout: pathlib.Path) -> None:
     path = _write(checkout, samples=[result_folders.sample(0)])
     found = _verify(path)

@@ -157,6 +157,18 @@ def test_a_plan_and_a_log_are_kept_even_if_the_run_fails(checkout: pathlib.Path)
     assert list(found.files) == ["log.txt", "samples.jsonl.gz"]
 
 
+def test_kernels_that_an_engine_chose_join_those_of_the_run(checkout: pathlib.Path) -> None:
+    result = writer.ResultWriter(checkout, result_folders.run(), project=checkout)
+    with pytest.raises(ValueError, match="is no kernel"):
+        result.set_plan({}, kernels=["none"])
+    result.set_plan({}, kernels=["other", "toy"])
+    found = result.fail("cold")
+    assert found.run.kernels == ("other", "toy")
+    assert list(found.origin.kernel_sources) == [
+        f"pallas_kernels/{name}.py" for name in ("other", "pieces", "toy")
+    ]
+
+
 def test_the_same_samples_give_the_same_bytes(checkout: pathlib.Path) -> None:
     one, _ = result_folders.write(checkout)
     other, _ = result_folders.write(checkout, name="again")
