@@ -48,17 +48,16 @@ def attention(
     prefill: attention_inputs.PrefillInputs = attention_inputs.PlainPrefillInputs(
         layout=layout, tile_len=tile_len
     )
+    form = attention_inputs.KernelForm(
+        num_kv_heads=layout.shape.num_kv_heads,
+        group=group,
+        windows=windows,
+        num_ctas=choices.num_ctas,
+    )
     if (chosen := choices[Operation.DECODE_ATTENTION]).maker is Maker.MOSAIC:
-        decode = attention_inputs.KernelDecodeInputs(
-            num_kv_heads=layout.shape.num_kv_heads,
-            windows=windows,
-            num_ctas=choices.num_ctas,
-            interpret=_interpret(chosen),
-        )
+        decode = attention_inputs.KernelDecodeInputs(form=form, interpret=_interpret(chosen))
     if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
-        prefill = attention_inputs.KernelPrefillInputs(
-            group=group, num_ctas=choices.num_ctas, interpret=_interpret(chosen)
-        )
+        prefill = attention_inputs.KernelPrefillInputs(form=form, interpret=_interpret(chosen))
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
 
 

@@ -59,7 +59,13 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Served:
-    """What of a model a choice depends on."""
+    """What of a model a choice depends on.
+
+    Attributes:
+        config: The model, or the share of it that one device has.
+        dtype: What it runs in.
+        page_size: Tokens in a page of its cache.
+    """
 
     config: architecture.ModelConfig
     dtype: np.dtype[Any]

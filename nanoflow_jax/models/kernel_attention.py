@@ -69,12 +69,12 @@ class KernelPrefill:
     """`PrefillAttention` by our kernel.
 
     Attributes:
-        tiles: Of the step's chunks.
+        tiles: Of the step's chunks, for each window of the model.
         num_ctas: Most SMs to use.
         interpret: None on a GPU, or InterpretGPUParams.
     """
 
-    tiles: prefill_tiles.PrefillTiles
+    tiles: Mapping[int | None, prefill_tiles.PrefillTiles]
     num_ctas: int
     interpret: Any
 
@@ -91,7 +91,7 @@ class KernelPrefill:
             q,
             cache,
             page_table,
-            self.tiles,
+            self.tiles[spec.window],
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,
