@@ -169,6 +169,11 @@ class ParallelSection:
     tensor_parallel: int = knob(
         1, "Devices that share each layer: kv heads, feed-forward width and vocabulary.", low=1
     )
+    data_parallel: int = knob(
+        1,
+        "Replicas of the model, each on devices of its own; requests go to the least busy.",
+        low=1,
+    )
     expert_parallel: bool = knob(
         False, "Whole experts on each of these devices, instead of a part of every expert."
     )
