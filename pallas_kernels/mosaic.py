@@ -61,12 +61,6 @@ def row_multiple(dtype: Any) -> int:
     return _ROW_BYTES // jnp.dtype(dtype).itemsize
 
 
-def check_num_ctas(num_ctas: int) -> None:
-    """Raises ValueError unless there is a CTA."""
-    if num_ctas < 1:
-        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
-
-
 def call(
     body: Callable[..., None],
     *,
@@ -126,7 +120,7 @@ class Kernel:
         role: What one CTA does. Takes its index among the CTAs of this kernel and their number,
             which may be values that the device computes, then refs of operands and of results.
         finish: Makes the answer from the results.
-        most_ctas: How many can be of use.
+        most_ctas: How many can be of use; the role is never played by more.
         approx_math: Whether exp2 and the like may take the fast hardware path.
     """
 
@@ -139,7 +133,14 @@ class Kernel:
 
 
 def run(kernel: Kernel, *, num_ctas: int, token: jax.Array | None, interpret: Any) -> Any:
-    """Answer of a kernel that has a grid to itself; see `call`."""
+    """Answer of a kernel that has a grid to itself, of at most so many CTAs; see `call`.
+
+    Raises:
+        ValueError: There is no CTA.
+    """
+    if num_ctas < 1:
+        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
+    num_ctas = min(num_ctas, kernel.most_ctas)
     results = call(
         lambda *refs: kernel.role(lax.axis_index("cta"), num_ctas, *refs),
         out_type=kernel.results,

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
@@ -69,8 +68,37 @@ def prefill_attention(
     Raises:
         ValueError: Shapes or dtypes do not fit each other, or the kernel cannot do them.
     """
+    kernel = prepare_prefill(
+        q,
+        cache,
+        page_table,
+        tiles,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        aligned=aligned,
+        interpreted=interpret is not None,
+    )
+    return mosaic.run(kernel, num_ctas=num_ctas, token=token, interpret=interpret)
+
+
+def prepare_prefill(
+    q: Float[Array, "T N H"],
+    cache: Float[Array, "P 2 K S H"],
+    page_table: Int32[Array, "R M"],
+    tiles: PrefillTiles,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    aligned: bool = False,
+    interpreted: bool = False,
+) -> mosaic.Kernel:
+    """The kernel of `prefill_attention`, to run on a share of a grid; takes and refuses the same.
+
+    Any number of CTAs may run it.
+    """
     _check(q, cache, page_table, tiles, window=window, softcap=softcap)
-    mosaic.check_num_ctas(num_ctas)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = cache.shape[2:4]
     form = PrefillForm(
@@ -83,30 +111,29 @@ def prefill_attention(
         window=window,
         softcap=softcap,
         in_place=aligned,
-        is_simulated=interpret is not None,
+        is_simulated=interpreted,
     )
     capacity = tiles.starts.shape[0]
     if num_tokens % GRANULE:
         q = jnp.pad(q, ((0, -num_tokens % GRANULE), (0, 0), (0, 0)))
     pages = cache.reshape(-1, page_size, head_dim)
-    num_ctas = min(num_ctas, capacity * num_kv_heads)
-
-    def body(*refs: Any) -> None:
-        prefill_role(lax.axis_index("cta"), num_ctas, PrefillRefs(*refs), form)
-
     num_rows = q.shape[0] if aligned else capacity * form.slots
-    out = mosaic.call(
-        body,
-        out_type=jax.ShapeDtypeStruct((num_rows, num_heads, head_dim), q.dtype),
-        num_ctas=num_ctas,
+
+    def finish(out: Any) -> Float[Array, "T N H"]:
+        if aligned:
+            return out[:num_tokens]
+        return out.at[jnp.asarray(tiles.sources)].get(mode="fill", fill_value=0)
+
+    return mosaic.Kernel(
         operands=[q, pages, page_table, *(jnp.asarray(field) for field in tiles[:-1])],
-        token=token,
+        results=(jax.ShapeDtypeStruct((num_rows, num_heads, head_dim), q.dtype),),
+        role=lambda index, num_workers, *refs: prefill_role(
+            index, num_workers, PrefillRefs(*refs), form
+        ),
+        finish=finish,
+        most_ctas=capacity * num_kv_heads,
         approx_math=True,
-        interpret=interpret,
     )
-    if aligned:
-        return out[:num_tokens]
-    return out.at[jnp.asarray(tiles.sources)].get(mode="fill", fill_value=0)
 
 
 def prefill_attention_reference(

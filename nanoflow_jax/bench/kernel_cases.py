@@ -12,9 +12,9 @@ import numpy as np
 from pallas_kernels import decode_attention as decode_lib
 from pallas_kernels import gemm as gemm_lib
 from pallas_kernels import grouped_gemm as grouped_lib
+from pallas_kernels import mosaic, prefill_tiles, work_list
 from pallas_kernels import prefill_attention as prefill_lib
-from pallas_kernels import prefill_tiles, work_list
-from pallas_kernels.attention_beside_gemm import attention_beside_gemm
+from pallas_kernels.side_by_side import side_by_side
 
 # Of the 2-norm of a result: its rounding, that of the weights that multiply values, and the GPU's
 # approximate exp2. Products of float32 are made of TF32, ten bits of mantissa.
@@ -48,7 +48,8 @@ class Sizes:
     """How large the cases are.
 
     Attributes:
-        tokens: T of products and of prefill, and the ragged T beside it.
+        tokens: T of products and of prefill, and the ragged T beside it, so few that an expert has
+            no more rows than the smallest tile.
         hidden: D.
         intermediate: F of the gated product.
         heads: N and K.
@@ -110,10 +111,11 @@ def cases(sizes: Sizes, seed: int) -> list[Case]:
     draw = _Draw(seed)
     return [
         *_products(sizes, draw),
-        _grouped(sizes, draw),
+        *(_grouped(sizes, draw, rows) for rows in sizes.tokens),
         *(_decode(sizes, draw, page_size) for page_size in sizes.page_sizes),
         _prefill(sizes, draw),
         _fused(sizes, draw),
+        _pod(sizes, draw),
     ]
 
 
@@ -209,8 +211,8 @@ def _product(name: str, fields: dict[str, Any], sizes: Sizes) -> Case:
     )
 
 
-def _grouped(sizes: Sizes, draw: _Draw) -> Case:
-    rows, width, inner = sizes.tokens[0], sizes.hidden, sizes.intermediate
+def _grouped(sizes: Sizes, draw: _Draw, rows: int) -> Case:
+    width, inner = sizes.hidden, sizes.intermediate
     num_experts, active = sizes.experts
     # The last expert gets no token.
     chosen = np.argsort(draw.host.random((rows, num_experts - 1)), axis=1)[:, :active]
@@ -289,7 +291,8 @@ def _decode(sizes: Sizes, draw: _Draw, page_size: int) -> Case:
     )
 
 
-def _prefill(sizes: Sizes, draw: _Draw) -> Case:
+def _prefill_operands(sizes: Sizes, draw: _Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arrays, and what is by name."""
     num_tokens = sizes.tokens[0]
     heads, kv_heads = sizes.heads
     # Three chunks: the start of a prompt, one behind a long prefix, one token.
@@ -310,22 +313,25 @@ def _prefill(sizes: Sizes, draw: _Draw) -> Case:
         capacity=prefill_tiles.max_tiles(num_tokens, len(chunks), group=group),
         num_tokens=num_tokens,
     )
-    scale = sizes.head_dim**-0.5
+    q = draw.normal(num_tokens, heads, sizes.head_dim)
+    return (q, cache, table), {"tiles": tiles, "scale": sizes.head_dim**-0.5}
+
+
+def _prefill(sizes: Sizes, draw: _Draw) -> Case:
+    operands, form = _prefill_operands(sizes, draw)
 
     def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
-        q, cache, table = arrays
         made = prefill_lib.prefill_attention(
-            q, cache, table, tiles, scale=scale, num_ctas=num_ctas, interpret=interpret
+            *arrays, **form, num_ctas=num_ctas, interpret=interpret
         )
         return (made,)
 
     def reference(*arrays: Any) -> tuple[Any, ...]:
-        q, cache, table = arrays
-        return (prefill_lib.prefill_attention_reference(q, cache, table, tiles, scale=scale),)
+        return (prefill_lib.prefill_attention_reference(*arrays, **form),)
 
     return Case(
-        name=f"prefill attention, {num_tokens} tokens of 3 chunks, up to {sizes.longest}",
-        operands=(draw.normal(num_tokens, heads, sizes.head_dim), cache, table),
+        name=f"prefill attention, {sizes.tokens[0]} tokens of 3 chunks, up to {sizes.longest}",
+        operands=operands,
         kernel=kernel,
         reference=reference,
         relative_error=_ATTENTION_ERROR,
@@ -334,35 +340,70 @@ def _prefill(sizes: Sizes, draw: _Draw) -> Case:
 
 
 def _fused(sizes: Sizes, draw: _Draw) -> Case:
-    attention = _decode_operands(sizes, draw, sizes.page_sizes[0])
-    lens = np.asarray(attention[-1])
     rows, width, inner = sizes.tokens[0], sizes.hidden, sizes.intermediate
     product = (draw.normal(rows, width), draw.normal(inner, width), draw.normal(inner, width))
+
+    def prepare(arrays: Any, interpreted: bool) -> mosaic.Kernel:
+        x, w, w_up = arrays
+        return gemm_lib.prepare_gemm(x, w, w_up=w_up)
+
+    def reference(x: Any, w: Any, w_up: Any) -> Any:
+        return gemm_lib.gemm_reference(x, w, w_up=w_up)
+
+    return _beside_decode(
+        f"gemm {rows} x {width} x {inner}", product, prepare, reference, sizes=sizes, draw=draw
+    )
+
+
+def _pod(sizes: Sizes, draw: _Draw) -> Case:
+    operands, form = _prefill_operands(sizes, draw)
+
+    def prepare(arrays: Any, interpreted: bool) -> mosaic.Kernel:
+        return prefill_lib.prepare_prefill(*arrays, **form, interpreted=interpreted)
+
+    def reference(*arrays: Any) -> Any:
+        return prefill_lib.prefill_attention_reference(*arrays, **form)
+
+    name = f"prefill attention, {sizes.tokens[0]} tokens"
+    return _beside_decode(name, operands, prepare, reference, sizes=sizes, draw=draw)
+
+
+def _beside_decode(
+    name: str,
+    operands: tuple[Any, ...],
+    prepare: Callable[[Any, bool], mosaic.Kernel],
+    reference: Callable[..., Any],
+    *,
+    sizes: Sizes,
+    draw: _Draw,
+) -> Case:
+    """A kernel, prepared from its operands, with some CTAs, and decode attention with the rest."""
+    attention = _decode_operands(sizes, draw, sizes.page_sizes[0])
+    lens = np.asarray(attention[-1])
     scale = sizes.head_dim**-0.5
-    most = sizes.num_ctas[-1]
+    most, cut = sizes.num_ctas[-1], len(operands)
 
     def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
         work = work_list.plan_decode(
             lens, num_kv_heads=sizes.heads[1], num_ctas=most - num_ctas, max_ctas=most
         )
-        gemm = gemm_lib.prepare_gemm(arrays[0], arrays[1], w_up=arrays[2])
-        q, cache, table, context_lens = arrays[3:]
-        beside = decode_lib.prepare_decode(
-            q, cache, table, context_lens, work, scale=scale, interpreted=interpret is not None
+        interpreted = interpret is not None
+        q, cache, table, context_lens = arrays[cut:]
+        decode = decode_lib.prepare_decode(
+            q, cache, table, context_lens, work, scale=scale, interpreted=interpreted
         )
-        return attention_beside_gemm(gemm, beside, num_ctas, num_ctas=most, interpret=interpret)
+        kernels = [prepare(arrays[:cut], interpreted), decode]
+        return side_by_side(kernels, (num_ctas,), num_ctas=most, interpret=interpret)
 
-    def reference(*arrays: Any) -> tuple[Any, ...]:
-        return (
-            gemm_lib.gemm_reference(arrays[0], arrays[1], w_up=arrays[2]),
-            decode_lib.decode_attention_reference(*arrays[3:], scale=scale),
-        )
+    def references(*arrays: Any) -> tuple[Any, ...]:
+        decode = decode_lib.decode_attention_reference(*arrays[cut:], scale=scale)
+        return reference(*arrays[:cut]), decode
 
     return Case(
-        name=f"decode attention beside gemm {rows} x {width} x {inner}, {most} CTAs in all",
-        operands=(*product, *attention),
+        name=f"decode attention beside {name}, {most} CTAs in all",
+        operands=(*operands, *attention),
         kernel=kernel,
-        reference=reference,
+        reference=references,
         relative_error=_ATTENTION_ERROR,
         num_ctas=(max(most // 3, 1), most - most // 3),
     )

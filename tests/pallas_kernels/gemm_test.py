@@ -10,11 +10,13 @@ import kernel_runs
 import numpy as np
 import pytest
 
-from pallas_kernels.gemm import GemmTile, gemm, gemm_reference
+from pallas_kernels.gemm import gemm, gemm_reference
+from pallas_kernels.gemm_role import GemmTile
 
 # Rounding of the output: half a unit of the last place of bfloat16, and little else.
 _RELATIVE = {"bfloat16": 2e-3, "float32": 1e-5}
 _WIDE = GemmTile(columns=256)
+_FEW = GemmTile(rows=64, columns=256)
 
 
 def _operands(num_rows, depth, num_columns, *, parts="", dtype=jnp.bfloat16, out_dtype=None):
@@ -44,6 +46,7 @@ def _operands(num_rows, depth, num_columns, *, parts="", dtype=jnp.bfloat16, out
         ((1, 8, 8), 132, {}),
         ((13, 72, 100), 132, {"parts": "residual"}),
         ((130, 64, 200), 2, {"parts": "gate bias residual"}),
+        ((50, 64, 200), 1, {"parts": "gate bias residual"}),
         ((130, 64, 200), 1, {"parts": "residual", "out_dtype": jnp.float32}),
         ((130, 96, 40), 2, {"parts": "gate", "dtype": jnp.float32}),
         ((70, 130, 131), 1, {"parts": "bias", "dtype": jnp.float16}),
@@ -162,6 +165,16 @@ _WHOLE = {
         [(2003, 4096), (4096, 4096), (4096,), (2003, 4096)],
         None,
     ),
+    "few_rows": (
+        lambda x, w, b, r: gemm(x, w, bias=b, residual=r, num_ctas=100, tile=_FEW),
+        [(61, 4096), (32768, 4096), (32768,), (61, 32768)],
+        None,
+    ),
+    "few_rows_gated": (
+        lambda x, w, w_up: gemm(x, w, w_up=w_up, num_ctas=100),
+        [(64, 4096), (14336, 4096), (14336, 4096)],
+        None,
+    ),
     "float8": (
         lambda *arrays: _scaled(*arrays, tile=GemmTile(columns=256, depth=128)),
         [(2048, 4096), (6144, 4096)],
@@ -243,9 +256,15 @@ def test_operands_that_do_not_fit_are_refused(change, message):
         gemm(**{**_GOOD, **change})
 
 
-@pytest.mark.parametrize("fields", [{"rows": 64}, {"columns": 320}, {"columns": 96}])
-def test_tiles_that_two_warpgroups_cannot_share_are_refused(fields):
-    with pytest.raises(ValueError, match="is no tile: rows must be a multiple of 128"):
+@pytest.mark.parametrize("fields", [{"rows": 32}, {"rows": 192}])
+def test_tiles_whose_rows_are_no_products_of_warpgroups_are_refused(fields):
+    with pytest.raises(ValueError, match="is no tile: rows must be 64, or a multiple of 128"):
+        GemmTile(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"columns": 320}, {"columns": 96}, {"rows": 64, "columns": 64}])
+def test_tiles_whose_columns_are_no_slices_of_warpgroups_are_refused(fields):
+    with pytest.raises(ValueError, match="columns of a warpgroup must be a multiple of slice_col"):
         GemmTile(**fields)
 
 
