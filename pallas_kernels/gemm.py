@@ -32,11 +32,12 @@ _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn)
 
 def gemm(
     x: Float[Array, "T D"],
-    w: Float[Array, "F D"],
+    w: Float[Array, "F2 D"],
     *,
+    gated: bool = False,
     w_up: Float[Array, "F D"] | None = None,
     x_scale: Float[Array, "*T"] | None = None,
-    w_scale: Float[Array, "*F"] | None = None,
+    w_scale: Float[Array, "*F2"] | None = None,
     w_up_scale: Float[Array, "*F"] | None = None,
     bias: Float[Array, "F"] | None = None,
     residual: Float[Array, "T F"] | None = None,
@@ -51,7 +52,8 @@ def gemm(
     Args:
         x: bfloat16, float16, float32 or float8_e4m3fn.
         w: Output-major, of x's dtype.
-        w_up: Second factor of a gated layer.
+        gated: Whether w holds the rows of both factors of a gated layer, up's below the gate's.
+        w_up: Second factor of a gated layer where it lies apart.
         x_scale: float32, what x is to be multiplied by: one number, or one for each row.
         w_scale: The same of w, whose rows are output channels.
         w_up_scale: The same of w_up.
@@ -69,6 +71,7 @@ def gemm(
     kernel = prepare_gemm(
         x,
         w,
+        gated=gated,
         w_up=w_up,
         x_scale=x_scale,
         w_scale=w_scale,
@@ -83,11 +86,12 @@ def gemm(
 
 def prepare_gemm(
     x: Float[Array, "T D"],
-    w: Float[Array, "F D"],
+    w: Float[Array, "F2 D"],
     *,
+    gated: bool = False,
     w_up: Float[Array, "F D"] | None = None,
     x_scale: Float[Array, "*T"] | None = None,
-    w_scale: Float[Array, "*F"] | None = None,
+    w_scale: Float[Array, "*F2"] | None = None,
     w_up_scale: Float[Array, "*F"] | None = None,
     bias: Float[Array, "F"] | None = None,
     residual: Float[Array, "T F"] | None = None,
@@ -97,16 +101,17 @@ def prepare_gemm(
     """The kernel of `gemm`, to run on a share of a grid; takes and refuses the same."""
     tile = tile or default_tile(x.dtype, x.shape[0])
     out_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
-    _check(x, w, w_up=w_up, bias=bias, residual=residual, out_dtype=out_dtype)
+    num_rows, num_columns = x.shape[0], w.shape[0] // 2 if gated else w.shape[0]
+    _check(x, w, gated=gated, w_up=w_up)
+    _check_epilogue((num_rows, num_columns), out_dtype, bias=bias, residual=residual)
     _check_scales(x, w, x_scale=x_scale, w_scale=w_scale, w_up=w_up, w_up_scale=w_up_scale)
-    num_rows, num_columns = x.shape[0], w.shape[0]
     x = padded(x, mosaic.TILE_ROWS, tile.depth)
     weights = [padded(one, mosaic.TILE_ROWS, tile.depth) for one in (w, w_up) if one is not None]
     shape = (x.shape[0], _up(num_columns, mosaic.TILE_ROWS))
     operands = [x, *weights]
     height, width = _up(num_rows, tile.rows), _up(num_columns, tile.columns)
     vectors = (
-        (w_scale, num_columns, width),
+        (w_scale, w.shape[0], w.shape[0] - num_columns + width),
         (w_up_scale, num_columns, width),
         (x_scale, num_rows, height),
         (bias, num_columns, width),
@@ -117,7 +122,8 @@ def prepare_gemm(
             jnp.pad(residual, [(0, n - m) for n, m in zip(shape, residual.shape, strict=True)])
         )
     parts = _Parts(
-        gated=w_up is not None,
+        second_row=num_columns if gated else None,
+        w_up=w_up is not None,
         w_scale=w_scale is not None,
         w_up_scale=w_up_scale is not None,
         x_scale=x_scale is not None,
@@ -137,11 +143,12 @@ def prepare_gemm(
 
 def gemm_reference(
     x: Float[Array, "T D"],
-    w: Float[Array, "F D"],
+    w: Float[Array, "F2 D"],
     *,
+    gated: bool = False,
     w_up: Float[Array, "F D"] | None = None,
     x_scale: Float[Array, "*T"] | None = None,
-    w_scale: Float[Array, "*F"] | None = None,
+    w_scale: Float[Array, "*F2"] | None = None,
     w_up_scale: Float[Array, "*F"] | None = None,
     bias: Float[Array, "F"] | None = None,
     residual: Float[Array, "T F"] | None = None,
@@ -155,6 +162,11 @@ def gemm_reference(
             y = y * x_scale.reshape(-1, 1)
         return y if scale is None else y * scale.reshape(1, -1)
 
+    if gated:
+        w, w_up = jnp.split(w, 2)
+        w_up_scale = w_scale
+        if w_scale is not None and w_scale.ndim:
+            w_scale, w_up_scale = jnp.split(w_scale, 2)
     y = product(w, w_scale)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None]
@@ -167,9 +179,10 @@ def gemm_reference(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """Which optional operands there are."""
+    """Which optional operands there are, and the row of w where a second factor begins."""
 
-    gated: bool
+    second_row: int | None
+    w_up: bool
     w_scale: bool
     w_up_scale: bool
     x_scale: bool
@@ -179,9 +192,11 @@ class _Parts:
     def named(self, refs: tuple[Any, ...]) -> GemmRefs:
         left = list(refs)
         take = lambda there: left.pop(0) if there else None  # noqa: E731
-        x, w, w_up = take(True), take(True), take(self.gated)
+        x, w, w_up = take(True), take(True), take(self.w_up)
         factors = [Factor(ref=w, scale=take(self.w_scale))]
-        if self.gated:
+        if self.second_row is not None:
+            factors.append(dataclasses.replace(factors[0], first_row=self.second_row))
+        if self.w_up:
             factors.append(Factor(ref=w_up, scale=take(self.w_up_scale)))
         return GemmRefs(
             x=x,
@@ -232,7 +247,7 @@ def check_scale(name: str, scale: Any, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {scale.dtype}{scale.shape}, not float32 of shape {wanted}")
 
 
-def _check(x: Any, w: Any, *, w_up: Any, bias: Any, residual: Any, out_dtype: Any) -> None:
+def _check(x: Any, w: Any, *, gated: bool, w_up: Any) -> None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x{x.shape} and w{w.shape} are not [T, D] and [F, D]")
     if 0 in (*x.shape, *w.shape):
@@ -240,9 +255,17 @@ def _check(x: Any, w: Any, *, w_up: Any, bias: Any, residual: Any, out_dtype: An
     check_dtypes(x, w)
     if w_up is not None and (w_up.shape != w.shape or w_up.dtype != w.dtype):
         raise ValueError(f"w_up is {w_up.dtype}{w_up.shape} and w {w.dtype}{w.shape}: not the same")
-    if bias is not None and bias.shape != w.shape[:1]:
-        raise ValueError(f"bias{bias.shape} is not [F] = {w.shape[:1]}")
-    expected = (x.shape[0], w.shape[0])
+    if gated and w_up is not None:
+        raise ValueError("gated says that w holds both factors, and there is a w_up")
+    if gated and w.shape[0] % (2 * mosaic.TILE_ROWS):
+        raise ValueError(
+            f"{w.shape[0]} rows of both factors are no multiple of {2 * mosaic.TILE_ROWS}"
+        )
+
+
+def _check_epilogue(expected: tuple[int, int], out_dtype: Any, *, bias: Any, residual: Any) -> None:
+    if bias is not None and bias.shape != expected[1:]:
+        raise ValueError(f"bias{bias.shape} is not [F] = {expected[1:]}")
     if residual is not None and (residual.shape != expected or residual.dtype != out_dtype):
         raise ValueError(
             f"residual is {residual.dtype}{residual.shape}, not {out_dtype}{expected} as the output"

@@ -15,7 +15,15 @@ import numpy as np
 
 from checkpoints import folder as checkpoint_folder
 from nanoflow_jax import config as config_lib
-from nanoflow_jax.engine import compiler, engine, inputs, programs, runner
+from nanoflow_jax.engine import (
+    compiler,
+    engine,
+    implementations,
+    inputs,
+    kernel_choice,
+    programs,
+    runner,
+)
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import pages
@@ -76,6 +84,7 @@ class Settings:
     dense_batch: int
     max_context_len: int
     buckets: tuple[str, ...]
+    kernels: kernel_choice.Choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,11 +209,18 @@ def build_engine(
         )
     bucket_list = _buckets(config.batch.buckets, max_requests, dense_batch)
     mesh = mesh_lib.build_mesh([device])
-    model = _load(config.model, source, dtype, mesh, reports)
     page_size = min(config.cache.page_size or defaults.page_size, context)
+    served = kernel_choice.Served(config=source.config, dtype=dtype, page_size=page_size)
+    choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
+    _LOG.info("kernels: %s", choices)
+    model = _load(config.model, source, dtype, mesh, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(
-        device, config.cache, source.config, dtype, page_size, max_requests * max_pages
+        device,
+        config.cache,
+        served,
+        most_pages=max_requests * max_pages,
+        page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
     )
     sizes = programs.Sizes(
         max_requests=max_requests,
@@ -213,7 +229,12 @@ def build_engine(
         dense_batch=dense_batch,
         vocab_size=source.config.vocab_size,
         penalty_requests=min(config.batch.penalty_requests, max_requests),
-        tile_len=min(defaults.tile_len, dense_batch),
+        attention=implementations.attention(
+            choices,
+            layout=kv_layout,
+            config=source.config,
+            tile_len=min(defaults.tile_len, dense_batch),
+        ),
     )
     reports.settings(
         Settings(
@@ -227,6 +248,7 @@ def build_engine(
             dense_batch=dense_batch,
             max_context_len=context,
             buckets=tuple(str(b) for b in bucket_list),
+            kernels=choices,
         )
     )
     step_runner = runner.Runner(
@@ -238,6 +260,8 @@ def build_engine(
         mesh=mesh,
         threads=config.compile.threads,
         options={},
+        operations=implementations.operations(choices),
+        watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
     )
     limits = scheduler.Limits(
@@ -314,21 +338,21 @@ def _load(
 def _layout(
     device: jax.Device,
     section: config_lib.CacheSection,
-    config: architecture.ModelConfig,
-    dtype: np.dtype[Any],
-    page_size: int,
+    served: kernel_choice.Served,
+    *,
     most_pages: int,
+    page_major: bool,
 ) -> layout_lib.KvLayout:
     """The cache of one layer: as many pages as memory allows and all requests could use."""
-    kind = layout_lib.TokenMinorLayout if device.platform == "cpu" else layout_lib.PageMajorLayout
+    kind = layout_lib.PageMajorLayout if page_major else layout_lib.TokenMinorLayout
     shape = layout_lib.CacheShape(
         num_pages=1,
-        page_size=page_size,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
+        page_size=served.page_size,
+        num_kv_heads=served.config.num_kv_heads,
+        head_dim=served.config.head_dim,
+        dtype=served.dtype,
     )
-    num_pages, page_bytes = section.num_pages, shape.page_bytes * config.num_layers
+    num_pages, page_bytes = section.num_pages, shape.page_bytes * served.config.num_layers
     free = _free_bytes(device)
     if not num_pages:
         share = _HOST_SHARE if device.platform == "cpu" else 1.0

@@ -85,6 +85,8 @@ class InputBuilder:
             views["pages"][i] = row.pages[row.start // self._page_size]
             views["decode_pages"][i, : len(row.pages)] = row.pages
         views["logit_tokens"][:count] = np.arange(count)
+        if plan.bucket.decode_rows:
+            self._sizes.attention.decode.write(views, views["decode_lens"])
         self._write_chunks(plan, sequences, views)
         return vector
 
@@ -112,10 +114,7 @@ class InputBuilder:
                 views["logit_tokens"][logit_row] = span.stop - 1
                 logit_row += 1
             first = span.stop
-        built = tiles.build_prefill_tiles(
-            chunks, tile_len=self._sizes.tile_len, capacity=views["tiles"].shape[1]
-        )
-        views["tiles"][:] = np.stack(built)
+        self._sizes.attention.prefill.write(views, chunks)
 
     def _sample(
         self,

@@ -16,8 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import request
-from nanoflow_jax.engine import packing, sampling
-from nanoflow_jax.kv_cache import layout, tiles
+from nanoflow_jax.engine import attention_inputs, packing, sampling
+from nanoflow_jax.kv_cache import layout
+from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import paged_attention, transformer
 from nanoflow_jax.scheduler import buckets
 
@@ -39,7 +40,7 @@ class Sizes:
         dense_batch: Tokens in a full step.
         vocab_size: V.
         penalty_requests: Rows of the penalty table.
-        tile_len: Tokens in a prefill tile.
+        attention: What the host plans of attention.
     """
 
     max_requests: int
@@ -48,7 +49,7 @@ class Sizes:
     dense_batch: int
     vocab_size: int
     penalty_requests: int
-    tile_len: int
+    attention: attention_inputs.AttentionInputs
 
     @property
     def sample_rows(self) -> tuple[int, ...]:
@@ -62,10 +63,6 @@ class Sizes:
     def padded_rows(self, bucket: buckets.Bucket) -> int:
         """Rows of the sample program that follows a bucket's forward."""
         return min(n for n in self.sample_rows if n >= self.logit_rows(bucket))
-
-    def tile_capacity(self, bucket: buckets.Bucket) -> int:
-        """Prefill tiles enough for any chunks in a bucket."""
-        return tiles.max_tiles(bucket.tokens, bucket.prefill_rows, tile_len=self.tile_len)
 
 
 def forward_packing(sizes: Sizes, bucket: buckets.Bucket) -> packing.Packing:
@@ -84,8 +81,7 @@ def forward_packing(sizes: Sizes, bucket: buckets.Bucket) -> packing.Packing:
     }
     if bucket.prefill_rows:
         fields["prefill_pages"] = field(shape=(bucket.prefill_rows, pages))
-        fields["tiles"] = field(shape=(4, sizes.tile_capacity(bucket)))
-    return packing.Packing(fields)
+    return packing.Packing(fields | sizes.attention.fields(bucket))
 
 
 def sample_packing(sizes: Sizes, *, rows: int, variant: sampling.SamplerVariant) -> packing.Packing:
@@ -143,6 +139,7 @@ def build_forward(
     layout: layout.KvLayout,
     sizes: Sizes,
     bucket: buckets.Bucket,
+    operations: operation_lib.Operations = operation_lib.PLAIN,
 ) -> Callable[..., ForwardResult]:
     """The forward program of one bucket: (caches, last_tokens, weights, vector) -> result."""
     pack = forward_packing(sizes, bucket)
@@ -158,11 +155,11 @@ def build_forward(
         slots = inputs["token_slots"]
         sampled = last_tokens.at[slots].get(mode="clip")
         token_ids = jnp.where(slots < sizes.max_requests, sampled, inputs["token_ids"])
-        attend = paged_attention.PagedAttention(
-            layout=layout, batch=_paged_batch(inputs, bucket, sizes)
-        )
+        attend = _attention(inputs, layout, bucket, sizes.attention)
         x = model.embed(token_ids)
-        x, new_caches = model.run_layers(x, inputs["positions"], caches, attend)
+        x, new_caches = model.run_layers(
+            x, inputs["positions"], caches, attend, operations=operations
+        )
         logits = model.head(x.at[inputs["logit_tokens"]].get(mode="clip"))
         spare = sizes.padded_rows(bucket) - logits.shape[0]
         hidden = None
@@ -175,18 +172,24 @@ def build_forward(
     return forward
 
 
-def _paged_batch(
-    inputs: dict[str, Array], bucket: buckets.Bucket, sizes: Sizes
-) -> paged_attention.PagedBatch:
+def _attention(
+    inputs: dict[str, Array],
+    kv_layout: layout.KvLayout,
+    bucket: buckets.Bucket,
+    attention: attention_inputs.AttentionInputs,
+) -> paged_attention.PagedAttention:
     has_chunks = bucket.prefill_rows > 0
-    return paged_attention.PagedBatch(
-        pages=inputs["pages"],
-        offsets=inputs["offsets"],
-        decode_pages=inputs["decode_pages"],
-        decode_lens=inputs["decode_lens"],
-        prefill_pages=inputs["prefill_pages"] if has_chunks else None,
-        prefill_tiles=tiles.PrefillTiles(*inputs["tiles"]) if has_chunks else None,
-        tile_len=sizes.tile_len,
+    return paged_attention.PagedAttention(
+        layout=kv_layout,
+        batch=paged_attention.PagedBatch(
+            pages=inputs["pages"],
+            offsets=inputs["offsets"],
+            decode_pages=inputs["decode_pages"],
+            decode_lens=inputs["decode_lens"],
+            prefill_pages=inputs["prefill_pages"] if has_chunks else None,
+        ),
+        decode=attention.decode.read(inputs) if bucket.decode_rows else None,
+        prefill=attention.prefill.read(inputs) if has_chunks else None,
     )
 
 

@@ -112,6 +112,11 @@ class ModelConfig:
         """Query heads per kv head: G = N / K."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def distinct_windows(self) -> tuple[int | None, ...]:
+        """Each window that a layer has, once."""
+        return tuple(dict.fromkeys(self.windows))
+
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.sparse_layers[layer]
 

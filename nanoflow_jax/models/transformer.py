@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanoflow_jax.models import architecture, layers
+from nanoflow_jax.models.operations import PLAIN, Operations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,14 @@ class Layer(nnx.Module):
         angles: tuple[Float[Array, "T h"], Float[Array, "T h"]],
         cache: Any,
         attend: AttentionPath,
+        operations: Operations = PLAIN,
     ) -> tuple[Float[Array, "T D"], Any]:
-        q, k, v = self.attention.norm_kqv(x)
+        q, k, v = self.attention.norm_kqv(x, operations)
         with jax.named_scope("rope"):
             q, k = layers.rotate(q, *angles), layers.rotate(k, *angles)
         attended, cache = attend(q, k, v, cache, self.spec)
-        x = self.attention.output(x, attended)
-        return self.feed_forward(x), cache
+        x = self.attention.output(x, attended, operations)
+        return self.feed_forward(x, operations), cache
 
 
 class Transformer(nnx.Module):
@@ -99,6 +101,7 @@ class Transformer(nnx.Module):
         attend: AttentionPath,
         *,
         start: int = 0,
+        operations: Operations = PLAIN,
     ) -> tuple[Float[Array, "T D"], list[Any]]:
         """Runs layers [start, start + len(caches)).
 
@@ -108,6 +111,7 @@ class Transformer(nnx.Module):
             caches: One cache per layer to run.
             attend: Appends to a cache and attends.
             start: First layer.
+            operations: What the rest of a layer is made of.
 
         Returns:
             Hidden states leaving the last of them, and the updated caches.
@@ -115,7 +119,7 @@ class Transformer(nnx.Module):
         angles = layers.rope_angles(positions, head_dim=self.config.head_dim, rope=self.config.rope)
         updated = []
         for offset, cache in enumerate(caches):
-            x, cache = self.layers[start + offset](x, angles, cache, attend)
+            x, cache = self.layers[start + offset](x, angles, cache, attend, operations)
             updated.append(cache)
         return x, updated
 

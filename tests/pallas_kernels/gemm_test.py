@@ -92,6 +92,48 @@ def test_float8_products_are_scaled_by_tensor_or_by_channel(parts, scales, more)
     kernel_runs.check_close(found, wanted, relative=_RELATIVE[str(wanted.dtype)])
 
 
+def _stacked(operands, *names):
+    """The operands with both factors, or their scales, in one array."""
+    made = dict(operands)
+    for name in names:
+        made[name] = jnp.concatenate([made[name], made.pop(name.replace("w", "w_up", 1))])
+    return made
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("sizes", "parts"), [((130, 64, 200), "gate"), ((9, 64, 24), "gate bias residual")]
+)
+def test_two_factors_of_one_array_are_two_arrays(sizes, parts):
+    operands = _operands(*sizes, parts=parts)
+    with kernel_runs.interpreting() as interpret:
+        found = gemm(**_stacked(operands, "w"), gated=True, num_ctas=2, interpret=interpret)
+        apart = gemm(**operands, num_ctas=2, interpret=interpret)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(apart))
+    wanted = gemm_reference(**_stacked(operands, "w"), gated=True)
+    kernel_runs.check_close(found, wanted, relative=2e-3)
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("shape", [(), (40,)])
+def test_two_factors_of_one_array_have_their_own_scales(shape):
+    operands = _operands(20, 128, 40, parts="gate", dtype=jnp.float8_e4m3fn)
+    scales = _scales((), shape, shape)
+    stacked = _stacked(operands, "w") | {"x_scale": scales["x_scale"]}
+    stacked["w_scale"] = scales["w_scale"]
+    if shape:
+        stacked |= _stacked(scales, "w_scale")
+    with kernel_runs.interpreting() as interpret:
+        found = gemm(**stacked, gated=True, num_ctas=1, interpret=interpret)
+    wanted = gemm_reference(**stacked, gated=True)
+    kernel_runs.check_close(found, wanted, relative=2e-3)
+    if shape:
+        apart = gemm_reference(**operands, **scales)
+        np.testing.assert_array_equal(np.asarray(wanted), np.asarray(apart))
+
+
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
 def test_a_wide_tile_leaves_in_slices():
@@ -158,6 +200,11 @@ _WHOLE = {
     "gated": (
         lambda x, w, w_up: gemm(x, w, w_up=w_up, num_ctas=100),
         [(2048, 4096), (14336, 4096), (14336, 4096)],
+        None,
+    ),
+    "gated_of_one_array": (
+        lambda x, w: gemm(x, w, gated=True, num_ctas=100),
+        [(2048, 4096), (28672, 4096)],
         None,
     ),
     "bias_residual": (
@@ -248,6 +295,11 @@ _GOOD = {"x": jnp.zeros((4, 8)), "w": jnp.zeros((6, 8))}
             r"w_scale is bfloat16\(\), not float32 of shape",
         ),
         ({"w_up_scale": jnp.zeros(())}, "there is a w_up_scale and no w_up"),
+        (
+            {"gated": True, "w_up": jnp.zeros((6, 8))},
+            "gated says that w holds both factors, and there is a w_up",
+        ),
+        ({"gated": True}, "6 rows of both factors are no multiple of 16"),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
     ],
 )

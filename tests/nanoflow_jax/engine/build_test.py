@@ -4,12 +4,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from engine_runs import build_small
 from golden import cases
 
 from nanoflow_jax import config
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import build, kernel_choice
 from nanoflow_jax.kv_cache import layout
 
 _CASE = cases.load("llama")
@@ -134,16 +135,15 @@ def test_f5_memory_for_less_than_a_page_is_refused(monkeypatch):
         build_small(_CASE.path, **_KNOBS)
 
 
-def _layout(free, monkeypatch, **knobs):
+def _layout(free, monkeypatch, *, page_major=False, **knobs):
     monkeypatch.setattr(build, "_free_bytes", lambda device: free)
     opened = _open(model=str(_CASE.path))
     return build._layout(
         jax.devices()[0],
         config.CacheSection(**knobs),
-        opened.config,
-        jnp.dtype(jnp.float32),
-        16,
-        50,
+        kernel_choice.Served(config=opened.config, dtype=np.dtype(np.float32), page_size=16),
+        most_pages=50,
+        page_major=page_major,
     )
 
 
@@ -153,6 +153,8 @@ def test_the_cache_takes_its_share_of_memory_and_no_more_than_all_requests_need(
     found = _layout(80 * page, monkeypatch, memory_fraction=0.5)  # a CPU: a quarter of it
     assert isinstance(found, layout.TokenMinorLayout)
     assert found.shape.num_pages == 10
+    found = _layout(80 * page, monkeypatch, memory_fraction=0.5, page_major=True)
+    assert isinstance(found, layout.PageMajorLayout)
     assert _layout(1000 * page, monkeypatch).shape.num_pages == 50
     assert _layout(80 * page, monkeypatch, num_pages=70).shape.num_pages == 70
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from nanoflow_jax.models import architecture, layers
+from nanoflow_jax.models import architecture, layers, operations
 
 _CONFIG = architecture.ModelConfig(
     family="llama",
@@ -94,7 +94,7 @@ def test_norm_of_bfloat16_is_computed_in_float32():
 def test_product_sums_bfloat16_in_float32():
     # In bfloat16 256 + 1 is 256: 256 ones after it would all be lost.
     row = jnp.asarray([[256.0] + [1.0] * 256], jnp.bfloat16)
-    out = layers.product(row, jnp.ones((1, 257), jnp.bfloat16))
+    out = operations.product(row, jnp.ones((1, 257), jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     assert float(out[0, 0]) == 512.0
 
