@@ -97,7 +97,7 @@ def triton_call(
     """
     if plt is None:
         raise ValueError(
-            f"jax {jax.__version__} has no Triton backend of Pallas; take the plain path"
+            f"jax {jax.__version__} has no Triton backend of Pallas; 0.12.0.1 still has it"
         )
     # The warning comes when the program is lowered, where no context of ours reaches.
     warnings.filterwarnings(

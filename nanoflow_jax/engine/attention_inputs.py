@@ -4,7 +4,7 @@ Both ends of each implementation stand together, so that they cannot drift apart
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,13 +96,13 @@ class KernelDecodeInputs:
         num_kv_heads: K.
         windows: Of the model's layers, each once.
         num_ctas: That will work.
-        interpret: None on a GPU, or InterpretGPUParams.
+        attend: See `KernelDecode`.
     """
 
     num_kv_heads: int
     windows: Sequence[int | None]
     num_ctas: int
-    interpret: Any
+    attend: Callable[..., Array]
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
         # A plan without requests says what unused entries hold.
@@ -125,7 +125,7 @@ class KernelDecodeInputs:
             )
             for i, window in enumerate(self.windows)
         }
-        return kernel_attention.KernelDecode(works=works, interpret=self.interpret)
+        return kernel_attention.KernelDecode(works=works, attend=self.attend)
 
     def _plan(self, context_lens: Any, window: int | None) -> work_list.WorkList:
         return work_list.plan_decode(

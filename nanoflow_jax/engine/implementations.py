@@ -1,6 +1,10 @@
 """From what was chosen to the objects that a step's programs and inputs are made with."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+from jaxtyping import Array
 
 from nanoflow_jax import compat
 from nanoflow_jax.engine import attention_inputs
@@ -8,6 +12,8 @@ from nanoflow_jax.engine.kernel_choice import Choice, Choices, Maker, Operation
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.models import architecture, kernel_operations
 from nanoflow_jax.models import operations as operation_lib
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention_triton import decode_attention_triton
 
 
 def operations(choices: Choices) -> operation_lib.Operations:
@@ -45,12 +51,12 @@ def attention(
     prefill: attention_inputs.PrefillInputs = attention_inputs.PlainPrefillInputs(
         layout=layout, tile_len=tile_len
     )
-    if (chosen := choices[Operation.DECODE_ATTENTION]).maker is Maker.MOSAIC:
+    if (chosen := choices[Operation.DECODE_ATTENTION]).maker is not Maker.PLAIN:
         decode = attention_inputs.KernelDecodeInputs(
             num_kv_heads=config.num_kv_heads,
             windows=config.distinct_windows,
             num_ctas=choices.num_ctas,
-            interpret=_interpret(chosen),
+            attend=_decode_kernel(chosen),
         )
     if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
         prefill = attention_inputs.KernelPrefillInputs(
@@ -63,6 +69,12 @@ def wants_page_major(choices: Choices) -> bool:
     """Whether the cache must lie as kernels read it."""
     attentions = (Operation.DECODE_ATTENTION, Operation.PREFILL_ATTENTION)
     return any(choices[operation].maker is not Maker.PLAIN for operation in attentions)
+
+
+def _decode_kernel(choice: Choice) -> Callable[..., Array]:
+    if choice.maker is Maker.TRITON:
+        return functools.partial(decode_attention_triton, interpret=choice.interpreted)
+    return functools.partial(decode_attention, interpret=_interpret(choice))
 
 
 def _interpret(choice: Choice) -> Any:

@@ -74,16 +74,15 @@ def test_a_request_with_nan_fails_alone_and_a_token_is_not_read():
     case = decode_runs.Case(lens=(64, 300, 70), num_ctas=2)
     q, cache, table, lens = case.operands()
     broken = cache.at[table[1, 2], 1, 0, 5].set(jnp.nan)
-    found = decode_attention_triton(
-        q,
-        broken,
-        table,
-        lens,
-        case.plan(),
-        **case.all_options,
-        token=jnp.full((3,), jnp.nan),
-        interpret=True,
+    run = jax.jit(
+        functools.partial(
+            decode_attention_triton,
+            **case.all_options,
+            token=jnp.full((3,), jnp.nan),
+            interpret=True,
+        )
     )
+    found = run(q, broken, table, lens, case.plan())
     wanted = decode_attention_reference(q, cache, table, lens, **case.all_options)
     assert np.isnan(np.asarray(found[1], np.float32)).all()
     kernel_runs.check_close(found[::2], wanted[::2], relative=_RELATIVE["bfloat16"])

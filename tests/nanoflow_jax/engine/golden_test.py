@@ -16,10 +16,18 @@ _SHAPES = {
     "whole": {"cache_page_size": 128, **_WHOLE},
     "chunked": {"cache_page_size": 5, "dense_batch": 24, "buckets": "24:12:12"},
     "narrow": {"cache_page_size": 8, "dense_batch": 13, "buckets": "12:12:0,13:12:2"},
+    "Triton": {
+        "cache_page_size": 5,
+        "kernel_decode_attention": "interpret_triton",
+        "dense_batch": 24,
+        "buckets": "24:12:12",
+    },
 }
 # Every case whole and chunked; the narrow shape where windows or key groups are odd.
 _PAIRS = [(case, shape) for case in cases.CASES for shape in ("whole", "chunked")]
 _PAIRS += [(case, "narrow") for case in ("llama3", "mistral", "gemma2") if case in cases.CASES]
+# The kernel for GPUs before Hopper: with groups of queries, and with windows and a soft-cap.
+_PAIRS += [(case, "Triton") for case in ("llama3", "gemma2") if case in cases.CASES]
 
 
 def _log_softmax(logits: Float[np.ndarray, "T V"]) -> Float[np.ndarray, "T V"]:
