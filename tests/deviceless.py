@@ -108,6 +108,13 @@ L4 = Device(
 )
 
 
+# Tests run with fewer passes, which costs registers.
+_USUAL_PASSES = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledKernel:
     """One kernel of a compiled program.
@@ -160,14 +167,14 @@ def _topology_device(device: Device) -> Any:
     return topology.devices[0]
 
 
-def _lowered(
-    function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct], device: Device
-) -> Any:
+def _lowered(function: Callable[..., Any], shapes: Sequence[Any], device: Device) -> Any:
     """A program for that device; skips the test where there is no compiler."""
     if reason := _why_not():
         pytest.skip(reason)
     sharding = jax.sharding.SingleDeviceSharding(_topology_device(device))
-    given = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
+    given = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+    )
     with compat.abstract_gpu(device.name, device.num_sms):
         return jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",))
 
@@ -181,6 +188,12 @@ def compiled(
         return tuple(_read_mosaic(path) for path in sorted(folder.glob("*.ptxas")))
 
 
+def program(function: Callable[..., Any], *shapes: Any, device: Device) -> jax.stages.Compiled:
+    """A function as XLA compiles it for a device; skips the test where there is no compiler."""
+    with _dumped():
+        return _lowered(function, shapes, device).compile(compiler_options=_USUAL_PASSES)
+
+
 def compiled_by_xla(
     function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct, device: Device
 ) -> dict[str, CompiledKernel]:
@@ -191,14 +204,8 @@ def compiled_by_xla(
     """
     with _dumped() as folder:
         _record_ptxas(folder)
-        options = {
-            "xla_dump_to": str(folder),
-            "xla_gpu_cuda_data_dir": str(folder),
-            # Tests run with fewer passes, which costs registers.
-            "xla_backend_optimization_level": 3,
-            "xla_llvm_disable_expensive_passes": False,
-        }
-        _lowered(function, shapes, device).compile(compiler_options=options)
+        folders = {"xla_dump_to": str(folder), "xla_gpu_cuda_data_dir": str(folder)}
+        _lowered(function, shapes, device).compile(compiler_options=folders | _USUAL_PASSES)
         (thunks,) = folder.glob("*.thunk_sequence.txt")
         return dict(_read_launches(thunks.read_text(), folder))
 

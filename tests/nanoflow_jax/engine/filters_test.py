@@ -1,7 +1,9 @@
 """Filters and races against searches by sorting, and exact distributions."""
 
 import dataclasses
+import re
 
+import deviceless
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -146,6 +148,26 @@ def test_a_floor_between_any_two_neighbours_is_found_by_dividing():
     )
     floors = _floors(jnp.asarray(np.repeat(y, 300, axis=0)), given, filters._divide)
     np.testing.assert_array_equal(floors, y[0])
+
+
+@pytest.mark.timeout(120)
+def test_a_gpu_searches_a_few_rows_at_a_time_and_is_not_asked_whether_to_go_on():
+    num_rows, size = 256, 128_256
+    rows = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    counts = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+    program = deviceless.program(
+        filters.search,
+        jax.ShapeDtypeStruct((num_rows, size), jnp.float32),
+        filters.Filters(peak=rows, scale=rows, floor=rows, top_k=counts, top_p=rows),
+        jax.ShapeDtypeStruct((num_rows,), jnp.bool_),
+        device=deviceless.H200,
+    )
+    text = program.as_text()
+    assert text.count('"known_trip_count":{"n":"10"}') == 2
+    # Eight sums of a group's rows, cut into blocks, come of one kernel that reads the rows once.
+    sums = ", ".join(["f32[32,1002]{1,0}"] * 8)
+    assert re.sub(r"/\*.*?\*/", "", text).count(f"({sums}) fusion(") == 2
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 32 * size * 4
 
 
 @pytest.mark.parametrize("find", [filters._bisect, filters._divide])
