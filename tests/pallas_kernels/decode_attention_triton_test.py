@@ -20,6 +20,7 @@ from pallas_kernels.work_list import WorkList, plan_decode
 pytestmark = pytest.mark.skipif(
     not compat.HAS_PALLAS_TRITON, reason=f"jax {jax.__version__} has no Triton backend of Pallas"
 )
+_LEAST_SHARED_BYTES = 101_376  # that a CTA may have on Ada
 # Rounding of weights and of the output to the cache's dtype.
 _RELATIVE = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 2e-6}
 
@@ -117,21 +118,18 @@ def test_decode_attention_lowers_for_triton(name):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    "device", [deviceless.A100, deviceless.L4, deviceless.H200], ids=lambda d: d.name
-)
+@pytest.mark.parametrize("device", ["A100", "L4", "H200"])
 @pytest.mark.parametrize("name", ["llama 8b", "16 query heads, pages of 16", "heads of 256"])
 def test_decode_attention_compiles_without_spills(name, device):
-    kernels = deviceless.compiled_by_xla(_run, *decode_runs.shapes(**_SERVED[name]), device=device)
-    kernel = kernels["decode_attention_kernel"]
+    program = deviceless.program(_run, *decode_runs.shapes(**_SERVED[name]), device=device)
+    kernel = program.kernel("decode_attention_kernel")
     assert kernel.grid == (_SERVED[name].get("num_ctas", 48), 1, 1)
     assert kernel.spill_bytes == 0
     assert kernel.registers <= 168
-    assert kernel.shared_bytes <= deviceless.L4.shared_bytes
+    # Two steps of keys and values lie in shared memory: pages come ahead of their use.
+    assert 2 * (32 << 10) < kernel.shared_bytes <= _LEAST_SHARED_BYTES
     assert "cp.async.cg.shared.global" in kernel.ptx
     assert "mma.sync" in kernel.ptx
-    # Two steps of keys and values lie in shared memory: pages come ahead of their use.
-    assert kernel.shared_bytes > 2 * (32 << 10)
 
 
 _GOOD = {

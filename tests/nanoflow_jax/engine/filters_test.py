@@ -160,14 +160,15 @@ def test_a_gpu_searches_a_few_rows_at_a_time_and_is_not_asked_whether_to_go_on()
         jax.ShapeDtypeStruct((num_rows, size), jnp.float32),
         filters.Filters(peak=rows, scale=rows, floor=rows, top_k=counts, top_p=rows),
         jax.ShapeDtypeStruct((num_rows,), jnp.bool_),
-        device=deviceless.H200,
+        # Graphs inside of branches inside of loops cannot be told apart in what XLA logs.
+        options={"xla_gpu_enable_command_buffer": ""},
     )
-    text = program.as_text()
+    text = program.hlo
     assert text.count('"known_trip_count":{"n":"10"}') == 2
     # Eight sums of a group's rows, cut into blocks, come of one kernel that reads the rows once.
     sums = ", ".join(["f32[32,1002]{1,0}"] * 8)
     assert re.sub(r"/\*.*?\*/", "", text).count(f"({sums}) fusion(") == 2
-    assert program.memory_analysis().temp_size_in_bytes < 2 * 32 * size * 4
+    assert program.memory.temp_bytes < 2 * 32 * size * 4
 
 
 @pytest.mark.parametrize("find", [filters._bisect, filters._divide])
