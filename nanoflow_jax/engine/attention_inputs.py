@@ -5,7 +5,7 @@ Both ends of each implementation stand together, so that they cannot drift apart
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +33,9 @@ class DecodeInputs(Protocol):
 
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         """The attention, in a program."""
+
+    def capped(self, num_ctas: int | None) -> "DecodeInputs":
+        """The same for at most so many SMs; None for as many as now."""
 
 
 class PrefillInputs(Protocol):
@@ -62,6 +65,9 @@ class PlainDecodeInputs:
 
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         return paged_attention.PlainDecode(layout=self.layout)
+
+    def capped(self, num_ctas: int | None) -> DecodeInputs:
+        return self  # XLA cannot be held to a number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +118,11 @@ class KernelDecodeInputs:
 
     Attributes:
         form: What they depend on.
-        interpret: None on a GPU, or InterpretGPUParams.
+        attend: See `KernelDecode`.
     """
 
     form: KernelForm
-    interpret: Any
+    attend: Callable[..., Array]
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
         empty = np.zeros(bucket.decode_rows, np.int32)
@@ -128,7 +134,12 @@ class KernelDecodeInputs:
 
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         works = _read_plans(arrays, "decode_work", work_list.WorkList, self.form.windows)
-        return kernel_attention.KernelDecode(works=works, interpret=self.interpret)
+        return kernel_attention.KernelDecode(works=works, attend=self.attend)
+
+    def capped(self, num_ctas: int | None) -> DecodeInputs:
+        if num_ctas is None:
+            return self
+        return dataclasses.replace(self, form=dataclasses.replace(self.form, num_ctas=num_ctas))
 
     def _plan(self, context_lens: Any, window: int | None) -> work_list.WorkList:
         return work_list.plan_decode(
@@ -258,8 +269,3 @@ class AttentionInputs:
 
     decode: DecodeInputs
     prefill: PrefillInputs
-
-    def fields(self, bucket: buckets.Bucket) -> Fields:
-        """What lies in the vector of a bucket's forward."""
-        found = self.decode.fields(bucket) if bucket.decode_rows else {}
-        return found | (self.prefill.fields(bucket) if bucket.prefill_rows else {})
