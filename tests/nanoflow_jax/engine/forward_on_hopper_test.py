@@ -7,6 +7,7 @@ import math
 import deviceless
 import jax
 import jax.numpy as jnp
+import kernel_runs
 import numpy as np
 import pytest
 from flax import nnx
@@ -50,16 +51,21 @@ def _layout(model):
     )
 
 
-@functools.cache
-def _program(preset, *asked):
-    """The forward of a model of two layers, with what an H200 chooses unless something is asked."""
+def _forward(preset, *asked, num_devices=1):
+    """The forward of a model of two layers, with what an H200 chooses unless something is asked.
+
+    Returns:
+        The program and the shapes of its arguments.
+    """
     model = _model_config(preset)
-    served = kernel_choice.Served(config=model, dtype=np.dtype(jnp.bfloat16), page_size=_PAGE_SIZE)
+    placement = loading.place_model(model, jax.devices()[:num_devices])
+    share = loading.share_of_one_device(model, placement)
     knobs = {f"kernel_{operation}": "pallas" for operation in asked}
-    section = config.EngineConfig.from_knobs(**knobs).kernels
-    choices = kernel_choice.choose(section, _H200, served)
-    kv_layout = _layout(model)
-    placement = loading.place_model(model, jax.devices()[:1])
+    choices = kernel_choice.choose(
+        config.EngineConfig.from_knobs(**knobs).kernels,
+        _H200,
+        kernel_choice.Served(config=share, dtype=np.dtype(jnp.bfloat16), page_size=_PAGE_SIZE),
+    )
     sizes = programs.Sizes(
         max_requests=_BUCKET.decode_rows,
         max_pages=_MAX_PAGES,
@@ -67,37 +73,49 @@ def _program(preset, *asked):
         dense_batch=_BUCKET.tokens,
         vocab_size=model.vocab_size,
         penalty_requests=1,
-        num_devices=1,
+        num_devices=num_devices,
         attention=implementations.attention(
             choices,
-            layout=kv_layout,
-            group=model.group_size,
-            windows=model.distinct_windows,
+            layout=_layout(share),
+            group=share.group_size,
+            windows=share.distinct_windows,
             tile_len=128,
         ),
     )
 
     def make(spec):
-        return jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+        sharding = placement.sharding(spec.axes)
+        return jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=sharding)
 
     graph, state = nnx.split(transformer.Transformer(make, model))
     weights, treedef = jax.tree.flatten(state)
+    cache = placement.spec("P2KSH")
     forward = programs.build_forward(
         graph,
         treedef,
-        layout=kv_layout,
+        layout=_layout(share),
         sizes=sizes,
         bucket=_BUCKET,
         operations=implementations.operations(choices),
-        shares=programs.Shares(placement=placement, caches=None, weights=()),
+        shares=programs.Shares(
+            placement=placement,
+            caches=[cache] * _LAYERS,
+            weights=[weight.sharding.spec for weight in weights],
+        ),
     )
-    return deviceless.program(
-        jax.jit(forward, donate_argnums=0, keep_unused=True),
-        [jax.eval_shape(kv_layout.allocate)] * _LAYERS,
+    return forward, (
+        [jax.eval_shape(_layout(model).allocate)] * _LAYERS,
         jax.ShapeDtypeStruct((sizes.max_requests,), jnp.int32),
-        weights,
+        [jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights],
         jax.ShapeDtypeStruct((programs.forward_packing(sizes, _BUCKET).size,), jnp.int32),
     )
+
+
+@functools.cache
+def _program(*case):
+    """Compiled for an H200."""
+    forward, shapes = _forward(*case)
+    return deviceless.program(jax.jit(forward, donate_argnums=0, keep_unused=True), *shapes)
 
 
 _ATTENTION = ("decode_attention", "prefill_attention")
@@ -139,3 +157,13 @@ def test_each_layer_has_its_kernels_and_copies_neither_caches_nor_weights(case):
     assert not [one for one in program.instructions if one.opcode == "transpose"]
     made = {one.num_bytes for one in program.instructions if one.opcode not in _NOTHING_MADE}
     assert not made & _weight_bytes(model)
+
+
+def test_each_of_two_devices_runs_kernels_on_its_heads_and_widths():
+    forward, shapes = _forward("llama-3-8b", "gemm", num_devices=2)
+    text = kernel_runs.lowered(forward, *shapes)
+    assert text.count("@mosaic_gpu_v2") == _LAYERS * len(_KERNELS["llama-3-8b", "gemm"])
+    # Attention and feed-forward of each layer, and the embedding.
+    assert text.count('"stablehlo.all_reduce"') == 2 * _LAYERS + 1
+    half_of_cache = f"tensor<{_NUM_PAGES}x2x4x{_PAGE_SIZE}x128xbf16>"
+    assert half_of_cache in text
