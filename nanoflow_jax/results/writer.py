@@ -56,7 +56,8 @@ class ResultWriter:
         self._project = project
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         self.origin = provenance.collect(run.kernels, project=project)
-        self._manifest = Manifest(run=run, origin=self.origin, date=today)
+        load = round(os.getloadavg()[0], 2)
+        self._manifest = Manifest(run=run, origin=self.origin, date=today, load=load)
         self._before: Mapping[str, float] | None = None
         self._after: Mapping[str, float] | None = None
         self.path = root / self._manifest.folder
