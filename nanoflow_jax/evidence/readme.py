@@ -115,8 +115,7 @@ def _rows(verdict: Verdict, among: Sequence[Verdict]) -> Iterator[list[str]]:
             f"{run.device.name}, {run.device.count}" if run.device.count > 1 else run.device.name,
             figure.name,
             tables.quantity(figure.median, figure.unit),
-            f"{tables.quantity(figure.low, figure.unit)} - "
-            f"{tables.quantity(figure.high, figure.unit)}",
+            tables.span(figure.low, figure.high, figure.unit),
             str(figure.count),
             tables.share(figure),
             f"{level.words}: {', '.join(_links(figure, verdict, level, among))}",

@@ -23,9 +23,8 @@ def test_figures_are_written_between_the_markers(checkout: pathlib.Path) -> None
         "# Title\n\n<!-- figures: toy-mix -->\n"
         "| device | what | median | from - to | samples | evidence |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
-        f"| Abacus 7, 2 | mix: output | 40 tokens/s | 25 tokens/s - 50 tokens/s | 3 | {run} |\n"
-        "| Abacus 7, 2 | mix: input and output | 64 tokens/s | 40 tokens/s - 80 tokens/s | 3 "
-        f"| {run} |\n"
+        f"| Abacus 7, 2 | mix: output | 40 tokens/s | 25 - 50 tokens/s | 3 | {run} |\n"
+        f"| Abacus 7, 2 | mix: input and output | 64 tokens/s | 40 - 80 tokens/s | 3 | {run} |\n"
         "<!-- end -->\n\nMore.\n"
     )
     assert readme.written(text, _verdicts(checkout)) == text

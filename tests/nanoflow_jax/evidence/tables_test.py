@@ -91,3 +91,8 @@ def test_numbers_have_four_digits() -> None:
 )
 def test_quantities_have_units_of_their_size(value: float, unit: str, text: str) -> None:
     assert tables.quantity(value, unit) == text
+
+
+def test_both_ends_of_a_span_have_one_unit() -> None:
+    assert tables.span(9.5e8, 4.1e12, "bytes/s") == "0.00095 - 4.1 TB/s"
+    assert tables.span(25.0, 50.0, "tokens/s") == "25 - 50 tokens/s"
