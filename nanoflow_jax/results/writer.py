@@ -84,7 +84,7 @@ class ResultWriter:
             said = (
                 f"{type(error).__name__}: {error}" if error is not None else "it was not finished"
             )
-            self.fail(said)
+            self.fail(said.removesuffix(": "))
 
     def add_sample(self, sample: Mapping[str, Any]) -> None:
         """Appends a sample; it is in the file once this returns.
