@@ -12,6 +12,7 @@ _SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
 _SCALED: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
     "bytes/s": ("B/s", _LARGE),
     "FLOP/s": ("FLOP/s", _LARGE),
+    "operations/s": ("FLOP/s", _LARGE),
     "s": ("s", _SMALL),
 }
 

@@ -86,8 +86,12 @@ def _dirty(checkout: pathlib.Path) -> None:
     result_folders.write(checkout)
 
 
-@pytest.mark.parametrize("spoil", [_stale, _refused, _failed, _dirty])
-def test_only_verified_results_feed_the_readme(spoil, checkout: pathlib.Path) -> None:
+def _interpreted(checkout: pathlib.Path) -> None:
+    result_folders.write(checkout, plan={"interpreted": True})
+
+
+@pytest.mark.parametrize("spoil", [_stale, _refused, _failed, _dirty, _interpreted])
+def test_only_verified_measurements_feed_the_readme(spoil, checkout: pathlib.Path) -> None:
     spoil(checkout)
     with pytest.raises(ValueError, match="no verified result of today's kernels is named toy-mix"):
         readme.written(_TEXT, _verdicts(checkout))

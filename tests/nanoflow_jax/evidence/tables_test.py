@@ -82,6 +82,7 @@ def test_numbers_have_four_digits() -> None:
         (3.905e12, "bytes/s", "3.905 TB/s"),
         (7.5e8, "FLOP/s", "750 MFLOP/s"),
         (12.0, "FLOP/s", "12 FLOP/s"),
+        (7.124e14, "operations/s", "712.4 TFLOP/s"),
         (0.0123, "s", "12.3 ms"),
         (1.5e-6, "s", "1.5 us"),
         (90.0, "s", "90 s"),
