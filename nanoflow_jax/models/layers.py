@@ -221,11 +221,8 @@ class FeedForward(nnx.Module):
         )
         self._activation = c.activation
 
-    def prepare(
-        self, x: Float[Array, "T D"], operations: Operations = PLAIN
-    ) -> Float[Array, "T D"]:
-        """What `expand` takes; asks nothing of the operations, unlike a mixture of experts."""
-        del operations
+    def normalise(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What `expand` takes."""
         with jax.named_scope("norm"):
             return self.norm(x)
 
@@ -252,7 +249,7 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
-        return self.contract(x, self.expand(self.prepare(x, operations), operations), operations)
+        return self.contract(x, self.expand(self.normalise(x), operations), operations)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,6 +265,9 @@ class Routed:
     rows: Float[Array, "R D"]
     groups: Any
     shares: Float[Array, "T A"]
+
+
+jax.tree_util.register_dataclass(Routed)
 
 
 class SparseFeedForward(nnx.Module):
@@ -302,10 +302,13 @@ class SparseFeedForward(nnx.Module):
         self._moe = c.moe
         self._activation = c.activation
 
-    def prepare(self, x: Float[Array, "T D"], operations: Operations = PLAIN) -> Routed:
-        """What `expand` takes."""
+    def normalise(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What `route` takes."""
         with jax.named_scope("norm"):
-            normed = self.norm(x)
+            return self.norm(x)
+
+    def route(self, normed: Float[Array, "T D"], operations: Operations = PLAIN) -> Routed:
+        """What `expand` takes."""
         with jax.named_scope("route"):
             shares, experts = self._route(normed)
             held = self.gate_up[...].shape[0]
@@ -342,7 +345,7 @@ class SparseFeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
-        hidden = self.expand(self.prepare(x, operations), operations)
+        hidden = self.expand(self.route(self.normalise(x), operations), operations)
         return self.contract(x, hidden, operations)
 
     def _route(self, normed: Float[Array, "T D"]) -> tuple[Float[Array, "T A"], Int[Array, "T A"]]:
