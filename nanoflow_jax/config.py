@@ -22,6 +22,8 @@ class KernelUse(enum.StrEnum):
     PLAIN = "plain"
     PALLAS = "pallas"
     INTERPRET = "interpret"
+    TRITON = "triton"
+    INTERPRET_TRITON = "interpret_triton"
 
 
 def knob(
@@ -150,10 +152,34 @@ class KernelsSection:
     )
     grouped_gemm: KernelUse = knob(KernelUse.AUTO, f"Products of experts. {_KERNEL_USES}")
     decode_attention: KernelUse = knob(
-        KernelUse.AUTO, "Attention of decode rows; as --kernel_grouped_gemm."
+        KernelUse.AUTO,
+        "Attention of decode rows; as --kernel_grouped_gemm. triton: the kernel for Ampere and "
+        "Ada, on Hopper too; interpret_triton: that one, interpreted on a CPU.",
     )
     prefill_attention: KernelUse = knob(
         KernelUse.AUTO, "Attention of prompt chunks; as --kernel_grouped_gemm."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """Devices that share the work."""
+
+    PREFIX = ""
+
+    tensor_parallel: int = knob(
+        1, "Devices that share each layer: kv heads, feed-forward width and vocabulary.", low=1
+    )
+    data_parallel: int = knob(
+        1,
+        "Replicas of the model, each on devices of its own; requests go to the least busy.",
+        low=1,
+    )
+    expert_parallel: bool = knob(
+        False, "Whole experts on each of these devices, instead of a part of every expert."
     )
 
     def __post_init__(self) -> None:
@@ -185,6 +211,7 @@ class EngineConfig:
     cache: CacheSection = dataclasses.field(default_factory=CacheSection)
     batch: BatchSection = dataclasses.field(default_factory=BatchSection)
     kernels: KernelsSection = dataclasses.field(default_factory=KernelsSection)
+    parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
 
     @classmethod

@@ -57,7 +57,7 @@ def plan_groups(
     """Sort tokens by expert; runs on the device.
 
     Args:
-        experts: Of each token, in [0, num_experts).
+        experts: Of each token, in [0, num_experts]; num_experts is none, and its share must be 0.
         num_experts: E.
         tile_rows: Rows of a tile, those of the `GemmTile` to use; `default_rows` for the rows that
             an expert has on average unless given.
@@ -95,8 +95,12 @@ def permute(x: Float[Array, "T *D"], groups: Groups) -> Float[Array, "R *D"]:
 def combine(
     y: Float[Array, "R D"], groups: Groups, shares: Float[Array, "T A"]
 ) -> Float[Array, "T D"]:
-    """Sum of each token's rows by share, in float32 and rounded once to y's dtype."""
-    weighted = y[groups.places].astype(jnp.float32) * shares.astype(jnp.float32)[:, :, None]
+    """Sum of each token's rows by share, in float32 and rounded once to y's dtype.
+
+    A share of 0 leaves a row out, whatever it holds.
+    """
+    share = shares.astype(jnp.float32)[:, :, None]
+    weighted = jnp.where(share == 0, 0.0, y[groups.places].astype(jnp.float32) * share)
     return weighted.sum(axis=1).astype(y.dtype)
 
 
@@ -161,7 +165,13 @@ def prepare_grouped_gemm(
 ) -> mosaic.Kernel:
     """The kernel of `grouped_gemm`, to run on a share of a grid; takes and refuses the same."""
     num_tiles = groups.tile_expert.shape[0]
-    chosen = tile or default_tile(x.dtype, groups.sources.shape[0] // num_tiles)
+    result_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
+    chosen = tile or default_tile(
+        x.dtype,
+        groups.sources.shape[0] // num_tiles,
+        num_factors=2 if gated else 1,
+        out_dtype=result_dtype,
+    )
     _check(x, w, groups, gated=gated, tile=chosen)
     num_experts, weight_rows, _ = w.shape
     check_scale("x_scale", x_scale, x.shape[:1])
@@ -195,7 +205,6 @@ def prepare_grouped_gemm(
         )
         gemm_role(index, num_workers, product, chosen)
 
-    result_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
     return mosaic.Kernel(
         operands=operands,
         results=(jax.ShapeDtypeStruct((x.shape[0], num_columns), result_dtype),),

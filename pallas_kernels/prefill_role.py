@@ -21,6 +21,10 @@ _LOWEST = -1e30
 _LOG2_E = math.log2(math.e)
 _MOST_STAGES = 4
 _BARRIER_BYTES = 1024
+# Registers a thread. Other kernels' 40 are too few for the warpgroup that moves memory here: as jax
+# 0.10.2 compiles it, it spills.
+_COMPUTE_REGISTERS = mosaic.COMPUTE_REGISTERS - 8
+_MEMORY_REGISTERS = mosaic.MEMORY_REGISTERS + 8 * mosaic.COMPUTE_WARPGROUPS
 # Columns of a value tile that the memory warpgroup can hold in its few registers.
 _CLEARED = 64
 # Columns of a part's result that leave at a time.
@@ -178,7 +182,7 @@ class _Prefill:
 
     def fetch(self) -> None:
         """What the memory warpgroup does."""
-        plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
         form, s = self._form, self._s
 
         def one_item(turn: Any, done: Any) -> Any:
@@ -205,7 +209,7 @@ class _Prefill:
 
     def compute(self) -> None:
         """What each of the other warpgroups does."""
-        plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         s = self._s
 
         def one_item(turn: Any, done: Any) -> Any:

@@ -1,13 +1,19 @@
 """From what was chosen to the objects that a step's programs and inputs are made with."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from jaxtyping import Array
 
 from nanoflow_jax import compat
 from nanoflow_jax.engine import attention_inputs
 from nanoflow_jax.engine.kernel_choice import Choice, Choices, Maker, Operation
 from nanoflow_jax.kv_cache import layout as layout_lib
-from nanoflow_jax.models import architecture, kernel_operations
+from nanoflow_jax.models import kernel_operations
 from nanoflow_jax.models import operations as operation_lib
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention_triton import decode_attention_triton
 
 
 def operations(choices: Choices) -> operation_lib.Operations:
@@ -30,7 +36,8 @@ def attention(
     choices: Choices,
     *,
     layout: layout_lib.KvLayout,
-    config: architecture.ModelConfig,
+    group: int,
+    windows: Sequence[int | None],
     tile_len: int,
 ) -> attention_inputs.AttentionInputs:
     """Attention, and what the host plans of it.
@@ -38,24 +45,24 @@ def attention(
     Args:
         choices: What was chosen.
         layout: Of the cache; kernels want `PageMajorLayout`.
-        config: The model.
+        group: G, query heads for each kv head of a device.
+        windows: Of the model's layers, each once.
         tile_len: Tokens in a tile of the plain path.
     """
     decode: attention_inputs.DecodeInputs = attention_inputs.PlainDecodeInputs(layout=layout)
     prefill: attention_inputs.PrefillInputs = attention_inputs.PlainPrefillInputs(
         layout=layout, tile_len=tile_len
     )
-    if (chosen := choices[Operation.DECODE_ATTENTION]).maker is Maker.MOSAIC:
-        decode = attention_inputs.KernelDecodeInputs(
-            num_kv_heads=config.num_kv_heads,
-            windows=config.distinct_windows,
-            num_ctas=choices.num_ctas,
-            interpret=_interpret(chosen),
-        )
+    form = attention_inputs.KernelForm(
+        num_kv_heads=layout.shape.num_kv_heads,
+        group=group,
+        windows=windows,
+        num_ctas=choices.num_ctas,
+    )
+    if (chosen := choices[Operation.DECODE_ATTENTION]).maker is not Maker.PLAIN:
+        decode = attention_inputs.KernelDecodeInputs(form=form, attend=_decode_kernel(chosen))
     if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
-        prefill = attention_inputs.KernelPrefillInputs(
-            group=config.group_size, num_ctas=choices.num_ctas, interpret=_interpret(chosen)
-        )
+        prefill = attention_inputs.KernelPrefillInputs(form=form, interpret=_interpret(chosen))
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
 
 
@@ -63,6 +70,12 @@ def wants_page_major(choices: Choices) -> bool:
     """Whether the cache must lie as kernels read it."""
     attentions = (Operation.DECODE_ATTENTION, Operation.PREFILL_ATTENTION)
     return any(choices[operation].maker is not Maker.PLAIN for operation in attentions)
+
+
+def _decode_kernel(choice: Choice) -> Callable[..., Array]:
+    if choice.maker is Maker.TRITON:
+        return functools.partial(decode_attention_triton, interpret=choice.interpreted)
+    return functools.partial(decode_attention, interpret=_interpret(choice))
 
 
 def _interpret(choice: Choice) -> Any:

@@ -161,7 +161,7 @@ class Attention(nnx.Module):
             qkv = operations.product(self.norm(x), weight.reshape(-1, c.hidden_size), bias=bias)
             qkv = qkv.reshape(x.shape[0], *weight.shape[:-1])  # [T, K, G + 2, H]
             q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-            q = q.reshape(x.shape[0], c.num_heads, c.head_dim)
+            q = q.reshape(x.shape[0], -1, c.head_dim)
             if self.query_norm is not None and self.key_norm is not None:
                 q, k = self.query_norm(q), self.key_norm(k)
             return q, k, v
@@ -190,8 +190,8 @@ def _added(
     """The residual stream and a product, which is normalised first where a model does that."""
     given = None if bias is None else bias[...]
     if post_norm is None:
-        return operations.product(inner, weight, bias=given, residual=x)
-    return x + post_norm(operations.product(inner, weight, bias=given))
+        return operations.summed_product(inner, weight, bias=given, residual=x)
+    return x + post_norm(operations.summed_product(inner, weight, bias=given))
 
 
 class FeedForward(nnx.Module):
@@ -221,11 +221,8 @@ class FeedForward(nnx.Module):
         )
         self._activation = c.activation
 
-    def prepare(
-        self, x: Float[Array, "T D"], operations: Operations = PLAIN
-    ) -> Float[Array, "T D"]:
-        """What `expand` takes; asks nothing of the operations, unlike a mixture of experts."""
-        del operations
+    def normalise(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What `expand` takes."""
         with jax.named_scope("norm"):
             return self.norm(x)
 
@@ -252,7 +249,7 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
-        return self.contract(x, self.expand(self.prepare(x, operations), operations), operations)
+        return self.contract(x, self.expand(self.normalise(x), operations), operations)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,10 +267,14 @@ class Routed:
     shares: Float[Array, "T A"]
 
 
+jax.tree_util.register_dataclass(Routed)
+
+
 class SparseFeedForward(nnx.Module):
     """Mixture of experts: each token runs through A of E gated feed-forwards.
 
-    Tokens are sorted by expert, so that each product is one grouped GEMM over T * A rows.
+    Tokens are sorted by expert, so that each product is one grouped GEMM over T * A rows. Where
+    each device has some of the experts, it leaves out the choices of the others'.
     """
 
     def __init__(self, make: Maker, layer: int, config: architecture.ModelConfig):
@@ -288,8 +289,8 @@ class SparseFeedForward(nnx.Module):
             make(
                 ParamSpec(
                     name=f"{prefix}.experts_gate_up",
-                    shape=(experts, 2 * hidden, width),
-                    axes="EFD",
+                    shape=(experts, 2, hidden, width),
+                    axes="E2FD",
                 )
             )
         )
@@ -301,21 +302,34 @@ class SparseFeedForward(nnx.Module):
         self._moe = c.moe
         self._activation = c.activation
 
-    def prepare(self, x: Float[Array, "T D"], operations: Operations = PLAIN) -> Routed:
-        """What `expand` takes."""
+    def normalise(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What `route` takes."""
         with jax.named_scope("norm"):
-            normed = self.norm(x)
+            return self.norm(x)
+
+    def route(self, normed: Float[Array, "T D"], operations: Operations = PLAIN) -> Routed:
+        """What `expand` takes."""
         with jax.named_scope("route"):
             shares, experts = self._route(normed)
-            groups = operations.experts.group(experts, num_experts=self._moe.num_experts)
+            held = self.gate_up[...].shape[0]
+            if held < self._moe.num_experts:
+                experts = experts - operations.group.index() * held
+                is_here = (experts >= 0) & (experts < held)
+                experts = jnp.where(is_here, experts, held)
+                shares = jnp.where(is_here, shares, 0.0)
+            groups = operations.experts.group(experts, num_experts=held)
             rows = operations.experts.spread(normed, groups)
             return Routed(rows=rows, groups=groups, shares=shares)
 
     def expand(self, routed: Routed, operations: Operations = PLAIN) -> Routed:
         """What `contract` takes."""
         with jax.named_scope("up_gate"):
+            weight = self.gate_up[...]
             hidden = operations.gated_expert_product(
-                routed.rows, self.gate_up[...], routed.groups, activation=self._activation
+                routed.rows,
+                weight.reshape(weight.shape[0], -1, weight.shape[3]),
+                routed.groups,
+                activation=self._activation,
             )
             return dataclasses.replace(routed, rows=hidden)
 
@@ -325,12 +339,13 @@ class SparseFeedForward(nnx.Module):
         """Adds the result to the residual stream."""
         with jax.named_scope("down"):
             out = operations.expert_product(hidden.rows, self.down[...], hidden.groups)
-            return x + operations.experts.combine(out, hidden.groups, hidden.shares)
+            out = operations.experts.combine(out, hidden.groups, hidden.shares)
+            return x + operations.group.sum(out)
 
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
-        hidden = self.expand(self.prepare(x, operations), operations)
+        hidden = self.expand(self.route(self.normalise(x), operations), operations)
         return self.contract(x, hidden, operations)
 
     def _route(self, normed: Float[Array, "T D"]) -> tuple[Float[Array, "T A"], Int[Array, "T A"]]:

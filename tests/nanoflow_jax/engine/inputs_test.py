@@ -94,7 +94,7 @@ def test_a_step_worked_by_hand(builder):
     assert found["prefill_pages"][:2, :3].tolist() == [[9, 1, 0], [5, 0, 0]]
     # Two decode rows sample, then the chunk that ends its prompt.
     assert found["logit_tokens"].tolist() == [0, 1, 9, 0]
-    starts, counts, positions, rows = found["tiles"][:, :4].tolist()
+    starts, counts, positions, rows = found["prefill_attention.0/tiles"][:, :4].tolist()
     assert starts == [2, 6, 8, 0]
     assert counts == [4, 2, 2, 0]
     assert positions == [4, 8, 0, 0]
