@@ -161,6 +161,28 @@ class KernelsSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """Devices that share the work."""
+
+    PREFIX = ""
+
+    tensor_parallel: int = knob(
+        1, "Devices that share each layer: kv heads, feed-forward width and vocabulary.", low=1
+    )
+    data_parallel: int = knob(
+        1,
+        "Replicas of the model, each on devices of its own; requests go to the least busy.",
+        low=1,
+    )
+    expert_parallel: bool = knob(
+        False, "Whole experts on each of these devices, instead of a part of every expert."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileSection:
     """Compilation before the first request."""
 
@@ -185,6 +207,7 @@ class EngineConfig:
     cache: CacheSection = dataclasses.field(default_factory=CacheSection)
     batch: BatchSection = dataclasses.field(default_factory=BatchSection)
     kernels: KernelsSection = dataclasses.field(default_factory=KernelsSection)
+    parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
 
     @classmethod

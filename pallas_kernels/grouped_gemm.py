@@ -57,7 +57,7 @@ def plan_groups(
     """Sort tokens by expert; runs on the device.
 
     Args:
-        experts: Of each token, in [0, num_experts).
+        experts: Of each token, in [0, num_experts]; num_experts is none, and its share must be 0.
         num_experts: E.
         tile_rows: Rows of a tile, those of the `GemmTile` to use; `default_rows` for the rows that
             an expert has on average unless given.
@@ -95,8 +95,12 @@ def permute(x: Float[Array, "T *D"], groups: Groups) -> Float[Array, "R *D"]:
 def combine(
     y: Float[Array, "R D"], groups: Groups, shares: Float[Array, "T A"]
 ) -> Float[Array, "T D"]:
-    """Sum of each token's rows by share, in float32 and rounded once to y's dtype."""
-    weighted = y[groups.places].astype(jnp.float32) * shares.astype(jnp.float32)[:, :, None]
+    """Sum of each token's rows by share, in float32 and rounded once to y's dtype.
+
+    A share of 0 leaves a row out, whatever it holds.
+    """
+    share = shares.astype(jnp.float32)[:, :, None]
+    weighted = jnp.where(share == 0, 0.0, y[groups.places].astype(jnp.float32) * share)
     return weighted.sum(axis=1).astype(y.dtype)
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from checkpoints.folder import ModelFolder
 from nanoflow_jax.kv_cache import attention
 from nanoflow_jax.models import huggingface, loading
-from nanoflow_jax.parallel import mesh
 
 
 class WholeAttention:
@@ -40,11 +39,12 @@ class PlainModel:
 
     def __init__(self, path: pathlib.Path, *, length: int) -> None:
         folder = ModelFolder.open(path)
+        config = huggingface.read_config(folder.config)
         self.model = loading.load_model(
             folder,
-            huggingface.read_config(folder.config),
+            config,
             dtype=np.dtype(np.float32),
-            mesh=mesh.build_mesh(jax.devices()[:1]),
+            placement=loading.place_model(config, jax.devices()[:1]),
         )
         self._length = length
         self._run = jax.jit(self._forward)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine import engine as engine_lib
+from nanoflow_jax.engine import interface
 from nanoflow_jax.workload import file as workload_file
 
 
@@ -48,7 +48,7 @@ class Throughput:
 
 
 def run(
-    engine: engine_lib.Engine, mix: Sequence[workload_file.WorkRequest], *, name: str
+    engine: interface.TokenEngine, mix: Sequence[workload_file.WorkRequest], *, name: str
 ) -> Throughput:
     """Runs a mix once on a warm engine.
 

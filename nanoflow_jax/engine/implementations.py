@@ -1,12 +1,13 @@
 """From what was chosen to the objects that a step's programs and inputs are made with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from nanoflow_jax import compat
 from nanoflow_jax.engine import attention_inputs
 from nanoflow_jax.engine.kernel_choice import Choice, Choices, Maker, Operation
 from nanoflow_jax.kv_cache import layout as layout_lib
-from nanoflow_jax.models import architecture, kernel_operations
+from nanoflow_jax.models import kernel_operations
 from nanoflow_jax.models import operations as operation_lib
 
 
@@ -30,7 +31,8 @@ def attention(
     choices: Choices,
     *,
     layout: layout_lib.KvLayout,
-    config: architecture.ModelConfig,
+    group: int,
+    windows: Sequence[int | None],
     tile_len: int,
 ) -> attention_inputs.AttentionInputs:
     """Attention, and what the host plans of it.
@@ -38,7 +40,8 @@ def attention(
     Args:
         choices: What was chosen.
         layout: Of the cache; kernels want `PageMajorLayout`.
-        config: The model.
+        group: G, query heads for each kv head of a device.
+        windows: Of the model's layers, each once.
         tile_len: Tokens in a tile of the plain path.
     """
     decode: attention_inputs.DecodeInputs = attention_inputs.PlainDecodeInputs(layout=layout)
@@ -47,14 +50,14 @@ def attention(
     )
     if (chosen := choices[Operation.DECODE_ATTENTION]).maker is Maker.MOSAIC:
         decode = attention_inputs.KernelDecodeInputs(
-            num_kv_heads=config.num_kv_heads,
-            windows=config.distinct_windows,
+            num_kv_heads=layout.shape.num_kv_heads,
+            windows=windows,
             num_ctas=choices.num_ctas,
             interpret=_interpret(chosen),
         )
     if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
         prefill = attention_inputs.KernelPrefillInputs(
-            group=config.group_size, num_ctas=choices.num_ctas, interpret=_interpret(chosen)
+            group=group, num_ctas=choices.num_ctas, interpret=_interpret(chosen)
         )
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
 

@@ -7,7 +7,6 @@ shown when an engine starts.
 
 import dataclasses
 import enum
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,8 +18,6 @@ from nanoflow_jax import compat
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.config import KernelUse
 from nanoflow_jax.models import architecture, kernel_attention, kernel_operations
-
-_LOG = logging.getLogger(__name__)
 
 
 class Operation(enum.StrEnum):
@@ -108,9 +105,9 @@ class Choices:
         return ", ".join(shown)
 
     @property
-    def any_kernel(self) -> bool:
-        """Whether anything but XLA is used."""
-        return any(choice.maker is not Maker.PLAIN for choice in self.by_operation.values())
+    def any_interpreted(self) -> bool:
+        """Whether a kernel is interpreted, which compiles programs of its own as it runs."""
+        return any(choice.interpreted for choice in self.by_operation.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,12 +193,6 @@ def choose(section: config_lib.KernelsSection, machine: Machine, served: Served)
     return Choices(by_operation=found, num_ctas=machine.num_sms or _INTERPRETED_CTAS)
 
 
-def log(choices: Choices) -> None:
-    """Says what was chosen."""
-    for operation, choice in choices.by_operation.items():
-        _LOG.info("%s: %s", operation, choice)
-
-
 def _choose(operation: Operation, use: KernelUse, machine: Machine, served: Served) -> Choice:
     if use is KernelUse.PLAIN:
         return Choice(maker=Maker.PLAIN, reason="as asked")
@@ -210,7 +201,7 @@ def _choose(operation: Operation, use: KernelUse, machine: Machine, served: Serv
     flag = f"--kernel_{operation}={use}"
     if use is KernelUse.INTERPRET:
         kernel = _KERNELS[operation][0]
-        _check_interpreter(flag, machine)
+        _check_interpreted(flag, machine)
     else:
         kernel = _made_for(operation, machine, flag)
     try:
@@ -261,16 +252,24 @@ def _nothing_for(operation: Operation, machine: Machine) -> str:
     return f"the kernel is made for {families}, and this is {found}"
 
 
-def _check_interpreter(flag: str, machine: Machine) -> None:
+def _check_interpreted(flag: str, machine: Machine) -> None:
     if machine.compute_capability is not None:
         raise ValueError(f"{flag}: kernels are interpreted on a CPU only; set JAX_PLATFORMS=cpu")
+    try:
+        check_interpreter(machine)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+
+
+def check_interpreter(machine: Machine) -> None:
+    """Raises ValueError where kernels cannot be interpreted, and says what is missing."""
     if not machine.can_interpret:
         raise ValueError(
-            f"{flag}: jax {machine.jax_version} cannot interpret the kernels; use jax 0.11 or "
-            "newer, on Python 3.12"
+            f"jax {machine.jax_version} cannot interpret the kernels; use jax 0.11 or newer, on "
+            "Python 3.12"
         )
     if machine.num_threads < _LEAST_THREADS:
         raise ValueError(
-            f"{flag}: interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} "
-            "threads; set NPROC=8 in the environment"
+            f"interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} threads; "
+            "set NPROC=8 in the environment"
         )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import request
@@ -23,6 +24,8 @@ from nanoflow_jax.models import transformer
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.operations import LayerShape
 from nanoflow_jax.nanobatch.plan import Plan
+from nanoflow_jax.parallel import collectives, mesh
+from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
 
 # Rows whose logits are computed at once for prompt_logprobs: bounds the [rows, V] array.
@@ -44,6 +47,7 @@ class Sizes:
         vocab_size: V.
         penalty_requests: Rows of the penalty table.
         attention: What the host plans of attention.
+        num_devices: Devices that share the model; each draws for as many rows as the others.
         plans: How the layers of a bucket run; one nano-batch where nothing is said.
     """
 
@@ -54,12 +58,14 @@ class Sizes:
     vocab_size: int
     penalty_requests: int
     attention: attention_inputs.AttentionInputs
+    num_devices: int = 1
     plans: Mapping[buckets.Bucket, Plan] = dataclasses.field(default_factory=dict)
 
     @property
     def sample_rows(self) -> tuple[int, ...]:
         """Row counts for which sample is compiled: a small one for small steps."""
-        return tuple(sorted({min(8, self.max_requests), self.max_requests}))
+        counts = {min(8, self.max_requests), self.max_requests}
+        return tuple(sorted({-(-n // self.num_devices) * self.num_devices for n in counts}))
 
     def logit_rows(self, bucket: buckets.Bucket) -> int:
         """Logit rows that a bucket's forward computes."""
@@ -144,6 +150,21 @@ class ForwardResult:
 jax.tree_util.register_dataclass(ForwardResult)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How what the programs hold lies on the devices of an engine.
+
+    Attributes:
+        placement: The devices.
+        caches: A partition for each array of the caches.
+        weights: One for each weight.
+    """
+
+    placement: placement_lib.Placement
+    caches: Any
+    weights: Sequence[PartitionSpec]
+
+
 def build_forward(
     graph: Any,
     treedef: Any,
@@ -151,12 +172,15 @@ def build_forward(
     layout: layout.KvLayout,
     sizes: Sizes,
     bucket: buckets.Bucket,
-    operations: operation_lib.Operations = operation_lib.PLAIN,
+    operations: operation_lib.Operations,
+    shares: Shares,
     keep_lanes: bool = False,
 ) -> Callable[..., ForwardResult]:
     """The forward program of one bucket: (caches, last_tokens, weights, vector) -> result."""
     pack = forward_packing(sizes, bucket)
     planned = sizes.bucket_plan(bucket)
+    group = shares.placement.group
+    operations = dataclasses.replace(operations, group=group)
 
     def forward(
         caches: Sequence[Any],
@@ -170,7 +194,7 @@ def build_forward(
         sampled = last_tokens.at[slots].get(mode="clip")
         token_ids = jnp.where(slots < sizes.max_requests, sampled, inputs["token_ids"])
         x, new_caches = model.run_layers(
-            model.embed(token_ids),
+            model.embed(token_ids, group),
             inputs["positions"],
             caches,
             planned.read(inputs, layout),
@@ -178,8 +202,11 @@ def build_forward(
             plan=planned.plan,
             keep_lanes=keep_lanes,
         )
-        logits = model.head(x.at[inputs["logit_tokens"]].get(mode="clip"))
-        spare = sizes.padded_rows(bucket) - logits.shape[0]
+        tokens, spare = inputs["logit_tokens"], sizes.padded_rows(bucket)
+        if group.num_devices > 1:  # each draws for equally many rows
+            tokens = jnp.pad(tokens, (0, spare - tokens.shape[0]))
+        logits = model.head(x.at[tokens].get(mode="clip"), group)
+        spare -= tokens.shape[0]
         hidden = None
         if bucket.prefill_rows:
             hidden = jnp.pad(x, ((0, sizes.dense_batch - x.shape[0]), (0, 0)))
@@ -187,7 +214,19 @@ def build_forward(
             caches=new_caches, logits=jnp.pad(logits, ((0, spare), (0, 0))), hidden=hidden
         )
 
-    return forward
+    whole = PartitionSpec()
+    return collectives.on_each(
+        forward,
+        shares.placement.mesh,
+        in_specs=(shares.caches, whole, shares.weights, whole),
+        out_specs=_partitions(shares, has_hidden=bucket.prefill_rows > 0),
+    )
+
+
+def _partitions(shares: Shares, *, has_hidden: bool) -> Any:
+    """How a forward's result lies on the devices, in its form."""
+    parts: Any = {"logits": PartitionSpec(mesh.AXIS), "caches": shares.caches}
+    return ForwardResult(**parts, hidden=PartitionSpec() if has_hidden else None)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,29 +249,45 @@ jax.tree_util.register_dataclass(SampleResult)
 
 
 def build_sample(
-    *, sizes: Sizes, rows: int, variant: sampling.SamplerVariant
+    *,
+    sizes: Sizes,
+    rows: int,
+    variant: sampling.SamplerVariant,
+    placement: placement_lib.Placement,
 ) -> Callable[..., SampleResult]:
-    """The sample program: (last_tokens, table, logits, vector) -> result."""
+    """The sample program: (last_tokens, table, logits, vector) -> result.
+
+    Each device draws for its own rows of the logits; all of them then keep what all have drawn.
+    """
     pack = sample_packing(sizes, rows=rows, variant=variant)
+    group = placement.group
 
     def sample(
         last_tokens: Int32[Array, "S"],
         table: sampling.PenaltyTable,
-        logits: Float[Array, "R V"],
+        logits: Float[Array, "r V"],
         vector: Int32[Array, "X"],
     ) -> SampleResult:
         inputs = pack.unpack(vector)
-        params = _row_params(inputs, rows, variant)
-        full = _full_params(inputs) if variant is sampling.SamplerVariant.FULL else None
+        wanted = inputs.pop("wants_logprobs", None)
+        own = {name: group.own_rows(value) for name, value in inputs.items()}
+        params = _row_params(own, logits.shape[0], variant)
+        full = _full_params(own) if variant is sampling.SamplerVariant.FULL else None
         drawn = sampling.sample(logits, params, full, table, variant=variant)
         columns = [drawn.tokens[:, None], drawn.ok.astype(jnp.int32)[:, None]]
+        if wanted is not None:
+            columns.append(_logprob_columns(logits, drawn.tokens, wanted > 0))
+        out = group.all_rows(jnp.concatenate(columns, axis=1))
+        tokens = out[:, 0]
         if full is not None:
-            table = sampling.count(table, full.count_slot, drawn.tokens)
-            columns.append(_logprob_columns(logits, drawn.tokens, inputs["wants_logprobs"] > 0))
-        updated = last_tokens.at[inputs["slots"]].set(drawn.tokens, mode="drop")
-        return SampleResult(last_tokens=updated, table=table, out=jnp.concatenate(columns, axis=1))
+            table = sampling.count(table, inputs["count_slot"], tokens)
+        updated = last_tokens.at[inputs["slots"]].set(tokens, mode="drop")
+        return SampleResult(last_tokens=updated, table=table, out=out)
 
-    return sample
+    whole, by_row = PartitionSpec(), PartitionSpec(mesh.AXIS)
+    return collectives.on_each(
+        sample, placement.mesh, in_specs=(whole, whole, by_row, whole), out_specs=whole
+    )
 
 
 def _row_params(
@@ -277,21 +332,30 @@ def _logprob_columns(
     return jax.lax.cond(wanted, compute, skip)
 
 
-def build_prompt_logprobs(graph: Any, treedef: Any) -> Callable[..., Int32[Array, "C X"]]:
+def build_prompt_logprobs(
+    graph: Any, treedef: Any, shares: Shares
+) -> Callable[..., Int32[Array, "C X"]]:
     """Logprobs of a bounded slice of prompt positions: (weights, hidden, vector) -> rows.
 
     The vector holds the flat token index of each position, then the token that follows it.
     """
+    group = shares.placement.group
 
     def prompt_logprobs(
         weights: Sequence[Array], hidden: Float[Array, "T D"], vector: Int32[Array, "X"]
     ) -> Int32[Array, "C X"]:
         model: transformer.Transformer = nnx.merge(graph, jax.tree.unflatten(treedef, weights))
         places, targets = vector.reshape(2, -1)
-        logits = model.head(hidden.at[places].get(mode="clip"))
-        return _logprob_columns(logits, targets, jnp.asarray(True))
+        logits = model.head(hidden.at[places].get(mode="clip"), group)
+        return group.all_rows(_logprob_columns(logits, group.own_rows(targets), jnp.asarray(True)))
 
-    return prompt_logprobs
+    whole = PartitionSpec()
+    return collectives.on_each(
+        prompt_logprobs,
+        shares.placement.mesh,
+        in_specs=(shares.weights, whole, whole),
+        out_specs=whole,
+    )
 
 
 def build_reset(*, sizes: Sizes, max_context_len: int) -> Callable[..., sampling.PenaltyTable]:

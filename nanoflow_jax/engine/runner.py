@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Int32
 
 from nanoflow_jax.engine import compiler, programs, sampling
 from nanoflow_jax.kv_cache import layout
 from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import transformer
+from nanoflow_jax.parallel import mesh
+from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
 
 Vector = Int32[np.ndarray, "X"]
@@ -109,17 +112,18 @@ class Runner:
         sizes: programs.Sizes,
         bucket_list: Sequence[buckets.Bucket],
         max_context_len: int,
-        mesh: jax.sharding.Mesh,
+        placement: placement_lib.Placement,
         threads: int,
         options: Mapping[str, Any],
         operations: operation_lib.Operations,
+        watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
     ) -> None:
         self._sizes = sizes
         graph, state = nnx.split(model)
         self._weights, treedef = jax.tree.flatten(state)
         self._layout, self._num_layers = kv_layout, len(model.layers)
-        self._everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._placement, self._everywhere = placement, placement.sharding("")
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._allocate()
         forwards = [
@@ -127,17 +131,28 @@ class Runner:
         ]
         others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)
         self._programs = compiler.compile_all(forwards + others, threads=threads, progress=progress)
-        self.watch = compiler.CompileWatch()
+        self.watch = watch
 
     def _allocate(self) -> None:
         """Makes the state that steps hand on: caches, last tokens, penalty table."""
         sizes, place = self._sizes, self._everywhere
+        share = jax.eval_shape(self._layout.allocate)
         self._caches = [
-            jax.device_put(self._layout.allocate(), place) for _ in range(self._num_layers)
+            jax.tree.map(self._placement.zeros, share, self._layout.axes)
+            for _ in range(self._num_layers)
         ]
         self._last_tokens = jax.device_put(np.zeros((sizes.max_requests,), np.int32), place)
         self._table = jax.device_put(
             sampling.empty_table(sizes.penalty_requests, sizes.vocab_size), place
+        )
+
+    @property
+    def _shares(self) -> programs.Shares:
+        cache = jax.tree.map(self._placement.spec, self._layout.axes)
+        return programs.Shares(
+            placement=self._placement,
+            caches=[cache] * self._num_layers,
+            weights=[weight.sharding.spec for weight in self._weights],
         )
 
     def _forward_job(
@@ -158,6 +173,7 @@ class Runner:
                 sizes=self._sizes,
                 bucket=bucket,
                 operations=operations,
+                shares=self._shares,
             ),
             arguments=(
                 _abstract(self._caches),
@@ -177,31 +193,37 @@ class Runner:
         max_context_len: int,
         model: transformer.Transformer,
     ) -> list[compiler.Job]:
-        sizes = self._sizes
+        sizes, placement = self._sizes, self._placement
         weights = _abstract(self._weights)
         last_tokens, table = _abstract(self._last_tokens), _abstract(self._table)
-
-        def real(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
+        by_row = jax.sharding.NamedSharding(placement.mesh, PartitionSpec(mesh.AXIS))
 
         jobs = []
         for rows in sorted({sizes.padded_rows(bucket) for bucket in bucket_list}):
             for variant in sampling.SamplerVariant:
                 pack = programs.sample_packing(sizes, rows=rows, variant=variant)
-                logits = real((rows, sizes.vocab_size), jnp.float32)
+                logits = jax.ShapeDtypeStruct(
+                    (rows, sizes.vocab_size), jnp.float32, sharding=by_row
+                )
                 jobs.append(
                     compiler.Job(
                         name=f"sample {rows} {variant.value}",
-                        function=programs.build_sample(sizes=sizes, rows=rows, variant=variant),
+                        function=programs.build_sample(
+                            sizes=sizes, rows=rows, variant=variant, placement=placement
+                        ),
                         arguments=(last_tokens, table, logits, _vector(pack.size)),
                         donated=(0, 1),
                     )
                 )
-        hidden = real((sizes.dense_batch, model.config.hidden_size), model.embedding[...].dtype)
+        hidden = jax.ShapeDtypeStruct(
+            (sizes.dense_batch, model.config.hidden_size),
+            model.embedding[...].dtype,
+            sharding=self._everywhere,
+        )
         jobs.append(
             compiler.Job(
                 name="prompt_logprobs",
-                function=programs.build_prompt_logprobs(graph, treedef),
+                function=programs.build_prompt_logprobs(graph, treedef, self._shares),
                 arguments=(weights, hidden, _vector(2 * programs.PROMPT_LOGPROB_ROWS)),
             )
         )

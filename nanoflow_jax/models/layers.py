@@ -161,7 +161,7 @@ class Attention(nnx.Module):
             qkv = operations.product(self.norm(x), weight.reshape(-1, c.hidden_size), bias=bias)
             qkv = qkv.reshape(x.shape[0], *weight.shape[:-1])  # [T, K, G + 2, H]
             q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-            q = q.reshape(x.shape[0], c.num_heads, c.head_dim)
+            q = q.reshape(x.shape[0], -1, c.head_dim)
             if self.query_norm is not None and self.key_norm is not None:
                 q, k = self.query_norm(q), self.key_norm(k)
             return q, k, v
@@ -190,8 +190,8 @@ def _added(
     """The residual stream and a product, which is normalised first where a model does that."""
     given = None if bias is None else bias[...]
     if post_norm is None:
-        return operations.product(inner, weight, bias=given, residual=x)
-    return x + post_norm(operations.product(inner, weight, bias=given))
+        return operations.summed_product(inner, weight, bias=given, residual=x)
+    return x + post_norm(operations.summed_product(inner, weight, bias=given))
 
 
 class FeedForward(nnx.Module):
@@ -273,7 +273,8 @@ jax.tree_util.register_dataclass(Routed)
 class SparseFeedForward(nnx.Module):
     """Mixture of experts: each token runs through A of E gated feed-forwards.
 
-    Tokens are sorted by expert, so that each product is one grouped GEMM over T * A rows.
+    Tokens are sorted by expert, so that each product is one grouped GEMM over T * A rows. Where
+    each device has some of the experts, it leaves out the choices of the others'.
     """
 
     def __init__(self, make: Maker, layer: int, config: architecture.ModelConfig):
@@ -288,8 +289,8 @@ class SparseFeedForward(nnx.Module):
             make(
                 ParamSpec(
                     name=f"{prefix}.experts_gate_up",
-                    shape=(experts, 2 * hidden, width),
-                    axes="EFD",
+                    shape=(experts, 2, hidden, width),
+                    axes="E2FD",
                 )
             )
         )
@@ -310,15 +311,25 @@ class SparseFeedForward(nnx.Module):
         """What `expand` takes."""
         with jax.named_scope("route"):
             shares, experts = self._route(normed)
-            groups = operations.experts.group(experts, num_experts=self._moe.num_experts)
+            held = self.gate_up[...].shape[0]
+            if held < self._moe.num_experts:
+                experts = experts - operations.group.index() * held
+                is_here = (experts >= 0) & (experts < held)
+                experts = jnp.where(is_here, experts, held)
+                shares = jnp.where(is_here, shares, 0.0)
+            groups = operations.experts.group(experts, num_experts=held)
             rows = operations.experts.spread(normed, groups)
             return Routed(rows=rows, groups=groups, shares=shares)
 
     def expand(self, routed: Routed, operations: Operations = PLAIN) -> Routed:
         """What `contract` takes."""
         with jax.named_scope("up_gate"):
+            weight = self.gate_up[...]
             hidden = operations.gated_expert_product(
-                routed.rows, self.gate_up[...], routed.groups, activation=self._activation
+                routed.rows,
+                weight.reshape(weight.shape[0], -1, weight.shape[3]),
+                routed.groups,
+                activation=self._activation,
             )
             return dataclasses.replace(routed, rows=hidden)
 
@@ -328,7 +339,8 @@ class SparseFeedForward(nnx.Module):
         """Adds the result to the residual stream."""
         with jax.named_scope("down"):
             out = operations.expert_product(hidden.rows, self.down[...], hidden.groups)
-            return x + operations.experts.combine(out, hidden.groups, hidden.shares)
+            out = operations.experts.combine(out, hidden.groups, hidden.shares)
+            return x + operations.group.sum(out)
 
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanoflow_jax.models import architecture
+from nanoflow_jax.parallel import collectives
 
 _Tree = TypeVar("_Tree")
 
@@ -88,7 +89,10 @@ class Experts(Protocol):
     def combine(
         self, rows: Float[Array, "R D"], groups: Any, shares: Float[Array, "T A"]
     ) -> Float[Array, "T D"]:
-        """Sum of each token's rows by share, in float32 and rounded once."""
+        """Sum of each token's rows by share, in float32 and rounded once.
+
+        A share of 0 leaves a row out, whatever it holds.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,11 +103,13 @@ class Operations:
         products: Of dense weights.
         experts: Of those of a mixture of experts.
         place: Of every product that is asked for.
+        group: Devices that share the model, of which this is one.
     """
 
     products: Products
     experts: Experts
     place: Place = ANYWHERE
+    group: collectives.Group = collectives.ALONE
 
     def at(self, place: Place) -> "Operations":
         """The same operations somewhere else."""
@@ -119,6 +125,22 @@ class Operations:
     ) -> Float[Array, "T F"]:
         """See `Products.product`."""
         return self.products.product(x, w, bias=bias, residual=residual, place=self.place)
+
+    def summed_product(
+        self,
+        x: Float[Array, "T f"],
+        w: Float[Array, "D f"],
+        *,
+        bias: Float[Array, "D"] | None = None,
+        residual: Float[Array, "T D"] | None = None,
+    ) -> Float[Array, "T D"]:
+        """A product along an axis that the devices share; bias and residual are added once."""
+        if self.group.num_devices == 1:
+            return self.product(x, w, bias=bias, residual=residual)
+        out = self.group.sum(self.product(x, w))
+        if bias is not None:
+            out = out + bias[None]
+        return out if residual is None else residual + out
 
     def gated_product(
         self,
@@ -279,7 +301,8 @@ class PlainExperts:
     ) -> Float[Array, "T D"]:
         out = jnp.zeros_like(rows).at[groups.order].set(rows)
         out = out.reshape(*shares.shape, -1)
-        weighted = out.astype(jnp.float32) * shares[:, :, None]
+        share = shares[:, :, None]
+        weighted = jnp.where(share == 0, 0.0, out.astype(jnp.float32) * share)
         return weighted.sum(axis=1).astype(rows.dtype)
 
 

@@ -20,6 +20,7 @@ from nanoflow_jax.nanobatch import builders, executor
 from nanoflow_jax.nanobatch import operations as nano_operations
 from nanoflow_jax.nanobatch.executor import Call
 from nanoflow_jax.nanobatch.plan import Plan, TokenRange
+from nanoflow_jax.parallel import collectives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,19 @@ class Transformer(nnx.Module):
         )
         self.config = c
 
-    def embed(self, token_ids: Int[Array, "T"]) -> Float[Array, "T D"]:
+    def embed(
+        self, token_ids: Int[Array, "T"], group: collectives.Group = collectives.ALONE
+    ) -> Float[Array, "T D"]:
+        """Rows of the embedding, of which each device of a group has an equal share."""
         with jax.named_scope("embed"):
-            x = jnp.take(self.embedding[...], token_ids, axis=0, mode="clip")
+            rows = self.embedding[...]
+            if group.num_devices > 1:
+                token_ids = token_ids - group.index() * rows.shape[0]
+                is_here = (token_ids >= 0) & (token_ids < rows.shape[0])
+                x = jnp.take(rows, token_ids, axis=0, mode="clip")
+                x = group.sum(jnp.where(is_here[:, None], x, jnp.zeros((), x.dtype)))
+            else:
+                x = jnp.take(rows, token_ids, axis=0, mode="clip")
             if self.config.embedding_scale != 1.0:
                 x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
             return x
@@ -162,8 +173,14 @@ class Transformer(nnx.Module):
         shape = nano_operations.LayerShape(is_sparse=self.config.is_sparse(layer))
         return nano_operations.layer_graph(shape)
 
-    def head(self, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        """Logits in float32 of gathered hidden states that left the last layer."""
+    def head(
+        self, x: Float[Array, "R D"], group: collectives.Group = collectives.ALONE
+    ) -> Float[Array, "r V"]:
+        """Logits in float32 of gathered hidden states that left the last layer.
+
+        Each device of a group makes some columns and gets some whole rows, those of
+        `Group.own_rows`; R must be a multiple of the number of devices.
+        """
         with jax.named_scope("head"):
             weight = self.embedding if self.head_weight is None else self.head_weight
             precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -174,6 +191,7 @@ class Transformer(nnx.Module):
                 precision=precision,
                 preferred_element_type=jnp.float32,
             )
+            logits = group.columns_to_rows(logits)[:, : self.config.vocab_size]
             cap = self.config.logits_softcap
             return logits if cap is None else cap * jnp.tanh(logits / cap)
 

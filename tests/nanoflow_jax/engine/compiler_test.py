@@ -201,3 +201,25 @@ def test_a_watch_may_be_closed_twice_and_others_go_on(watch):
     with watch.forbid():
         _compile_something()
     assert watch.num_late == 1
+
+
+def test_a_watch_that_expects_compilations_counts_none(caplog):
+    watch = CompileWatch(expects_some=True)
+    with watch.forbid():
+        _compile_something()
+    watch.close()
+    assert watch.num_late == 0
+    assert "compiled after warm-up" not in caplog.text
+
+
+def test_each_job_is_compiled_with_its_own_options():
+    good = Job(name="good", function=lambda x: x + 1, arguments=(_vector(4),))
+    bad = Job(
+        name="bad",
+        function=lambda x: x + 2,
+        arguments=(_vector(4),),
+        options={"no_such_option": True},
+    )
+    compiler.compile_all([good], threads=1, progress=lambda *_: None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        compiler.compile_all([good, bad], threads=1, progress=lambda *_: None)

@@ -18,6 +18,8 @@ from same_tokens import MIN_MARGIN
 from nanoflow_jax.engine import attention_inputs, bucket_plan, inputs, programs, sequence
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import pages
+from nanoflow_jax.models import loading
+from nanoflow_jax.models.operations import PLAIN
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.operations import LayerShape
 from nanoflow_jax.scheduler import scheduler
@@ -80,6 +82,12 @@ class _Steps:
             layout=self._layout,
             sizes=self._sizes,
             bucket=_BUCKET,
+            operations=PLAIN,
+            shares=programs.Shares(
+                placement=loading.place_model(_model(self.case).config, jax.devices()[:1]),
+                caches=[None] * _model(self.case).config.num_layers,
+                weights=[None] * len(self._weights),
+            ),
             keep_lanes=self.keep_lanes,
         )
         self._forward = jax.jit(forward)

@@ -231,7 +231,7 @@ def test_each_token_goes_through_its_own_experts(num_tokens, num_experts, num_ac
         chosen = np.argsort(-shares)[:num_active]
         total = shares[chosen].sum() if normalise else 1.0
         for e in chosen:
-            gate, up = np.split(w["experts_gate_up"][e] @ normed, 2)
+            gate, up = (half @ normed for half in w["experts_gate_up"][e])
             wanted[t] += shares[e] / total * (w["experts_down"][e] @ (_silu(gate) * up))
     np.testing.assert_allclose(jax.jit(layer)(x), wanted, rtol=1e-4, atol=1e-4)
 
