@@ -165,7 +165,13 @@ def prepare_grouped_gemm(
 ) -> mosaic.Kernel:
     """The kernel of `grouped_gemm`, to run on a share of a grid; takes and refuses the same."""
     num_tiles = groups.tile_expert.shape[0]
-    chosen = tile or default_tile(x.dtype, groups.sources.shape[0] // num_tiles)
+    result_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
+    chosen = tile or default_tile(
+        x.dtype,
+        groups.sources.shape[0] // num_tiles,
+        num_factors=2 if gated else 1,
+        out_dtype=result_dtype,
+    )
     _check(x, w, groups, gated=gated, tile=chosen)
     num_experts, weight_rows, _ = w.shape
     check_scale("x_scale", x_scale, x.shape[:1])
@@ -199,7 +205,6 @@ def prepare_grouped_gemm(
         )
         gemm_role(index, num_workers, product, chosen)
 
-    result_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
     return mosaic.Kernel(
         operands=operands,
         results=(jax.ShapeDtypeStruct((x.shape[0], num_columns), result_dtype),),

@@ -238,7 +238,11 @@ def _build_one(
         source.config, devices, split_experts=config.parallel.expert_parallel
     )
     page_size = min(config.cache.page_size or defaults.page_size, context)
-    served = kernel_choice.Served(config=source.config, dtype=dtype, page_size=page_size)
+    served = kernel_choice.Served(
+        config=loading.share_of_one_device(source.config, placement),
+        dtype=dtype,
+        page_size=page_size,
+    )
     choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
     _LOG.info("kernels: %s", choices)
     model = _load(config.model, source, dtype, placement, reports)
@@ -263,8 +267,8 @@ def _build_one(
         attention=implementations.attention(
             choices,
             layout=kv_layout,
-            group=source.config.group_size // placement.kv_copies,
-            windows=source.config.distinct_windows,
+            group=served.config.group_size,
+            windows=served.config.distinct_windows,
             tile_len=min(defaults.tile_len, dense_batch),
         ),
         plans=plan_choice.choose(config.plans, bucket_list, shape, num_sms=choices.num_ctas),
@@ -408,7 +412,7 @@ def _layout(
     shape = layout_lib.CacheShape(
         num_pages=1,
         page_size=served.page_size,
-        num_kv_heads=served.config.num_kv_heads * placement.kv_copies // num_devices,
+        num_kv_heads=served.config.num_kv_heads,
         head_dim=served.config.head_dim,
         dtype=served.dtype,
     )

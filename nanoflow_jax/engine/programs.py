@@ -47,8 +47,8 @@ class Sizes:
         vocab_size: V.
         penalty_requests: Rows of the penalty table.
         attention: What the host plans of attention.
-        num_devices: Devices that share the model; each draws for as many rows as the others.
         plans: How the layers of a bucket run; one nano-batch where nothing is said.
+        num_devices: Devices that share the model; each draws for as many rows as the others.
     """
 
     max_requests: int
@@ -58,8 +58,8 @@ class Sizes:
     vocab_size: int
     penalty_requests: int
     attention: attention_inputs.AttentionInputs
-    num_devices: int = 1
     plans: Mapping[buckets.Bucket, Plan] = dataclasses.field(default_factory=dict)
+    num_devices: int = 1
 
     @property
     def sample_rows(self) -> tuple[int, ...]:

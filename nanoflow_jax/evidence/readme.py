@@ -109,13 +109,14 @@ def _rows(verdict: Verdict, among: Sequence[Verdict]) -> Iterator[list[str]]:
     assert verdict.result is not None
     run = verdict.result.manifest.run
     levels = verify.levels(verdict, among)
-    for figure in verdict.result.manifest.figures:
+    for figure in filter(verdict.result.kind.is_headline, verdict.result.manifest.figures):
         level = levels[figure.name]
         yield [
             f"{run.device.name}, {run.device.count}" if run.device.count > 1 else run.device.name,
             figure.name,
-            f"{tables.number(figure.median)} {figure.unit}",
-            f"{tables.number(figure.low)} - {tables.number(figure.high)}",
+            tables.quantity(figure.median, figure.unit),
+            f"{tables.quantity(figure.low, figure.unit)} - "
+            f"{tables.quantity(figure.high, figure.unit)}",
             str(figure.count),
             tables.share(figure),
             f"{level.words}: {', '.join(_links(figure, verdict, level, among))}",
