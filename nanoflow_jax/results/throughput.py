@@ -1,0 +1,73 @@
+"""Kind `throughput`: an engine runs each mix of a workload several times, offline and greedy."""
+
+import msgspec
+
+from nanoflow_jax.results import figures, kind, manifest
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One run of a mix.
+
+    Attributes:
+        case: Name of the mix.
+        round: Which run of it.
+        requests: How many.
+        input_tokens: Of all prompts.
+        output_tokens: Generated.
+        seconds: From the first submission to the last token.
+        steps: Launched.
+        tokens_sha256: Of the generated tokens, request by request.
+        first_token_s: Per request, from its submission to its first token.
+        per_token_s: Per request of at least two tokens, mean time between tokens.
+    """
+
+    case: str
+    round: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    seconds: float
+    steps: int
+    tokens_sha256: str
+    first_token_s: tuple[float, ...]
+    per_token_s: tuple[float, ...]
+
+
+def _cases(evidence: kind.Evidence) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    for sample in evidence.samples:
+        found.setdefault(sample.case, []).append(sample)
+    return found
+
+
+def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
+    made = []
+    for case, runs in _cases(evidence).items():
+        output = [run.output_tokens / run.seconds for run in runs]
+        both = [(run.input_tokens + run.output_tokens) / run.seconds for run in runs]
+        made.append(figures.summarise(f"{case}: output", "tokens/s", output))
+        made.append(figures.summarise(f"{case}: input and output", "tokens/s", both))
+    return made
+
+
+def _complaints(evidence: kind.Evidence) -> list[str]:
+    return [
+        f"runs of {case} gave different tokens"
+        for case, runs in _cases(evidence).items()
+        if len({run.tokens_sha256 for run in runs}) > 1
+    ]
+
+
+def _is_gpu(run: manifest.Run) -> bool:
+    return run.device.platform == "gpu"
+
+
+KIND = kind.Kind(
+    name="throughput",
+    sample=Sample,
+    files=lambda run: frozenset({manifest.SAMPLES}),
+    needs_ceilings=_is_gpu,
+    level=lambda run: kind.Level.ONE_RUN,
+    figures=_figures,
+    complaints=_complaints,
+)
