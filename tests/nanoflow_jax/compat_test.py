@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import kernel_runs
 import numpy as np
+import pytest
 
 from nanoflow_jax import compat
 from pallas_kernels.gemm import gemm
@@ -34,3 +35,10 @@ def test_an_interpreted_kernel_tells_of_races_until_the_interpreter_is_reset():
         np.testing.assert_array_equal(found, 64.0)
         assert not compat.races_found()
         compat.reset_interpreter()
+
+
+def test_kernels_of_a_gpu_that_is_not_there_cannot_be_seen():
+    if jax.devices()[0].platform == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="CUPTI"):
+        compat.device_kernels(lambda: None)
