@@ -5,9 +5,10 @@
 `python -m nanoflow_jax.bench overhead --workload=FILE --url=URL [--model=DIR ...]`
 `python -m nanoflow_jax.bench soak --workload=FILE --url=URL --concurrency=200 [--model=DIR ...]`
 `python -m nanoflow_jax.bench gpu_check [--repeats=3 --seed=N]`
+`python -m nanoflow_jax.bench kernels [--device_check --shapes=llama-3-8b --kernels=gemm,fused]`
 
 overhead and soak run the workload offline too, so they take the knobs that the server was started
-with. gpu_check needs a GPU, or jax 0.11 to interpret its kernels.
+with. gpu_check and kernels need a GPU, or jax 0.11 to interpret their kernels.
 Exit codes: 0 done, 1 failed while measuring or found a fault, 2 wrong flags or files, 130
 interrupted.
 """
@@ -25,7 +26,15 @@ import jax
 from absl import flags as absl_flags
 
 from nanoflow_jax import config, console, flags, llm, start_up
-from nanoflow_jax.bench import gpu_check, http_client, overhead, serving, soak, throughput
+from nanoflow_jax.bench import (
+    gpu_check,
+    http_client,
+    kernel_command,
+    overhead,
+    serving,
+    soak,
+    throughput,
+)
 from nanoflow_jax.engine import build
 from nanoflow_jax.workload import file as workload_file
 
@@ -51,6 +60,7 @@ def _define() -> None:
     absl_flags.DEFINE_boolean("stream", True, "Ask the server for tokens as they come.")
     absl_flags.DEFINE_string("api_key", "", "Key of the server.")
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
+    kernel_command.define(_FLAGS)
 
 
 def _mixes() -> dict[str, tuple[workload_file.WorkRequest, ...]]:
@@ -197,12 +207,21 @@ def _gpu_check() -> int:
     return console.FAILED if failed else 0
 
 
+def _kernels() -> int:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    command = ("python", "-m", "nanoflow_jax.bench", *sys.argv[1:])
+    return kernel_command.run(_FLAGS, say=say, stream=sys.stderr, command=command)
+
+
 _BENCHMARKS = {
     "throughput": _throughput,
     "serving": _serving,
     "overhead": _overhead,
     "soak": _soak,
     "gpu_check": _gpu_check,
+    "kernels": _kernels,
 }
 
 

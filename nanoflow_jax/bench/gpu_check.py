@@ -54,19 +54,10 @@ def run(*, seed: int, repeats: int) -> Iterator[Outcome]:
         ValueError: The kernels cannot run here.
     """
     on_gpu = jax.devices()[0].platform == "gpu"
-    if not on_gpu and not compat.CAN_INTERPRET_MOSAIC:
-        raise ValueError(
-            f"there is no GPU, and jax {jax.__version__} cannot interpret the kernels; use jax "
-            "0.11 or newer, on Python 3.12"
-        )
-    if not on_gpu and int(os.environ.get("NPROC", os.cpu_count() or 1)) < _LEAST_THREADS:
-        raise ValueError(
-            f"interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} threads; "
-            "set NPROC=8 in the environment"
-        )
     if on_gpu:
         interpret, sizes = None, kernel_cases.SERVED
     else:
+        check_interpreter()
         interpret = compat.interpret_gpu_params(
             detect_races=True, out_of_bounds_reads="uninitialized"
         )
@@ -83,6 +74,20 @@ def run(*, seed: int, repeats: int) -> Iterator[Outcome]:
             ok=None,
             detail="needs a GPU",
             seconds=0.0,
+        )
+
+
+def check_interpreter() -> None:
+    """Raises ValueError where kernels can neither run nor be interpreted."""
+    if not compat.CAN_INTERPRET_MOSAIC:
+        raise ValueError(
+            f"there is no GPU, and jax {jax.__version__} cannot interpret the kernels; use jax "
+            "0.11 or newer, on Python 3.12"
+        )
+    if int(os.environ.get("NPROC", os.cpu_count() or 1)) < _LEAST_THREADS:
+        raise ValueError(
+            f"interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} threads; "
+            "set NPROC=8 in the environment"
         )
 
 
