@@ -8,9 +8,11 @@ from nanoflow_jax.results import kernels
 from nanoflow_jax.results.kernels import Sample
 
 _COLUMNS = 4
-_WIDTH, _HEIGHT = 340, 250
-# Of the axes in a panel.
-_LEFT, _TOP, _RIGHT, _BOTTOM = 44, 34, 10, 36
+_WIDTH, _HEIGHT = 340, 280
+# Around the axes of a panel.
+_LEFT, _TOP, _RIGHT, _BOTTOM = 44, 72, 10, 36
+# Names of ways, above the axes.
+_KEY_COLUMNS, _KEY_TOP, _KEY_HEIGHT = 2, 28, 11
 # Told apart by people who do not see all colours (Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
 _STYLE = (
@@ -119,8 +121,9 @@ def _line(
     number: int,
 ) -> list[str]:
     colour = _COLOURS[number % len(_COLOURS)]
-    key = 24 + 11 * number
-    label = f'<text x="{_WIDTH - _RIGHT}" y="{key}" text-anchor="end" style="fill:{colour}">'
+    row, column = divmod(number, _KEY_COLUMNS)
+    x = _LEFT + column * (_WIDTH - _LEFT) // _KEY_COLUMNS
+    label = f'<text x="{x}" y="{_KEY_TOP + row * _KEY_HEIGHT}" style="fill:{colour}">'
     parts = [f"{label}{html.escape(way)}</text>"]
     form = f'stroke="{colour}" fill="none"'
     if len(points) == 1:
