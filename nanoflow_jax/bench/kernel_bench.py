@@ -255,7 +255,7 @@ class _Turn:
             )
         except RuntimeError as error:  # of the device: too little memory for the operands, say
             said = str(error).splitlines()[0]
-            labels = {"case": problem.name, "mode": "all", "way": "all"}
+            labels = {"case": problem.name, "mode": kernels.ALL, "way": kernels.ALL}
             yield labels | {"fault": f"failed: {said}"}
 
 

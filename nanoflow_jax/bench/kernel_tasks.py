@@ -381,7 +381,7 @@ def _dense(
     pages = jnp.moveaxis(cache[page_table], 2, 0)  # [2, R, M, K, S, H]
     _, R, M, K, S, H = pages.shape
     rows = jnp.swapaxes(pages, 3, 4).reshape(2, R, M * S, K, H)
-    is_there = jnp.arange(M * S, dtype=jnp.int32) < context_lens[:, None]
+    is_there = jnp.arange(M * S, dtype=jnp.int32)[None] < context_lens[:, None]
     k, v = jnp.where(is_there[None, :, :, None, None], rows, jnp.zeros((), rows.dtype))
     return k, v
 
@@ -410,7 +410,8 @@ def _plain_attention(operands: Operands, *, prefix_len: int | None) -> tuple[Arr
         scores = jnp.einsum("GTH,CH->GTC", q, k, precision="highest") / math.sqrt(H)
         is_seen = (key[None] <= last[:, None]) & (key[None] < length)
         weights = jax.nn.softmax(scores, axis=-1, where=is_seen[None])
-        return jnp.einsum("GTC,CH->GTH", weights, v, precision="highest").astype(operands[0].dtype)
+        mixed = jnp.einsum("GTC,CH->GTH", weights, v, precision="highest")
+        return mixed.astype(operands[0].dtype)
 
     flat = (
         queries.reshape(R * K, N // K, T, H),

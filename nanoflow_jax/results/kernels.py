@@ -10,6 +10,7 @@ from pallas_kernels import problem_shapes
 
 OURS = "pallas"
 IN_TURN = "pallas, one then the other"
+ALL = "all"  # the way of a problem whose operands have no room
 FLOPS_CEILING = "bf16_product_flops_per_s"
 COPY_CEILING = "copy_bytes_per_s"
 READ_CEILING = "read_bytes_per_s"
@@ -52,6 +53,11 @@ def mode(way: str, num_ctas: int | None, split: int | None) -> str:
     if num_ctas is None:
         return way
     return f"{way} {num_ctas}" if split is None else f"{way} {split}+{num_ctas - split}"
+
+
+def is_our_fault(sample: Sample) -> bool:
+    """Whether it says that a kernel of ours, or a whole problem, failed or was wrong."""
+    return bool(sample.fault) and not sample.is_missing and sample.way.startswith((OURS, ALL))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -110,6 +110,21 @@ def test_faults_take_nothing_from_the_rest_but_a_result_of_faults_is_none():
     assert kernels.KIND.complaints(evidence) == ["nothing was timed"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_ours"),
+    [
+        ({"way": "pallas", "fault": "wrong"}, True),
+        ({"way": "pallas, static grid", "fault": "wrong"}, True),
+        ({"way": "all", "fault": "no room"}, True),
+        ({"way": "cudnn", "fault": "not supported"}, False),
+        ({"way": "pallas, graph branches", "fault": "needs a GPU", "is_missing": True}, False),
+        ({"way": "pallas"}, False),
+    ],
+)
+def test_what_others_cannot_do_is_not_our_fault(changes, is_ours):
+    assert kernels.is_our_fault(Sample(case=_CASE, mode="m", **changes)) is is_ours
+
+
 def test_an_unknown_case_is_refused():
     with pytest.raises(ValueError, match="there is no problem 'x' in pallas_kernels/problem_"):
         kernels.shape_of("x")
