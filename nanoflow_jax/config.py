@@ -2,7 +2,9 @@
 
 import dataclasses
 import enum
-from typing import Any
+from typing import Any, TypeVar
+
+_Names = TypeVar("_Names", bound=enum.StrEnum)
 
 
 class Dtype(enum.StrEnum):
@@ -11,6 +13,15 @@ class Dtype(enum.StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class KernelUse(enum.StrEnum):
+    """What an operation is made of; `engine.kernel_choice` decides."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    PALLAS = "pallas"
+    INTERPRET = "interpret"
 
 
 def knob(
@@ -121,6 +132,56 @@ class BatchSection:
         check_bounds(self, self.PREFIX)
 
 
+_KERNEL_USES = (
+    "auto: the kernel where it runs, the plain path elsewhere; plain: what XLA makes of it; "
+    "pallas: the kernel, or an error; interpret: the kernel, interpreted on a CPU, very slowly."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsSection:
+    """What each operation of a step is made of."""
+
+    PREFIX = "kernel_"
+
+    gemm: KernelUse = knob(
+        KernelUse.AUTO,
+        "Products of the layers. auto: XLA's own everywhere. Otherwise as --kernel_grouped_gemm.",
+    )
+    grouped_gemm: KernelUse = knob(KernelUse.AUTO, f"Products of experts. {_KERNEL_USES}")
+    decode_attention: KernelUse = knob(
+        KernelUse.AUTO, "Attention of decode rows; as --kernel_grouped_gemm."
+    )
+    prefill_attention: KernelUse = knob(
+        KernelUse.AUTO, "Attention of prompt chunks; as --kernel_grouped_gemm."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """Devices that share the work."""
+
+    PREFIX = ""
+
+    tensor_parallel: int = knob(
+        1, "Devices that share each layer: kv heads, feed-forward width and vocabulary.", low=1
+    )
+    data_parallel: int = knob(
+        1,
+        "Replicas of the model, each on devices of its own; requests go to the least busy.",
+        low=1,
+    )
+    expert_parallel: bool = knob(
+        False, "Whole experts on each of these devices, instead of a part of every expert."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileSection:
     """Compilation before the first request."""
@@ -145,6 +206,8 @@ class EngineConfig:
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
     cache: CacheSection = dataclasses.field(default_factory=CacheSection)
     batch: BatchSection = dataclasses.field(default_factory=BatchSection)
+    kernels: KernelsSection = dataclasses.field(default_factory=KernelsSection)
+    parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
 
     @classmethod
@@ -245,9 +308,12 @@ def from_knobs(config_type: Any, **knobs: Any) -> Any:
     for field in dataclasses.fields(config_type):
         kind = section_type(field)
         names = {f"{kind.PREFIX}{f.name}": f for f in dataclasses.fields(kind)}
-        taken = {names[k].name: knobs.pop(k) for k in list(knobs) if k in names}
-        if "dtype" in taken:
-            taken["dtype"] = parse_dtype(taken["dtype"])
+        taken = {}
+        for name in [name for name in knobs if name in names]:
+            knob_field, value = names[name], knobs.pop(name)
+            if isinstance(knob_field.default, enum.StrEnum):
+                value = parse_name(type(knob_field.default), value, knob_name=name)
+            taken[knob_field.name] = value
         sections[field.name] = kind(**taken)
     if knobs:
         raise ValueError(
@@ -257,11 +323,11 @@ def from_knobs(config_type: Any, **knobs: Any) -> Any:
     return config_type(**sections)
 
 
-def parse_dtype(name: Any) -> Dtype:
-    """The dtype of that name, or a ValueError that lists the names."""
-    if not isinstance(name, str) or name not in list(Dtype):
-        raise ValueError(f"dtype={name!r} is not one of {', '.join(Dtype)}")
-    return Dtype(name)
+def parse_name(kind: type[_Names], name: Any, *, knob_name: str) -> _Names:
+    """The member of that name, or a ValueError that lists the names."""
+    if not isinstance(name, str) or name not in list(kind):
+        raise ValueError(f"{knob_name}={name!r} is not one of {', '.join(kind)}")
+    return kind(name)
 
 
 def section_type(field: Any) -> Any:

@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable
 
-import jax
 from absl import app, flags
 
 WRONG_INPUT = 2  # before the work began: flags, files, model
@@ -61,12 +60,19 @@ def run(program: Callable[[], int], *, say: Callable[[str], None], debug: bool) 
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except (RunError, ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except _expected_errors() as error:
         if debug:
             say("".join(traceback.format_exception(error)).rstrip())
         say(f"error: {_message(error)}")
-        is_late = isinstance(error, RunError | jax.errors.JaxRuntimeError)
+        is_late = not isinstance(error, ValueError | OSError | MemoryError)
         return FAILED if is_late else WRONG_INPUT
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What a user can mend. jax is not imported for its own: programs without it start sooner."""
+    jax = sys.modules.get("jax")
+    of_devices = () if jax is None else (jax.errors.JaxRuntimeError,)
+    return (RunError, ValueError, OSError, MemoryError, *of_devices)
 
 
 def _message(error: Exception) -> str:

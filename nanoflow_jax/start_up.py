@@ -55,5 +55,6 @@ def describe(chosen: build.Settings) -> str:
             f"{bytes_text(chosen.cache_bytes)}; context: {chosen.max_context_len} tokens",
             f"dense batch: {chosen.dense_batch} tokens of at most {chosen.max_requests} requests; "
             f"buckets: {', '.join(chosen.buckets)}",
+            f"kernels: {chosen.kernels}",
         ]
     )

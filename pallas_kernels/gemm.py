@@ -4,8 +4,9 @@ Bound by arithmetic from some 200 rows on (an H200 makes about 206 bfloat16 oper
 memory), below that by reading the weight.
 
 CTAs are persistent: CTA i of n computes output tiles i, i + n, ... . Two warpgroups each own half
-of a tile's rows and multiply (WGMMA) what a third one fetches (TMA) some steps ahead. A tile leaves
-through shared memory in slices of columns, while the next tile's first products run.
+of a tile's rows, or of its columns where it has 64 rows, and multiply (WGMMA) what a third one
+fetches (TMA) some steps ahead. A tile leaves through shared memory in slices of columns, while the
+next tile's first products run.
 
 Accuracy: products of the inputs as they are (float32 inputs as TF32), summed in float32; the
 epilogue, scales included, is in float32 and rounded once. Hopper sums products of float8 with some
@@ -20,53 +21,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from nanoflow_jax import compat
 from pallas_kernels import mosaic
+from pallas_kernels.gemm_role import Factor, GemmRefs, GemmTile, default_tile, gemm_role
 
-_NUM_SLOTS = 2
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GemmTile:
-    """What one CTA computes at a time.
-
-    Attributes:
-        rows: Of the output; each of two warpgroups has half.
-        columns: Of the output.
-        depth: Of one step along the summed axis.
-        stages: Steps fetched ahead.
-        band: Tiles in a row of the snake.
-        slice_columns: Columns that leave at a time.
-    """
-
-    rows: int = 128
-    columns: int = 128
-    depth: int = 64
-    stages: int = 4
-    band: int = 8
-    slice_columns: int = 64
-
-    def __post_init__(self) -> None:
-        if self.rows % 128 or self.columns % self.slice_columns or self.columns > 256:
-            raise ValueError(
-                f"{self} is no tile: rows must be a multiple of 128 (two warpgroups of 64), and "
-                "columns of slice_columns, at most 256"
-            )
 
 
 def gemm(
     x: Float[Array, "T D"],
-    w: Float[Array, "F D"],
+    w: Float[Array, "F2 D"],
     *,
+    gated: bool = False,
     w_up: Float[Array, "F D"] | None = None,
     x_scale: Float[Array, "*T"] | None = None,
-    w_scale: Float[Array, "*F"] | None = None,
+    w_scale: Float[Array, "*F2"] | None = None,
     w_up_scale: Float[Array, "*F"] | None = None,
     bias: Float[Array, "F"] | None = None,
     residual: Float[Array, "T F"] | None = None,
@@ -81,7 +52,8 @@ def gemm(
     Args:
         x: bfloat16, float16, float32 or float8_e4m3fn.
         w: Output-major, of x's dtype.
-        w_up: Second factor of a gated layer.
+        gated: Whether w holds the rows of both factors of a gated layer, up's below the gate's.
+        w_up: Second factor of a gated layer where it lies apart.
         x_scale: float32, what x is to be multiplied by: one number, or one for each row.
         w_scale: The same of w, whose rows are output channels.
         w_up_scale: The same of w_up.
@@ -89,7 +61,7 @@ def gemm(
         residual: Of the output's dtype.
         out_dtype: x's unless given; bfloat16 where that is float8_e4m3fn.
         num_ctas: Most SMs to use.
-        tile: How the product is cut.
+        tile: How the product is cut; `default_tile` unless given.
         token: Read by nobody; orders this kernel after the one that makes it.
         interpret: None on a GPU, or InterpretGPUParams.
 
@@ -99,6 +71,7 @@ def gemm(
     kernel = prepare_gemm(
         x,
         w,
+        gated=gated,
         w_up=w_up,
         x_scale=x_scale,
         w_scale=w_scale,
@@ -113,11 +86,12 @@ def gemm(
 
 def prepare_gemm(
     x: Float[Array, "T D"],
-    w: Float[Array, "F D"],
+    w: Float[Array, "F2 D"],
     *,
+    gated: bool = False,
     w_up: Float[Array, "F D"] | None = None,
     x_scale: Float[Array, "*T"] | None = None,
-    w_scale: Float[Array, "*F"] | None = None,
+    w_scale: Float[Array, "*F2"] | None = None,
     w_up_scale: Float[Array, "*F"] | None = None,
     bias: Float[Array, "F"] | None = None,
     residual: Float[Array, "T F"] | None = None,
@@ -125,31 +99,32 @@ def prepare_gemm(
     tile: GemmTile | None = None,
 ) -> mosaic.Kernel:
     """The kernel of `gemm`, to run on a share of a grid; takes and refuses the same."""
-    tile = tile or _default_tile(x.dtype)
-    out_dtype = jnp.dtype(out_dtype or _out_dtype(x.dtype))
-    _check(x, w, w_up=w_up, bias=bias, residual=residual, out_dtype=out_dtype)
+    out_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
+    num_factors = 1 if w_up is None and not gated else 2
+    tile = tile or default_tile(x.dtype, x.shape[0], num_factors=num_factors, out_dtype=out_dtype)
+    num_rows, num_columns = x.shape[0], w.shape[0] // 2 if gated else w.shape[0]
+    _check(x, w, gated=gated, w_up=w_up)
+    _check_epilogue((num_rows, num_columns), out_dtype, bias=bias, residual=residual)
     _check_scales(x, w, x_scale=x_scale, w_scale=w_scale, w_up=w_up, w_up_scale=w_up_scale)
-    num_rows, num_columns = x.shape[0], w.shape[0]
     x = padded(x, mosaic.TILE_ROWS, tile.depth)
     weights = [padded(one, mosaic.TILE_ROWS, tile.depth) for one in (w, w_up) if one is not None]
     shape = (x.shape[0], _up(num_columns, mosaic.TILE_ROWS))
     operands = [x, *weights]
     height, width = _up(num_rows, tile.rows), _up(num_columns, tile.columns)
-    for scale, size, filled in (
-        (w_scale, num_columns, width),
+    vectors = (
+        (w_scale, w.shape[0], w.shape[0] - num_columns + width),
         (w_up_scale, num_columns, width),
         (x_scale, num_rows, height),
-    ):
-        if scale is not None:
-            operands.append(jnp.pad(jnp.broadcast_to(scale, size), (0, filled - size)))
-    if bias is not None:
-        operands.append(jnp.pad(bias.astype(jnp.float32), (0, width - num_columns)))
+        (bias, num_columns, width),
+    )
+    operands += [filled(v, size, to) for v, size, to in vectors if v is not None]
     if residual is not None:
         operands.append(
             jnp.pad(residual, [(0, n - m) for n, m in zip(shape, residual.shape, strict=True)])
         )
     parts = _Parts(
-        gated=w_up is not None,
+        second_row=num_columns if gated else None,
+        w_up=w_up is not None,
         w_scale=w_scale is not None,
         w_up_scale=w_up_scale is not None,
         x_scale=x_scale is not None,
@@ -169,11 +144,12 @@ def prepare_gemm(
 
 def gemm_reference(
     x: Float[Array, "T D"],
-    w: Float[Array, "F D"],
+    w: Float[Array, "F2 D"],
     *,
+    gated: bool = False,
     w_up: Float[Array, "F D"] | None = None,
     x_scale: Float[Array, "*T"] | None = None,
-    w_scale: Float[Array, "*F"] | None = None,
+    w_scale: Float[Array, "*F2"] | None = None,
     w_up_scale: Float[Array, "*F"] | None = None,
     bias: Float[Array, "F"] | None = None,
     residual: Float[Array, "T F"] | None = None,
@@ -187,6 +163,11 @@ def gemm_reference(
             y = y * x_scale.reshape(-1, 1)
         return y if scale is None else y * scale.reshape(1, -1)
 
+    if gated:
+        w, w_up = jnp.split(w, 2)
+        w_up_scale = w_scale
+        if w_scale is not None and w_scale.ndim:
+            w_scale, w_up_scale = jnp.split(w_scale, 2)
     y = product(w, w_scale)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None]
@@ -194,61 +175,15 @@ def gemm_reference(
         y = jax.nn.silu(y) * product(w_up, w_up_scale)
     if residual is not None:
         y = y + residual.astype(jnp.float32)
-    return y.astype(out_dtype or _out_dtype(x.dtype))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Factor:
-    """A weight [F, D], which may be some rows of a larger one, and the scale of each row."""
-
-    ref: Any
-    first_row: int = 0
-    scale: Any = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupRefs:
-    """Rows of x in groups that have weights of their own, one below the other in a factor's ref.
-
-    Attributes:
-        tile_group: Group of each tile of rows.
-        num_tiles: [1], used tiles of rows.
-        weight_rows: From the weight of one group to that of the next.
-    """
-
-    tile_group: Any
-    num_tiles: Any
-    weight_rows: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GemmRefs:
-    """Refs of one product in global memory.
-
-    Attributes:
-        x: [T, D].
-        factors: The weight, and the second one of a gated layer.
-        out: [T, F].
-        x_scale: [T] in float32.
-        bias: [F] in float32.
-        residual: As out.
-        groups: None if all rows have the same weight.
-    """
-
-    x: Any
-    factors: tuple[Factor, ...]
-    out: Any
-    x_scale: Any = None
-    bias: Any = None
-    residual: Any = None
-    groups: GroupRefs | None = None
+    return y.astype(out_dtype or default_out_dtype(x.dtype))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """Which optional operands there are."""
+    """Which optional operands there are, and the row of w where a second factor begins."""
 
-    gated: bool
+    second_row: int | None
+    w_up: bool
     w_scale: bool
     w_up_scale: bool
     x_scale: bool
@@ -258,9 +193,11 @@ class _Parts:
     def named(self, refs: tuple[Any, ...]) -> GemmRefs:
         left = list(refs)
         take = lambda there: left.pop(0) if there else None  # noqa: E731
-        x, w, w_up = take(True), take(True), take(self.gated)
+        x, w, w_up = take(True), take(True), take(self.w_up)
         factors = [Factor(ref=w, scale=take(self.w_scale))]
-        if self.gated:
+        if self.second_row is not None:
+            factors.append(dataclasses.replace(factors[0], first_row=self.second_row))
+        if self.w_up:
             factors.append(Factor(ref=w_up, scale=take(self.w_up_scale)))
         return GemmRefs(
             x=x,
@@ -272,164 +209,8 @@ class _Parts:
         )
 
 
-def gemm_role(index: Any, num_workers: Any, refs: GemmRefs, tile: GemmTile) -> None:
-    """What CTA `index` of `num_workers` does; both may be values that the device computes."""
-    _Gemm(refs, tile).run(index, num_workers)
-
-
-class _Gemm:
-    """The kernel of one product, as it is traced."""
-
-    def __init__(self, refs: GemmRefs, tile: GemmTile) -> None:
-        self._refs, self._tile = refs, tile
-        self._weights = [factor.ref for factor in refs.factors]
-        (self._num_rows, self._num_columns), self._depth = refs.out.shape, refs.x.shape[1]
-        self._steps = pl.cdiv(self._depth, tile.depth)
-        # One product stays in flight; with a single step there is none to wait for later.
-        self._delay = min(1, self._steps - 1)
-        self._half = tile.rows // mosaic.COMPUTE_WARPGROUPS
-        self._slots = min(_NUM_SLOTS, tile.columns // tile.slice_columns)
-
-    def run(self, index: Any, num_workers: Any) -> None:
-        tile, refs = self._tile, self._refs
-        nothing = lambda *_, **__: None  # noqa: E731
-        allocations = self._pipeline(nothing, nothing).get_allocations(refs.x, *self._weights)
-        slice_shape = (mosaic.COMPUTE_WARPGROUPS, self._slots, self._half, tile.slice_columns)
-        out_s = plgpu.SMEM(
-            slice_shape,
-            refs.out.dtype,
-            transforms=mosaic.swizzled(tile.slice_columns, refs.out.dtype),
-        )
-        row_tiles = pl.cdiv(self._num_rows, tile.rows)
-        if refs.groups is not None:
-            row_tiles = refs.groups.num_tiles[0]
-        grid = (row_tiles, pl.cdiv(self._num_columns, tile.columns))
-
-        def scope(allocations: Any, out_s: Any, arrived: Any) -> None:
-            @pl.loop(0, lax.div(grid[0] * grid[1] - index + num_workers - 1, num_workers))
-            def _(turn: Any) -> None:
-                place = plgpu.planar_snake(index + turn * num_workers, grid, 0, tile.band)
-                self._one_tile(place, allocations, out_s, arrived)
-
-        num_barriers = mosaic.COMPUTE_WARPGROUPS * self._slots
-        pl.run_scoped(
-            scope,
-            allocations,
-            out_s,
-            plgpu.Barrier(num_barriers=num_barriers) if refs.residual is not None else None,
-            collective_axes="warpgroup",
-        )
-        plgpu.wait_smem_to_gmem(0)
-
-    def _pipeline(self, body: Any, compute: Any) -> Any:
-        tile, dtype = self._tile, self._refs.x.dtype
-        transforms = mosaic.swizzled(tile.depth, dtype)
-
-        def spec(rows: int) -> plgpu.BlockSpec:
-            return plgpu.BlockSpec(
-                (rows, tile.depth),
-                lambda k: (0, k),
-                transforms=transforms,
-                delay_release=self._delay,
-            )
-
-        return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(self._steps,),
-            in_specs=[spec(tile.rows), *(spec(tile.columns) for _ in self._weights)],
-            max_concurrent_steps=tile.stages,
-            memory_registers=mosaic.MEMORY_REGISTERS,
-            num_compute_wgs=mosaic.COMPUTE_WARPGROUPS,
-            wg_axis="warpgroup",
-            compute_context=compute,
-        )
-
-    def _one_tile(self, place: Any, allocations: Any, out_s: Any, arrived: Any) -> None:
-        tile = self._tile
-        warpgroup = lax.axis_index("warpgroup")
-        mine = pl.ds(warpgroup * self._half, self._half)
-
-        def multiply(_: Any, x_s: Any, *rest: Any) -> Any:
-            *weights_s, accumulators = rest
-            for accumulator, w_s in zip(accumulators, weights_s, strict=True):
-                plgpu.wgmma(accumulator, x_s.at[mine], w_s.transpose((1, 0)))
-            plgpu.wgmma_wait(self._delay)
-            return accumulators
-
-        def compute(run_pipeline: Any) -> None:
-            def with_accumulators(*accumulators: Any) -> None:
-                run_pipeline(accumulators)
-                sums = [accumulator[...] for accumulator in accumulators]
-                self._store(sums, place, out_s, arrived)
-
-            shape = (self._half, tile.columns)
-            wanted = [plgpu.ACC(shape, jnp.float32) for _ in self._weights]
-            pl.run_scoped(with_accumulators, *wanted)
-
-        self._pipeline(multiply, compute)(
-            self._refs.x.at[pl.ds(place[0] * tile.rows, tile.rows)],
-            *(
-                factor.ref.at[pl.ds(self._first_weight(place, factor), tile.columns)]
-                for factor in self._refs.factors
-            ),
-            allocations=allocations,
-        )
-
-    def _first_weight(self, place: Any, factor: Factor) -> Any:
-        """First row of a factor that a tile needs."""
-        first = place[1] * self._tile.columns + factor.first_row
-        if (groups := self._refs.groups) is None:
-            return first
-        return first + groups.tile_group[place[0]] * groups.weight_rows
-
-    def _store(self, sums: list[Any], place: Any, out_s: Any, arrived: Any) -> None:
-        tile, refs = self._tile, self._refs
-        warpgroup = lax.axis_index("warpgroup")
-        rows = pl.ds(place[0] * tile.rows + warpgroup * self._half, self._half)
-        x_scale = None
-        if refs.x_scale is not None:
-            x_scale = compat.load_row(refs.x_scale, rows, layout=plgpu.Layout.WGMMA.reduce(1))
-        for i in range(tile.columns // tile.slice_columns):
-            start = i * tile.slice_columns
-            columns = pl.ds(place[1] * tile.columns + start, tile.slice_columns)
-            slot = out_s.at[warpgroup, i % self._slots]
-            # The store from this slot, `slots` slices ago, has read it.
-            plgpu.wait_smem_to_gmem(self._slots - 1, wait_read_only=True)
-            y, *rest = [one[:, start : start + tile.slice_columns] for one in sums]
-            y, *rest = [
-                self._scaled(one, factor, x_scale, self._first_weight(place, factor) + start)
-                for one, factor in zip((y, *rest), refs.factors, strict=True)
-            ]
-            if refs.bias is not None:
-                y = y + self._along_columns(refs.bias, columns.start, y.shape)
-            if rest:
-                y = y * (1.0 / (1.0 + jnp.exp(-y))) * rest[0]
-            if refs.residual is not None:
-                barrier = arrived.at[warpgroup * self._slots + i % self._slots]
-                plgpu.copy_gmem_to_smem(refs.residual.at[rows, columns], slot, barrier)
-                plgpu.barrier_wait(barrier)
-                y = y + slot[...].astype(jnp.float32)
-            slot[...] = y.astype(refs.out.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(slot, refs.out.at[rows, columns])
-
-    def _scaled(self, y: Any, factor: Factor, x_scale: Any, first_weight: Any) -> Any:
-        if factor.scale is not None:
-            y = y * self._along_columns(factor.scale, first_weight, y.shape)
-        return y if x_scale is None else y * lax.broadcast_in_dim(x_scale, y.shape, [0])
-
-    def _along_columns(self, ref: Any, first: Any, shape: tuple[int, int]) -> Any:
-        layout = plgpu.Layout.WGMMA.reduce(0)
-        row = compat.load_row(ref, pl.ds(first, shape[1]), layout=layout)
-        return lax.broadcast_in_dim(row, shape, [1])
-
-
-def _default_tile(dtype: Any) -> GemmTile:
-    """Steps of one swizzled row, 128 bytes."""
-    return GemmTile(depth=128 if dtype == jnp.float8_e4m3fn else 64)
-
-
-def _out_dtype(dtype: Any) -> Any:
+def default_out_dtype(dtype: Any) -> Any:
+    """Of a product of such operands: theirs, or bfloat16 for float8."""
     return jnp.bfloat16 if dtype == jnp.float8_e4m3fn else dtype
 
 
@@ -443,21 +224,49 @@ def padded(x: Float[Array, "M N"], rows: int, columns: int) -> Float[Array, "M2 
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
-def _check(x: Any, w: Any, *, w_up: Any, bias: Any, residual: Any, out_dtype: Any) -> None:
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"x{x.shape} and w{w.shape} are not [T, D] and [F, D]")
-    if 0 in (*x.shape, *w.shape):
-        raise ValueError(f"x{x.shape} and w{w.shape} must not be empty")
+def filled(vector: Float[Array, "*N"], size: int, to: int) -> Float[Array, "N2"]:
+    """A vector, or the one number that stands for it, in float32 and with zeros after its size."""
+    whole = jnp.broadcast_to(vector.astype(jnp.float32), size)
+    return jnp.pad(whole, (0, to - size)) if to > size else whole
+
+
+def check_dtypes(x: Any, w: Any) -> None:
+    """Raises ValueError unless the kernel multiplies these."""
     if x.dtype != w.dtype or x.dtype not in _DTYPES:
         raise ValueError(
             f"x is {x.dtype} and w {w.dtype}; both must be bfloat16, float16, float32 or "
             "float8_e4m3fn"
         )
+
+
+def check_scale(name: str, scale: Any, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError unless a scale is None or float32 of one of these shapes, or a number."""
+    if scale is None:
+        return
+    if scale.shape not in ((), *shapes) or scale.dtype != jnp.float32:
+        wanted = " or ".join(str(shape) for shape in ((), *shapes))
+        raise ValueError(f"{name} is {scale.dtype}{scale.shape}, not float32 of shape {wanted}")
+
+
+def _check(x: Any, w: Any, *, gated: bool, w_up: Any) -> None:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x{x.shape} and w{w.shape} are not [T, D] and [F, D]")
+    if 0 in (*x.shape, *w.shape):
+        raise ValueError(f"x{x.shape} and w{w.shape} must not be empty")
+    check_dtypes(x, w)
     if w_up is not None and (w_up.shape != w.shape or w_up.dtype != w.dtype):
         raise ValueError(f"w_up is {w_up.dtype}{w_up.shape} and w {w.dtype}{w.shape}: not the same")
-    if bias is not None and bias.shape != w.shape[:1]:
-        raise ValueError(f"bias{bias.shape} is not [F] = {w.shape[:1]}")
-    expected = (x.shape[0], w.shape[0])
+    if gated and w_up is not None:
+        raise ValueError("gated says that w holds both factors, and there is a w_up")
+    if gated and w.shape[0] % (2 * mosaic.TILE_ROWS):
+        raise ValueError(
+            f"{w.shape[0]} rows of both factors are no multiple of {2 * mosaic.TILE_ROWS}"
+        )
+
+
+def _check_epilogue(expected: tuple[int, int], out_dtype: Any, *, bias: Any, residual: Any) -> None:
+    if bias is not None and bias.shape != expected[1:]:
+        raise ValueError(f"bias{bias.shape} is not [F] = {expected[1:]}")
     if residual is not None and (residual.shape != expected or residual.dtype != out_dtype):
         raise ValueError(
             f"residual is {residual.dtype}{residual.shape}, not {out_dtype}{expected} as the output"
@@ -467,16 +276,8 @@ def _check(x: Any, w: Any, *, w_up: Any, bias: Any, residual: Any, out_dtype: An
 def _check_scales(
     x: Any, w: Any, *, x_scale: Any, w_scale: Any, w_up: Any, w_up_scale: Any
 ) -> None:
-    for name, scale, size in (
-        ("x_scale", x_scale, x.shape[0]),
-        ("w_scale", w_scale, w.shape[0]),
-        ("w_up_scale", w_up_scale, w.shape[0]),
-    ):
-        if scale is None:
-            continue
-        if scale.shape not in ((), (size,)) or scale.dtype != jnp.float32:
-            raise ValueError(
-                f"{name} is {scale.dtype}{scale.shape}, not float32 of shape () or ({size},)"
-            )
+    check_scale("x_scale", x_scale, x.shape[:1])
+    check_scale("w_scale", w_scale, w.shape[:1])
+    check_scale("w_up_scale", w_up_scale, w.shape[:1])
     if w_up is None and w_up_scale is not None:
         raise ValueError("there is a w_up_scale and no w_up")

@@ -61,6 +61,12 @@ def row_multiple(dtype: Any) -> int:
     return _ROW_BYTES // jnp.dtype(dtype).itemsize
 
 
+def check_num_ctas(num_ctas: int) -> None:
+    """Raises ValueError unless there is a CTA."""
+    if num_ctas < 1:
+        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
+
+
 def call(
     body: Callable[..., None],
     *,
@@ -138,8 +144,7 @@ def run(kernel: Kernel, *, num_ctas: int, token: jax.Array | None, interpret: An
     Raises:
         ValueError: There is no CTA.
     """
-    if num_ctas < 1:
-        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
+    check_num_ctas(num_ctas)
     num_ctas = min(num_ctas, kernel.most_ctas)
     results = call(
         lambda *refs: kernel.role(lax.axis_index("cta"), num_ctas, *refs),

@@ -2,8 +2,9 @@
 
 Bound by arithmetic: a tile of 128 query rows multiplies each key and value that it fetches 128
 times (an H200 makes about 206 bfloat16 operations per byte of memory, and tiles that run at the
-same time share what they fetch in L2). Short chunks over long contexts are not split along the
-context and leave SMs idle when there are fewer tiles than SMs.
+same time share what they fetch in L2). Where there are fewer tiles than SMs, as of a short chunk
+over a long context, the plan cuts keys into parts, whose results leave in float32 and are merged by
+XLA.
 
 CTAs are persistent. A tile holds some consecutive tokens and all query heads of one KV head, cut
 into granules of eight tokens of one head; each of two warpgroups owns eight granules and keeps a
@@ -25,7 +26,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.prefill_role import PrefillForm, PrefillRefs, prefill_role
+from pallas_kernels.decode_attention import merge_parts
+from pallas_kernels.prefill_role import ROWS, PrefillForm, PrefillRefs, prefill_role
 from pallas_kernels.prefill_tiles import GRANULE, PrefillTiles, tile_len
 
 _HEAD_DIMS = (64, 128, 256)
@@ -101,6 +103,7 @@ def prepare_prefill(
     _check(q, cache, page_table, tiles, window=window, softcap=softcap)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = cache.shape[2:4]
+    capacity, num_parts = tiles.starts.shape[0], tiles.part_groups.shape[0]
     form = PrefillForm(
         head_dim=head_dim,
         page_size=page_size,
@@ -111,22 +114,30 @@ def prepare_prefill(
         window=window,
         softcap=softcap,
         in_place=aligned,
+        has_parts=num_parts > 0,
         is_simulated=interpreted,
     )
-    capacity = tiles.starts.shape[0]
     if num_tokens % GRANULE:
         q = jnp.pad(q, ((0, -num_tokens % GRANULE), (0, 0), (0, 0)))
     pages = cache.reshape(-1, page_size, head_dim)
     num_rows = q.shape[0] if aligned else capacity * form.slots
+    results = [jax.ShapeDtypeStruct((num_rows, num_heads, head_dim), q.dtype)]
+    if num_parts:
+        shape = (num_parts, num_kv_heads, ROWS)
+        results.append(jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32))
+        results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
 
-    def finish(out: Any) -> Float[Array, "T N H"]:
+    def finish(out: Any, parts: Any = None, weights: Any = None) -> Float[Array, "T N H"]:
+        if parts is not None:
+            out = _with_parts(out, parts, weights, tiles=tiles, form=form)
         if aligned:
             return out[:num_tokens]
         return out.at[jnp.asarray(tiles.sources)].get(mode="fill", fill_value=0)
 
+    read = (tiles.starts, tiles.counts, tiles.positions, tiles.rows, tiles.num_tiles, tiles.cuts)
     return mosaic.Kernel(
-        operands=[q, pages, page_table, *(jnp.asarray(field) for field in tiles[:-1])],
-        results=(jax.ShapeDtypeStruct((num_rows, num_heads, head_dim), q.dtype),),
+        operands=[q, pages, page_table, *(jnp.asarray(field) for field in read)],
+        results=tuple(results),
         role=lambda index, num_workers, *refs: prefill_role(
             index, num_workers, PrefillRefs(*refs), form
         ),
@@ -170,6 +181,38 @@ def prefill_attention_reference(
     return jnp.where(is_query[:, None, None], mixed.reshape(q.shape), 0.0).astype(q.dtype)
 
 
+def _with_parts(
+    out: Float[Array, "U N H"],
+    parts: Float[Array, "B K rows H"],
+    weights: Float[Array, "B K rows"],
+    *,
+    tiles: PrefillTiles,
+    form: PrefillForm,
+) -> Float[Array, "U N H"]:
+    """The kernel's result, with that of the tiles whose keys are cut into parts."""
+    num_parts, num_kv_heads, _, head_dim = parts.shape
+    items = jnp.asarray(tiles.group_items)
+    merged = merge_parts(
+        parts.reshape(num_parts, -1, head_dim),
+        weights.reshape(num_parts, -1),
+        jnp.asarray(tiles.part_groups),
+        num_groups=items.size,
+    )
+    # Rows of a tile are octets of tokens, of each query head in turn.
+    octets = form.slots // GRANULE
+    merged = merged.reshape(-1, num_kv_heads, ROWS, head_dim)[:, :, : form.slots * form.group]
+    merged = merged.reshape(-1, num_kv_heads, octets, form.group, GRANULE, head_dim)
+    merged = merged.transpose(0, 2, 4, 1, 3, 5).reshape(-1, *out.shape[1:])
+    slot = jnp.arange(form.slots, dtype=jnp.int32)[None]
+    starts = (
+        jnp.asarray(tiles.starts) if form.in_place else form.slots * jnp.arange(tiles.starts.size)
+    )
+    counts = jnp.asarray(tiles.counts).at[items].get(mode="fill", fill_value=0)[:, None]
+    places = starts.at[items].get(mode="clip")[:, None] + slot
+    places = jnp.where(slot < counts, places, out.shape[0]).reshape(-1)
+    return out.at[places].set(merged.astype(out.dtype), mode="drop")
+
+
 def _check(
     q: Any, cache: Any, page_table: Any, tiles: PrefillTiles, *, window: Any, softcap: Any
 ) -> None:
@@ -190,8 +233,13 @@ def _check(
     if page_table.ndim != 2 or page_table.dtype != jnp.int32:
         raise ValueError(f"page_table is {page_table.dtype}{page_table.shape}, not int32 [R, M]")
     shapes = [field.shape for field in tiles]
-    if shapes != [tiles.starts.shape] * 4 + [(1,), q.shape[:1]] or tiles.starts.size == 0:
-        raise ValueError(f"tiles of shapes {shapes} are not [C] x 4, [1] and [T] = {q.shape[:1]}")
+    capacity, room = tiles.starts.shape, tiles.part_groups.shape[0]
+    wanted = [capacity] * 4 + [(1,), q.shape[:1], (*capacity, 3), (room,), (room // 2,)]
+    if shapes != wanted or tiles.starts.size == 0:
+        raise ValueError(
+            f"tiles of shapes {shapes} are not [C] x 4, [1], [T] = {q.shape[:1]}, [C, 3], [B] and "
+            "[B // 2]"
+        )
     if any(field.dtype != jnp.int32 for field in tiles):
         raise ValueError(f"tiles are {[str(field.dtype) for field in tiles]}, not int32")
     for name, value in (("window", window), ("softcap", softcap)):

@@ -13,20 +13,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic
 from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, tile_len
 
-_ROWS = TILE_GRANULES * GRANULE
-_HALF = _ROWS // mosaic.COMPUTE_WARPGROUPS
+ROWS = TILE_GRANULES * GRANULE
+_HALF = ROWS // mosaic.COMPUTE_WARPGROUPS
 _HALF_GRANULES = TILE_GRANULES // mosaic.COMPUTE_WARPGROUPS
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
 _LOG2_E = math.log2(math.e)
 _MOST_STAGES = 4
 _BARRIER_BYTES = 1024
+# Registers a thread. Other kernels' 40 are too few for the warpgroup that moves memory here: as jax
+# 0.10.2 compiles it, it spills.
+_COMPUTE_REGISTERS = mosaic.COMPUTE_REGISTERS - 8
+_MEMORY_REGISTERS = mosaic.MEMORY_REGISTERS + 8 * mosaic.COMPUTE_WARPGROUPS
 # Columns of a value tile that the memory warpgroup can hold in its few registers.
 _CLEARED = 64
+# Columns of a part's result that leave at a time.
+_PART_COLUMNS = 32
 
 
 class PrefillRefs(NamedTuple):
-    """Refs of the kernel in global memory: `PrefillTiles` without its sources, between others."""
+    """Refs of the kernel in global memory: what it needs of `PrefillTiles`, between others."""
 
     q: Any
     pages: Any  # [P * 2 * K, S, H]
@@ -36,7 +42,10 @@ class PrefillRefs(NamedTuple):
     positions: Any
     rows: Any
     num_tiles: Any
+    cuts: Any
     out: Any
+    parts: Any = None  # [B, K, rows, H] in float32
+    part_weights: Any = None  # [B, K, rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,7 @@ class PrefillForm:
     Attributes:
         group: Query heads for each KV head.
         in_place: Whether results go where the queries came from; else tile by tile.
+        has_parts: Whether items may be parts of a tile's keys.
         is_simulated: Whether it is interpreted, where an accumulator cannot be carried and weights
             cannot be multiplied from registers.
     """
@@ -59,6 +69,7 @@ class PrefillForm:
     window: int | None
     softcap: float | None
     in_place: bool
+    has_parts: bool
     is_simulated: bool
 
     @property
@@ -90,7 +101,9 @@ class PrefillForm:
     def stages(self) -> int:
         """Steps in shared memory."""
         row = self.head_dim * jnp.dtype(self.dtype).itemsize
-        left = mosaic.SHARED_BYTES - _BARRIER_BYTES - self.q_slots * _ROWS * row
+        left = mosaic.SHARED_BYTES - _BARRIER_BYTES - self.q_slots * ROWS * row
+        if self.has_parts:
+            left -= ROWS * (_PART_COLUMNS + 1) * 4
         return min(_MOST_STAGES, left // (2 * self.step_len * row))
 
 
@@ -99,7 +112,7 @@ def prefill_role(index: Any, num_workers: Any, refs: PrefillRefs, form: PrefillF
     width = mosaic.swizzled(form.head_dim, form.dtype)
     step = (form.stages, form.step_len, form.head_dim)
     scratch: dict[str, Any] = {
-        "q": plgpu.SMEM((form.q_slots, _ROWS, form.head_dim), form.dtype, transforms=width),
+        "q": plgpu.SMEM((form.q_slots, ROWS, form.head_dim), form.dtype, transforms=width),
         "k": plgpu.SMEM(step, form.dtype, transforms=width),
         "v": plgpu.SMEM(step, form.dtype, transforms=width),
         "q_there": plgpu.Barrier(
@@ -113,6 +126,13 @@ def prefill_role(index: Any, num_workers: Any, refs: PrefillRefs, form: PrefillF
         "v_last": plgpu.Barrier(num_arrivals=form.num_pieces),
         "turn": plgpu.Barrier(num_arrivals=2),
     }
+    if form.has_parts:
+        scratch["part"] = plgpu.SMEM(
+            (mosaic.COMPUTE_WARPGROUPS, _HALF, _PART_COLUMNS),
+            jnp.float32,
+            transforms=mosaic.swizzled(_PART_COLUMNS, jnp.float32),
+        )
+        scratch["part_weight"] = plgpu.SMEM((mosaic.COMPUTE_WARPGROUPS, _HALF), jnp.float32)
     if form.is_simulated:
         scratch["weights"] = plgpu.SMEM(
             (mosaic.COMPUTE_WARPGROUPS, _HALF, form.step_len),
@@ -130,7 +150,7 @@ def prefill_role(index: Any, num_workers: Any, refs: PrefillRefs, form: PrefillF
 
 
 class _Item(NamedTuple):
-    """One tile and KV head; all are scalars of the device."""
+    """One tile, or part of its keys, and KV head; all are scalars of the device."""
 
     tile: Any
     head: Any
@@ -143,6 +163,8 @@ class _Item(NamedTuple):
     steps: Any
     edge: Any  # steps before this one cross the window's edge
     full: Any  # steps from this one on cross the diagonal
+    is_whole: Any
+    part: Any  # number of all parts
 
 
 class _Prefill:
@@ -160,7 +182,7 @@ class _Prefill:
 
     def fetch(self) -> None:
         """What the memory warpgroup does."""
-        plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
         form, s = self._form, self._s
 
         def one_item(turn: Any, done: Any) -> Any:
@@ -187,16 +209,23 @@ class _Prefill:
 
     def compute(self) -> None:
         """What each of the other warpgroups does."""
-        plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         s = self._s
 
         def one_item(turn: Any, done: Any) -> Any:
             item = self._item(turn)
             slot = _rem(turn, self._form.q_slots)
             plgpu.barrier_wait(s.q_there.at[slot])
-            acc, total = self._attend(item, slot, done)
+            acc, top, total = self._attend(item, slot, done)
             out = acc / lax.broadcast_in_dim(total, acc.shape, [0])
-            self._store(item, slot, out.astype(self._form.dtype))
+            if self._form.has_parts:
+                pl.when(item.is_whole)(lambda: self._store(item, slot, out))
+                is_part = jnp.logical_not(item.is_whole)
+                pl.when(is_part)(lambda: self._store_part(item, out, top + jnp.log2(total)))
+            else:
+                self._store(item, slot, out)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(s.q_free.at[slot])
             return done + item.steps
 
         lax.fori_loop(0, self._num_turns, one_item, jnp.int32(0))
@@ -220,8 +249,12 @@ class _Prefill:
         steps = _div(limit - base + form.step_len - 1, form.step_len)
         if form.window is not None:
             edge = _div(limit - form.window - base + form.step_len - 1, form.step_len)
-            edge = jnp.clip(edge, 0, steps)
-        full = jnp.maximum(_div(position + 1 - base, form.step_len), edge)
+        full = _div(position + 1 - base, form.step_len)
+        # Of these steps, those of the part.
+        number, parts = refs.cuts[tile, 0], refs.cuts[tile, 1]
+        first, end = lax.div(steps * number, parts), lax.div(steps * (number + 1), parts)
+        steps = end - first
+        edge = jnp.clip(edge - first, 0, steps)
         return _Item(
             tile=tile,
             head=head,
@@ -230,10 +263,12 @@ class _Prefill:
             position=position,
             row=refs.rows[tile],
             limit=limit,
-            base=base,
+            base=base + first * form.step_len,
             steps=steps,
             edge=edge,
-            full=full,
+            full=jnp.clip(full - first, edge, steps),
+            is_whole=parts == 1,
+            part=refs.cuts[tile, 2],
         )
 
     def _fetch_queries(self, item: _Item, slot: Any) -> None:
@@ -294,8 +329,8 @@ class _Prefill:
                     kept = part[...]
                     part[...] = jnp.where(rows < first - row, kept, jnp.zeros_like(kept))
 
-    def _attend(self, item: _Item, slot: Any, done: Any) -> tuple[Any, Any]:
-        """Sum of the values by weight, and the weights' sum, for this warpgroup's rows."""
+    def _attend(self, item: _Item, slot: Any, done: Any) -> tuple[Any, Any, Any]:
+        """For this warpgroup's rows: sum of values by weight, largest score, sum of weights."""
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         running = (
             _full((_HALF, self._form.head_dim), 0.0, plgpu.Layout.WGMMA),
@@ -316,9 +351,9 @@ class _Prefill:
         if self._form.window is not None:
             running = some(0, item.edge, running, is_masked=True)
         running = some(item.edge, item.full, running, is_masked=False)
-        acc, _, total = some(item.full, item.steps, running, is_masked=True)
+        running = some(item.full, item.steps, running, is_masked=True)
         pl.when(warpgroup == 0)(self._take_turn)
-        return acc, total
+        return running
 
     def _take_turn(self) -> None:
         plgpu.barrier_arrive(self._s.turn)
@@ -396,7 +431,7 @@ class _Prefill:
         """Through the queries' place in shared memory, which nobody reads any more."""
         form, refs, s = self._form, self._refs, self._s
         warpgroup = lax.axis_index("warpgroup")
-        s.q[slot, pl.ds(warpgroup * _HALF, _HALF)] = out
+        s.q[slot, pl.ds(warpgroup * _HALF, _HALF)] = out.astype(form.dtype)
         plgpu.commit_smem()
         start = item.start if form.in_place else item.tile * form.slots
         for i in range(_HALF_GRANULES):
@@ -411,8 +446,22 @@ class _Prefill:
                     refs.out.at[tokens, item.head * form.group + member],
                 )
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(s.q_free.at[slot])
+    def _store_part(self, item: _Item, out: Any, weight: Any) -> None:
+        """The result in float32, and the logarithm to the base 2 of its sum of exponentials."""
+        refs, s = self._refs, self._s
+        warpgroup = lax.axis_index("warpgroup")
+        rows = pl.ds(warpgroup * _HALF, _HALF)
+        for column in range(0, self._form.head_dim, _PART_COLUMNS):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            s.part[warpgroup] = out[:, column : column + _PART_COLUMNS]
+            plgpu.commit_smem()
+            columns = pl.ds(column, _PART_COLUMNS)
+            target = refs.parts.at[item.part, item.head, rows, columns]
+            plgpu.copy_smem_to_gmem(s.part.at[warpgroup], target)
+        s.part_weight[warpgroup] = weight
+        plgpu.commit_smem()
+        target = refs.part_weights.at[item.part, item.head, rows]
+        plgpu.copy_smem_to_gmem(s.part_weight.at[warpgroup], target)
 
 
 def _div(x: Any, y: int) -> Any:

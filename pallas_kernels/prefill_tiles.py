@@ -8,8 +8,20 @@ tensor memory access unit moves rows by eights, so a tile starts at a multiple o
     tiles of b              [ . . . . . . b b   b b b ...
 
 Slots before a chunk (of another request) are computed and thrown away.
+
+A CTA takes one tile for one KV head at a time. Where tiles times heads do not keep all CTAs busy
+until the end, the keys of the longest ones are cut into parts, each an item of its own: a chunk of
+128 tokens behind 32768 is 8 tiles of Llama-3-70B on one of 8 GPUs, for 132 CTAs.
+
+    keys of a tile   0 ............................... position + count
+    parts            |    0    |    1    |    2    |    3    |
+
+Parts are partial results, which meet in a merge.
+
+Source: split keys as in Flash-Decoding (Dao et al., 2023).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,20 +33,69 @@ GRANULE = 8
 TILE_GRANULES = 16
 
 
+# Keys that the kernel multiplies at a time, at most.
+_LONGEST_STEP = 128
+_MOST_PARTS_PER_CTA = 3
+
+
 class PrefillTiles(NamedTuple):
-    """Tiles of one step, costliest first; C, their capacity, is fixed.
+    """Items of one step, costliest first; C, their capacity, is fixed. B is that of parts.
 
     Fields are numpy arrays on the host and jax arrays in a program.
     """
 
     starts: Int32[Any, "C"]  # flat index of the tile's first slot, a multiple of 8
-    counts: Int32[Any, "C"]  # slots up to the tile's last token; 0 in an unused tile
+    counts: Int32[Any, "C"]  # slots up to the tile's last token; 0 in an unused item
     positions: Int32[Any, "C"]  # position of the first slot in its context; below 0 before it
     rows: Int32[Any, "C"]  # row of the page table
-    num_tiles: Int32[Any, "1"]  # used tiles
-    sources: Int32[
-        Any, "T"
-    ]  # where a token's result is: tile * tile_len + slot; C * tile_len: none
+    num_tiles: Int32[Any, "1"]  # used items
+    # Where a token's result is: item * tile_len + slot, the first part's if there are parts;
+    # C * tile_len: none.
+    sources: Int32[Any, "T"]
+    # Number of the part in its tile, parts of that, number among all parts; 0 in an unused item.
+    cuts: Int32[Any, "C 3"]
+    part_groups: Int32[Any, "B"]  # which group a part is merged with; B // 2 of an unused part
+    group_items: Int32[Any, "B//2"]  # item that is the first part of a group; C of none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeySplit:
+    """For whom keys are cut into parts.
+
+    Attributes:
+        num_kv_heads: K, on this device.
+        num_ctas: That will work. Any others get the same results, later.
+        max_parts: B, parts that the program was compiled for; `max_parts` is enough.
+        least_len: Fewest keys of a part.
+        part_cost: What a part costs beside its keys, in keys of the same time. Its queries come and
+            its result goes in float32: 96 KiB, as against 512 bytes for a key (head width 128).
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    num_kv_heads: int
+    num_ctas: int
+    max_parts: int
+    least_len: int = 512
+    part_cost: int = 192
+
+    def __post_init__(self) -> None:
+        least = {
+            "num_kv_heads": 1,
+            "num_ctas": 1,
+            "max_parts": 2,
+            "least_len": _LONGEST_STEP,
+            "part_cost": 0,
+        }
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name}={getattr(self, name)} is not at least {number}")
+
+
+def max_parts(*, num_kv_heads: int, num_ctas: int) -> int:
+    """Parts that give every CTA one."""
+    return max(2, -(-num_ctas // num_kv_heads))
 
 
 def tile_len(group: int) -> int:
@@ -52,7 +113,10 @@ def tile_len(group: int) -> int:
 
 
 def max_tiles(num_tokens: int, num_rows: int, *, group: int) -> int:
-    """Tiles that are enough for any `num_rows` chunks which together have `num_tokens` tokens."""
+    """Tiles that are enough for any `num_rows` chunks which together have `num_tokens` tokens.
+
+    Where keys are cut into parts, those need as much room beside.
+    """
     slots = tile_len(group)
     # ceil((skipped + n) / slots) <= (7 + n + slots - 1) / slots, summed over the rows.
     return (num_tokens + min(num_rows, num_tokens) * (slots + GRANULE - 2)) // slots
@@ -66,22 +130,25 @@ def build_prefill_tiles(
     num_tokens: int,
     window: int | None = None,
     aligned: bool = False,
+    split: KeySplit | None = None,
 ) -> PrefillTiles:
-    """Cut chunks into tiles.
+    """Cut chunks into tiles, and keys of tiles into parts where CTAs would be idle.
 
     Args:
         chunks: [R, 4] integers, or a sequence of four: flat index of a chunk's first token in the
             dense batch, tokens, position of the first in its own context, row of the page table.
             Chunks must not overlap; one without tokens is left out.
         group: G, query heads for each KV head.
-        capacity: C, the number of tiles the program was compiled for; `max_tiles` is enough.
+        capacity: C, the number of items the program was compiled for; `max_tiles` is enough, and
+            max_parts more for parts.
         num_tokens: T, tokens of the dense batch.
         window: Newest tokens a query sees; says only which tiles cost most.
         aligned: Whether to insist on chunks that start at multiples of 8, for which the kernel
             needs no copy of its result.
+        split: None cuts no keys; the program then has no merge.
 
     Returns:
-        The tiles, as int32 numpy arrays. The order lets CTAs take tiles in turn, to and fro, and
+        The items, as int32 numpy arrays. The order lets CTAs take them in turn, to and fro, and
         end together.
 
     Raises:
@@ -118,17 +185,96 @@ def build_prefill_tiles(
     seen = positions + counts
     if window is not None:
         seen = np.minimum(seen, counts + window)
-    order = np.argsort(-seen, kind="stable")
+    parts = np.ones(used, np.int64) if split is None else _num_parts(seen, capacity, split)
+    tile, part = _expanded(parts)
+    order = np.argsort(-(seen / parts)[tile], kind="stable")
+    tile, part = tile[order], part[order]
+    num_items = len(tile)
     columns = np.zeros((4, capacity), np.int32)
-    columns[:, :used] = np.stack([starts, counts, positions, row[chunk]])[:, order]
+    columns[:, :num_items] = np.stack([starts, counts, positions, row[chunk]])[:, tile]
+    cuts, part_groups, group_items = _cuts(
+        tile, part, parts, capacity=capacity, room=0 if split is None else split.max_parts
+    )
+    # A token's result is in the first part.
+    sourced = np.where(part == 0, columns[1, :num_items], 0)
     return PrefillTiles(
         starts=columns[0],
         counts=columns[1],
         positions=columns[2],
         rows=columns[3],
-        num_tiles=np.asarray([used], np.int32),
-        sources=_sources(columns[:2, :used], first[chunk][order], slots, capacity, num_tokens),
+        num_tiles=np.asarray([num_items], np.int32),
+        sources=_sources(
+            np.stack([columns[0, :num_items], sourced]),
+            first[chunk][tile],
+            slots,
+            capacity,
+            num_tokens,
+        ),
+        cuts=cuts,
+        part_groups=part_groups,
+        group_items=group_items,
     )
+
+
+def _num_parts(
+    seen: Int32[np.ndarray, "U"], capacity: int, split: KeySplit
+) -> Int32[np.ndarray, "U"]:
+    """Parts of each tile: of some ways to cut, the one whose last CTA ends first."""
+    best = np.ones(len(seen), np.int64)
+    if not len(seen):
+        return best
+    soonest = _end(seen, best, split)
+    per_cta = seen.sum() * split.num_kv_heads / split.num_ctas
+    for parts_per_cta in range(1, _MOST_PARTS_PER_CTA + 1):
+        # Not more than asked for: one part too many is a round more.
+        parts = np.minimum(seen * parts_per_cta // per_cta, seen // split.least_len)
+        parts = np.maximum(parts, 1).astype(np.int64)
+        fits = parts[parts > 1].sum() <= split.max_parts and parts.sum() <= capacity
+        if fits and (end := _end(seen, parts, split)) < soonest:
+            best, soonest = parts, end
+    return best
+
+
+def _end(seen: Int32[np.ndarray, "U"], parts: Int32[np.ndarray, "U"], split: KeySplit) -> float:
+    """When the last CTA ends if items are dealt as the kernel deals them, in keys."""
+    cost = np.where(parts > 1, seen / parts + split.part_cost, seen)
+    items = np.repeat(np.sort(np.repeat(cost, parts))[::-1], split.num_kv_heads)
+    rounds = np.zeros((-(-len(items) // split.num_ctas), split.num_ctas))
+    rounds.reshape(-1)[: len(items)] = items
+    rounds[1::2] = rounds[1::2, ::-1].copy()
+    return float(rounds.sum(axis=0).max())
+
+
+def _expanded(
+    parts: Int32[np.ndarray, "U"],
+) -> tuple[Int32[np.ndarray, "I"], Int32[np.ndarray, "I"]]:
+    """Tile of each item, and its number among the parts of that."""
+    tile = np.repeat(np.arange(len(parts)), parts)
+    return tile, np.arange(len(tile)) - np.repeat(np.cumsum(parts) - parts, parts)
+
+
+def _cuts(
+    tile: Int32[np.ndarray, "I"],
+    part: Int32[np.ndarray, "I"],
+    parts: Int32[np.ndarray, "U"],
+    *,
+    capacity: int,
+    room: int,
+) -> tuple[Int32[np.ndarray, "C 3"], Int32[np.ndarray, "B"], Int32[np.ndarray, "W"]]:
+    """What an item is of its tile; which parts belong together, and where their result goes."""
+    cuts = np.zeros((capacity, 3), np.int32)
+    part_groups = np.full(room, room // 2, np.int32)
+    group_items = np.full(room // 2, capacity, np.int32)
+    is_cut = parts > 1
+    group = np.cumsum(is_cut) - 1
+    before = np.cumsum(parts * is_cut) - parts
+    place = np.where(is_cut[tile], before[tile] + part, 0)
+    cuts[: len(tile)] = np.stack([part, parts[tile], place], axis=1)
+    items = np.flatnonzero(is_cut[tile])
+    part_groups[place[items]] = group[tile[items]]
+    firsts = items[part[items] == 0]
+    group_items[group[tile[firsts]]] = firsts
+    return cuts, part_groups, group_items
 
 
 def _sources(

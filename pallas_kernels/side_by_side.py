@@ -2,10 +2,10 @@
 
 Worth it where they are bound by different things: a product leaves the memory idle and decode
 attention the tensor cores, and each saturates what it is bound by with fewer SMs than there are.
-CTAs [0, a) take the role of the first kernel, [a, a + b) that of the second, and so on. Each role's
-shared memory lets one CTA only live on an SM, so that the shares are exact; a CTA needs as much of
-it as the role that needs most, and a few barriers. The shares are an operand: one executable serves
-all splits, and a search over them compiles nothing.
+CTAs [0, a) take the role of the first kernel, [a, a + b) that of the second, and so on. Registers
+(168 for each of 384 threads) let one CTA only live on an SM, so that the shares are exact; a CTA
+needs as much shared memory as the role that needs most, and a few barriers. The shares are an
+operand: one executable serves all splits, and a search over them compiles nothing.
 
 Accuracy: as of the kernels. All take the fast exp if one does, so that a gated product beside an
 attention may differ in the last place from one that runs alone.

@@ -32,6 +32,8 @@ TILE_LEN = 64
 class WorkList(NamedTuple):
     """A plan. W is the most workers a program was compiled for, C = 2 W the parts they can have.
 
+    Fields are numpy arrays on the host and jax arrays in a program.
+
     Attributes:
         live: Requests with tokens: (request, first tile, end of tiles), [first, end) being what
             the newest token sees. Rows past the last of them are 0.
@@ -44,10 +46,10 @@ class WorkList(NamedTuple):
             R * K in groups without parts.
     """
 
-    live: Int32[np.ndarray, "R 3"]
-    workers: Int32[np.ndarray, "W 5"]
-    part_groups: Int32[np.ndarray, "C"]
-    group_rows: Int32[np.ndarray, "W"]
+    live: Int32[Any, "R 3"]
+    workers: Int32[Any, "W 5"]
+    part_groups: Int32[Any, "C"]
+    group_rows: Int32[Any, "W"]
 
 
 def plan_decode(

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from nanoflow_jax.bench import gpu_check, kernel_bench, kernel_tasks
+from nanoflow_jax.bench import kernel_bench, kernel_tasks
 from nanoflow_jax.bench.kernel_ways import Setting, Task, Variant, Way
+from nanoflow_jax.engine import kernel_choice
 from pallas_kernels import problem_shapes
 
 
@@ -48,7 +49,7 @@ def build(shape: Any, setting: Setting) -> Task:
 def replace(patch: Callable[[Any, str, Any], None]) -> None:
     """Puts these in the place of Pallas' kernels, by setattr or a monkeypatch's."""
     patch(kernel_tasks, "build", build)
-    patch(gpu_check, "check_interpreter", lambda: None)
+    patch(kernel_choice, "check_interpreter", lambda machine: None)
 
 
 def options(root: pathlib.Path, **changes: Any) -> kernel_bench.Options:

@@ -5,7 +5,6 @@ which checks this program.
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,11 +15,10 @@ import numpy as np
 
 from nanoflow_jax import compat
 from nanoflow_jax.bench import kernel_cases
+from nanoflow_jax.engine import kernel_choice
 
 # Bytes of NaN that lie where results will be, if the kernel leaves any of them unwritten.
 _POISON_BYTES = 1 << 30
-# XLA has a thread for each core, or NPROC; the warpgroups of an interpreted CTA need one each.
-_LEAST_THREADS = 4
 _MODE = "xla_gpu_command_buffer_scheduling_mode"
 
 
@@ -57,7 +55,7 @@ def run(*, seed: int, repeats: int) -> Iterator[Outcome]:
     if on_gpu:
         interpret, sizes = None, kernel_cases.SERVED
     else:
-        check_interpreter()
+        kernel_choice.check_interpreter(kernel_choice.machine_of(jax.devices()[0]))
         interpret = compat.interpret_gpu_params(
             detect_races=True, out_of_bounds_reads="uninitialized"
         )
@@ -74,20 +72,6 @@ def run(*, seed: int, repeats: int) -> Iterator[Outcome]:
             ok=None,
             detail="needs a GPU",
             seconds=0.0,
-        )
-
-
-def check_interpreter() -> None:
-    """Raises ValueError where kernels can neither run nor be interpreted."""
-    if not compat.CAN_INTERPRET_MOSAIC:
-        raise ValueError(
-            f"there is no GPU, and jax {jax.__version__} cannot interpret the kernels; use jax "
-            "0.11 or newer, on Python 3.12"
-        )
-    if int(os.environ.get("NPROC", os.cpu_count() or 1)) < _LEAST_THREADS:
-        raise ValueError(
-            f"interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} threads; "
-            "set NPROC=8 in the environment"
         )
 
 

@@ -10,9 +10,10 @@ import jax
 import msgspec
 
 from nanoflow_jax import compat
-from nanoflow_jax.bench import ceilings, device_check, gpu_check, kernel_tasks, kernel_timing
+from nanoflow_jax.bench import ceilings, device_check, kernel_tasks, kernel_timing
 from nanoflow_jax.bench import clock as clock_lib
 from nanoflow_jax.bench.kernel_ways import Setting
+from nanoflow_jax.engine import kernel_choice
 from nanoflow_jax.results import kernel_curves, kernels, manifest, provenance, writer
 from nanoflow_jax.results.writer import ResultWriter
 from pallas_kernels import problem_shapes
@@ -112,10 +113,15 @@ def run(options: Options, reports: Reports) -> manifest.Manifest:
     setting = _setting(device)
     clock = clock_lib.Clock()
     checked = device_check.check(clock)
-    for finding in checked.findings:
-        reports.say(finding.line)
     with open_result(options, device, setting=setting, clock=clock, say=reports.say) as result:
         reports.say(f"results: {result.path}")
+
+        def note(line: str) -> None:
+            reports.say(line)
+            result.add_log(line)
+
+        for finding in checked.findings:
+            note(finding.line)
         if on_gpu:
             result.set_ceilings(before=checked.ceilings)
         turn = _Turn(result, setting, clock, reports, end=begin + options.budget_s - _END_S)
@@ -124,20 +130,23 @@ def run(options: Options, reports: Reports) -> manifest.Manifest:
         except KeyboardInterrupt:
             result.fail("interrupted")
             raise
-        notes = [f"not measured, for want of time: {name}" for name in left_out]
+        for name in left_out:
+            note(f"not measured, for want of time: {name}")
         if on_gpu:
             after = ceilings.measure(clock)
             result.set_ceilings(after=after)
-            notes.append(device_check.drift_finding(checked.ceilings, after).line)
-        for note in notes:
-            reports.say(note)
-        return _finish(result, checked, notes)
+            note(device_check.drift_finding(checked.ceilings, after).line)
+        if checked.driver:
+            result.add_file(manifest.DRIVER, checked.driver.encode())
+        drawn = kernel_curves.draw(kernels.by_mode(result.samples()))
+        result.add_file(manifest.CURVES, drawn.encode())
+        return result.finish()
 
 
 def _setting(device: Any) -> Setting:
     if device.platform == "gpu":
         return Setting(on_gpu=True, num_sms=device.core_count, interpret=None)
-    gpu_check.check_interpreter()
+    kernel_choice.check_interpreter(kernel_choice.machine_of(device))
     interpret = compat.interpret_gpu_params(out_of_bounds_reads="uninitialized")
     return Setting(on_gpu=False, num_sms=_INTERPRETED_SMS, interpret=interpret)
 
@@ -257,15 +266,3 @@ class _Turn:
             said = str(error).splitlines()[0]
             labels = {"case": problem.name, "mode": kernels.ALL, "way": kernels.ALL}
             yield labels | {"fault": f"failed: {said}"}
-
-
-def _finish(
-    result: ResultWriter, checked: device_check.Checked, notes: Sequence[str]
-) -> manifest.Manifest:
-    log = [*(finding.line for finding in checked.findings), *notes]
-    result.add_file(manifest.LOG, "".join(f"{line}\n" for line in log).encode())
-    if checked.driver:
-        result.add_file(manifest.DRIVER, checked.driver.encode())
-    drawn = kernel_curves.draw(kernels.by_mode(result.samples()))
-    result.add_file(manifest.CURVES, drawn.encode())
-    return result.finish()

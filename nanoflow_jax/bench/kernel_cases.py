@@ -49,7 +49,8 @@ class Sizes:
     """How large the cases are.
 
     Attributes:
-        tokens: T of products and of prefill, and the ragged T beside it.
+        tokens: T of products and of prefill, and the ragged T beside it, so few that an expert has
+            no more rows than the smallest tile.
         hidden: D.
         intermediate: F of the gated product.
         heads: N and K.
@@ -111,9 +112,9 @@ def cases(sizes: Sizes, seed: int) -> list[Case]:
     draw = Draw(seed)
     return [
         *_products(sizes, draw),
-        _grouped(sizes, draw),
+        *(_grouped(sizes, draw, rows) for rows in sizes.tokens),
         *(_decode(sizes, draw, page_size) for page_size in sizes.page_sizes),
-        _prefill(sizes, draw),
+        *(_prefill(sizes, draw, rows) for rows in sizes.tokens),
         _fused(sizes, draw),
         _pod(sizes, draw),
     ]
@@ -179,8 +180,8 @@ def _product(name: str, fields: dict[str, Any], sizes: Sizes) -> Case:
     )
 
 
-def _grouped(sizes: Sizes, draw: Draw) -> Case:
-    rows, width, inner = sizes.tokens[0], sizes.hidden, sizes.intermediate
+def _grouped(sizes: Sizes, draw: Draw, rows: int) -> Case:
+    width, inner = sizes.hidden, sizes.intermediate
     num_experts, active = sizes.experts
     # The last expert gets no token.
     chosen = np.argsort(draw.host.random((rows, num_experts - 1)), axis=1)[:, :active]
@@ -259,9 +260,10 @@ def _decode(sizes: Sizes, draw: Draw, page_size: int) -> Case:
     )
 
 
-def _prefill_operands(sizes: Sizes, draw: Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arrays, and what is by name."""
-    num_tokens = sizes.tokens[0]
+def _prefill_operands(
+    sizes: Sizes, draw: Draw, num_tokens: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arrays, and what is by name; where tokens are few, keys are cut into parts."""
     heads, kv_heads = sizes.heads
     # Three chunks: the start of a prompt, one behind a long prefix, one token.
     first = num_tokens // 2
@@ -275,18 +277,21 @@ def _prefill_operands(sizes: Sizes, draw: Draw) -> tuple[tuple[Any, ...], dict[s
         page_size=sizes.page_sizes[0],
     )
     group = heads // kv_heads
+    split = None
+    capacity = prefill_tiles.max_tiles(num_tokens, len(chunks), group=group)
+    if num_tokens < sizes.tokens[0]:
+        used = {"num_kv_heads": kv_heads, "num_ctas": sizes.num_ctas[-1]}
+        split = prefill_tiles.KeySplit(**used, max_parts=prefill_tiles.max_parts(**used))
+        capacity += split.max_parts
     tiles = prefill_tiles.build_prefill_tiles(
-        chunks,
-        group=group,
-        capacity=prefill_tiles.max_tiles(num_tokens, len(chunks), group=group),
-        num_tokens=num_tokens,
+        chunks, group=group, capacity=capacity, num_tokens=num_tokens, split=split
     )
     q = draw.normal(num_tokens, heads, sizes.head_dim)
     return (q, cache, table), {"tiles": tiles, "scale": sizes.head_dim**-0.5}
 
 
-def _prefill(sizes: Sizes, draw: Draw) -> Case:
-    operands, form = _prefill_operands(sizes, draw)
+def _prefill(sizes: Sizes, draw: Draw, num_tokens: int) -> Case:
+    operands, form = _prefill_operands(sizes, draw, num_tokens)
 
     def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
         made = prefill_lib.prefill_attention(
@@ -298,7 +303,7 @@ def _prefill(sizes: Sizes, draw: Draw) -> Case:
         return (prefill_lib.prefill_attention_reference(*arrays, **form),)
 
     return Case(
-        name=f"prefill attention, {sizes.tokens[0]} tokens of 3 chunks, up to {sizes.longest}",
+        name=f"prefill attention, {num_tokens} tokens of 3 chunks, up to {sizes.longest}",
         operands=operands,
         kernel=kernel,
         reference=reference,
@@ -324,7 +329,7 @@ def _fused(sizes: Sizes, draw: Draw) -> Case:
 
 
 def _pod(sizes: Sizes, draw: Draw) -> Case:
-    operands, form = _prefill_operands(sizes, draw)
+    operands, form = _prefill_operands(sizes, draw, sizes.tokens[0])
 
     def prepare(arrays: Any, interpreted: bool) -> mosaic.Kernel:
         return prefill_lib.prepare_prefill(*arrays, **form, interpreted=interpreted)

@@ -11,7 +11,7 @@ from nanoflow_jax import console, meter
 from nanoflow_jax import flags as flags_lib
 from nanoflow_jax.bench import clock as clock_lib
 from nanoflow_jax.bench import device_check, kernel_bench
-from nanoflow_jax.results import folder, kernel_table, kernels, provenance
+from nanoflow_jax.results import folder, kernel_table, kernels
 from pallas_kernels import problem_shapes
 
 
@@ -40,9 +40,6 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "device_check", False, "Only look whether the device is fit to be measured.", **module
     )
-    flags.DEFINE_string(
-        "results_dir", provenance.RESULTS, "Where kernels makes its result folder.", **module
-    )
 
 
 def run(
@@ -55,7 +52,7 @@ def run(
     """Measures, or only checks the device.
 
     Args:
-        values: With the flags of `define`.
+        values: With the flags of `define`, and `results`.
         say: Takes a line of the answer.
         stream: Where progress goes.
         command: As it was given.
@@ -72,7 +69,7 @@ def run(
         layers=values.shapes,
         kernels=values.kernels,
         budget_s=values.budget_seconds,
-        root=Path(values.results_dir),
+        root=Path(values.results),
         command=command,
     )
     with contextlib.ExitStack() as stack:

@@ -5,7 +5,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -15,12 +15,22 @@ import numpy as np
 
 from checkpoints import folder as checkpoint_folder
 from nanoflow_jax import config as config_lib
-from nanoflow_jax.engine import compiler, engine, inputs, programs, runner
+from nanoflow_jax.engine import (
+    compiler,
+    engine,
+    implementations,
+    inputs,
+    interface,
+    kernel_choice,
+    programs,
+    replicas,
+    runner,
+)
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.models import architecture, huggingface, loading, presets, transformer
-from nanoflow_jax.parallel import mesh as mesh_lib
+from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets as bucket_lib
 from nanoflow_jax.scheduler import scheduler
 
@@ -64,8 +74,9 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a build chose, for people to read."""
+    """What a build chose, for people to read; of each replica, where there are several."""
 
+    num_replicas: int
     device: str
     dtype: str
     model_bytes: int
@@ -76,6 +87,7 @@ class Settings:
     dense_batch: int
     max_context_len: int
     buckets: tuple[str, ...]
+    kernels: kernel_choice.Choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,22 +183,44 @@ def _run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype
 
 def build_engine(
     config: config_lib.EngineConfig, source: ModelSource, reports: Reports | None = None
-) -> engine.Engine:
-    """Loads the model, makes the cache and compiles every program.
+) -> interface.TokenEngine:
+    """Loads the model, makes the cache and compiles every program, for each replica.
 
     Args:
         config: The knobs.
         source: The opened model.
-        reports: Called while it goes on.
+        reports: Called while it goes on; of the settings, which are those of each replica, once.
 
     Raises:
         ValueError: The knobs do not fit each other, the model or the memory.
     """
     reports = reports or Reports()
-    device = jax.devices()[0]
+    _use_compile_cache(config.compile.cache_dir)
+    groups = _device_groups(config.parallel)
+    first = _build_one(config, source, reports, groups[0])
+    if len(groups) == 1:
+        return first
+    engines: list[interface.TokenEngine] = [first]
+    quiet = dataclasses.replace(reports, settings=lambda settings: None)
+    try:
+        for devices in groups[1:]:
+            engines.append(_build_one(config, source, quiet, devices))
+    except BaseException:
+        for one in engines:
+            one.close()
+        raise
+    return replicas.Replicas(engines)
+
+
+def _build_one(
+    config: config_lib.EngineConfig,
+    source: ModelSource,
+    reports: Reports,
+    devices: Sequence[jax.Device],
+) -> engine.Engine:
+    device = devices[0]
     defaults = _CPU if device.platform == "cpu" else _GPU
     dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
-    _use_compile_cache(config.compile.cache_dir)
     context = context_len(config.model, source.config)
     asked = config.batch.dense_batch
     max_requests = config.batch.max_requests or min(
@@ -199,12 +233,26 @@ def build_engine(
             "running request needs a token of room"
         )
     bucket_list = _buckets(config.batch.buckets, max_requests, dense_batch)
-    mesh = mesh_lib.build_mesh([device])
-    model = _load(config.model, source, dtype, mesh, reports)
+    placement = loading.place_model(
+        source.config, devices, split_experts=config.parallel.expert_parallel
+    )
     page_size = min(config.cache.page_size or defaults.page_size, context)
+    served = kernel_choice.Served(
+        config=loading.share_of_one_device(source.config, placement),
+        dtype=dtype,
+        page_size=page_size,
+    )
+    choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
+    _LOG.info("kernels: %s", choices)
+    model = _load(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(
-        device, config.cache, source.config, dtype, page_size, max_requests * max_pages
+        placement,
+        config.cache,
+        served,
+        most_pages=max_requests * max_pages,
+        page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
+        num_replicas=config.parallel.data_parallel,
     )
     sizes = programs.Sizes(
         max_requests=max_requests,
@@ -213,20 +261,31 @@ def build_engine(
         dense_batch=dense_batch,
         vocab_size=source.config.vocab_size,
         penalty_requests=min(config.batch.penalty_requests, max_requests),
-        tile_len=min(defaults.tile_len, dense_batch),
+        num_devices=placement.num_devices,
+        attention=implementations.attention(
+            choices,
+            layout=kv_layout,
+            group=served.config.group_size,
+            windows=served.config.distinct_windows,
+            tile_len=min(defaults.tile_len, dense_batch),
+        ),
     )
     reports.settings(
         Settings(
-            device=device.device_kind,
+            num_replicas=config.parallel.data_parallel,
+            device=_device_name(device.device_kind, config.parallel),
             dtype=dtype.name,
             model_bytes=loading.model_bytes(source.config, dtype),
-            cache_bytes=kv_layout.shape.cache_bytes * source.config.num_layers,
+            cache_bytes=kv_layout.shape.cache_bytes
+            * source.config.num_layers
+            * placement.num_devices,
             num_pages=sizes.num_pages,
             page_size=page_size,
             max_requests=max_requests,
             dense_batch=dense_batch,
             max_context_len=context,
             buckets=tuple(str(b) for b in bucket_list),
+            kernels=choices,
         )
     )
     step_runner = runner.Runner(
@@ -235,9 +294,11 @@ def build_engine(
         sizes=sizes,
         bucket_list=bucket_list,
         max_context_len=context,
-        mesh=mesh,
+        placement=placement,
         threads=config.compile.threads,
         options={},
+        operations=implementations.operations(choices),
+        watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
     )
     limits = scheduler.Limits(
@@ -295,7 +356,7 @@ def _load(
     section: config_lib.ModelSection,
     source: ModelSource,
     dtype: np.dtype[Any],
-    mesh: jax.sharding.Mesh,
+    placement: placement_lib.Placement,
     reports: Reports,
 ) -> transformer.Transformer:
     if section.random_weights or source.folder is None:
@@ -303,33 +364,59 @@ def _load(
             source.config,
             seed=section.weight_seed,
             dtype=dtype,
-            mesh=mesh,
+            placement=placement,
             progress=reports.weights,
         )
     return loading.load_model(
-        source.folder, source.config, dtype=dtype, mesh=mesh, progress=reports.weights
+        source.folder, source.config, dtype=dtype, placement=placement, progress=reports.weights
     )
+
+
+def _device_groups(section: config_lib.ParallelSection) -> list[list[jax.Device]]:
+    """The devices of each replica."""
+    found, size = jax.devices(), section.tensor_parallel
+    wanted = size * section.data_parallel
+    if wanted > len(found):
+        raise ValueError(
+            f"--tensor_parallel={size} and --data_parallel={section.data_parallel} need {wanted} "
+            f"devices and there are {len(found)}; on a CPU "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes as many"
+        )
+    return [found[i : i + size] for i in range(0, wanted, size)]
+
+
+def _device_name(kind: str, section: config_lib.ParallelSection) -> str:
+    name = kind if section.tensor_parallel == 1 else f"{section.tensor_parallel} x {kind}"
+    replicas_of = "" if section.data_parallel == 1 else f"{section.data_parallel} replicas, each "
+    return replicas_of + name
 
 
 def _layout(
-    device: jax.Device,
+    placement: placement_lib.Placement,
     section: config_lib.CacheSection,
-    config: architecture.ModelConfig,
-    dtype: np.dtype[Any],
-    page_size: int,
+    served: kernel_choice.Served,
+    *,
     most_pages: int,
+    page_major: bool,
+    num_replicas: int,
 ) -> layout_lib.KvLayout:
-    """The cache of one layer: as many pages as memory allows and all requests could use."""
-    kind = layout_lib.TokenMinorLayout if device.platform == "cpu" else layout_lib.PageMajorLayout
+    """The cache of one layer: as many pages as memory allows and all requests could use.
+
+    Each device has some kv heads of every page.
+    """
+    device, num_devices = placement.mesh.devices.flat[0], placement.num_devices
+    kind = layout_lib.PageMajorLayout if page_major else layout_lib.TokenMinorLayout
     shape = layout_lib.CacheShape(
         num_pages=1,
-        page_size=page_size,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
+        page_size=served.page_size,
+        num_kv_heads=served.config.num_kv_heads,
+        head_dim=served.config.head_dim,
+        dtype=served.dtype,
     )
-    num_pages, page_bytes = section.num_pages, shape.page_bytes * config.num_layers
-    free = _free_bytes(device)
+    num_pages, page_bytes = section.num_pages, shape.page_bytes * served.config.num_layers
+    # The host's memory is one, however many devices it plays.
+    sharers = num_devices * num_replicas if device.platform == "cpu" else 1
+    free = _free_bytes(device) // sharers
     if not num_pages:
         share = _HOST_SHARE if device.platform == "cpu" else 1.0
         room = int(free * share * section.memory_fraction)

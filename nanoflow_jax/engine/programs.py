@@ -6,19 +6,26 @@ put the host between the two. Decode input tokens never leave the device: sample
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import request
-from nanoflow_jax.engine import packing, sampling
-from nanoflow_jax.kv_cache import layout, tiles
-from nanoflow_jax.models import paged_attention, transformer
+from nanoflow_jax.engine import attention_inputs, bucket_plan, packing, sampling
+from nanoflow_jax.kv_cache import layout
+from nanoflow_jax.models import operations as operation_lib
+from nanoflow_jax.models import transformer
+from nanoflow_jax.nanobatch import builders
+from nanoflow_jax.nanobatch.operations import LayerShape
+from nanoflow_jax.nanobatch.plan import Plan
+from nanoflow_jax.parallel import collectives, mesh
+from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
 
 # Rows whose logits are computed at once for prompt_logprobs: bounds the [rows, V] array.
@@ -39,7 +46,9 @@ class Sizes:
         dense_batch: Tokens in a full step.
         vocab_size: V.
         penalty_requests: Rows of the penalty table.
-        tile_len: Tokens in a prefill tile.
+        attention: What the host plans of attention.
+        plans: How the layers of a bucket run; one nano-batch where nothing is said.
+        num_devices: Devices that share the model; each draws for as many rows as the others.
     """
 
     max_requests: int
@@ -48,12 +57,15 @@ class Sizes:
     dense_batch: int
     vocab_size: int
     penalty_requests: int
-    tile_len: int
+    attention: attention_inputs.AttentionInputs
+    plans: Mapping[buckets.Bucket, Plan] = dataclasses.field(default_factory=dict)
+    num_devices: int = 1
 
     @property
     def sample_rows(self) -> tuple[int, ...]:
         """Row counts for which sample is compiled: a small one for small steps."""
-        return tuple(sorted({min(8, self.max_requests), self.max_requests}))
+        counts = {min(8, self.max_requests), self.max_requests}
+        return tuple(sorted({-(-n // self.num_devices) * self.num_devices for n in counts}))
 
     def logit_rows(self, bucket: buckets.Bucket) -> int:
         """Logit rows that a bucket's forward computes."""
@@ -63,9 +75,12 @@ class Sizes:
         """Rows of the sample program that follows a bucket's forward."""
         return min(n for n in self.sample_rows if n >= self.logit_rows(bucket))
 
-    def tile_capacity(self, bucket: buckets.Bucket) -> int:
-        """Prefill tiles enough for any chunks in a bucket."""
-        return tiles.max_tiles(bucket.tokens, bucket.prefill_rows, tile_len=self.tile_len)
+    def bucket_plan(self, bucket: buckets.Bucket) -> bucket_plan.BucketPlan:
+        """How a bucket's forward runs."""
+        plan = self.plans.get(bucket)
+        if plan is None:  # a plan for sparse layers runs dense ones too
+            plan = builders.one(LayerShape(is_sparse=True), num_tokens=bucket.tokens)
+        return bucket_plan.BucketPlan(bucket, plan, self.attention)
 
 
 def forward_packing(sizes: Sizes, bucket: buckets.Bucket) -> packing.Packing:
@@ -84,8 +99,7 @@ def forward_packing(sizes: Sizes, bucket: buckets.Bucket) -> packing.Packing:
     }
     if bucket.prefill_rows:
         fields["prefill_pages"] = field(shape=(bucket.prefill_rows, pages))
-        fields["tiles"] = field(shape=(4, sizes.tile_capacity(bucket)))
-    return packing.Packing(fields)
+    return packing.Packing(fields | sizes.bucket_plan(bucket).fields())
 
 
 def sample_packing(sizes: Sizes, *, rows: int, variant: sampling.SamplerVariant) -> packing.Packing:
@@ -136,6 +150,21 @@ class ForwardResult:
 jax.tree_util.register_dataclass(ForwardResult)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How what the programs hold lies on the devices of an engine.
+
+    Attributes:
+        placement: The devices.
+        caches: A partition for each array of the caches.
+        weights: One for each weight.
+    """
+
+    placement: placement_lib.Placement
+    caches: Any
+    weights: Sequence[PartitionSpec]
+
+
 def build_forward(
     graph: Any,
     treedef: Any,
@@ -143,9 +172,15 @@ def build_forward(
     layout: layout.KvLayout,
     sizes: Sizes,
     bucket: buckets.Bucket,
+    operations: operation_lib.Operations,
+    shares: Shares,
+    keep_lanes: bool = False,
 ) -> Callable[..., ForwardResult]:
     """The forward program of one bucket: (caches, last_tokens, weights, vector) -> result."""
     pack = forward_packing(sizes, bucket)
+    planned = sizes.bucket_plan(bucket)
+    group = shares.placement.group
+    operations = dataclasses.replace(operations, group=group)
 
     def forward(
         caches: Sequence[Any],
@@ -158,13 +193,20 @@ def build_forward(
         slots = inputs["token_slots"]
         sampled = last_tokens.at[slots].get(mode="clip")
         token_ids = jnp.where(slots < sizes.max_requests, sampled, inputs["token_ids"])
-        attend = paged_attention.PagedAttention(
-            layout=layout, batch=_paged_batch(inputs, bucket, sizes)
+        x, new_caches = model.run_layers(
+            model.embed(token_ids, group),
+            inputs["positions"],
+            caches,
+            planned.read(inputs, layout),
+            operations=operations,
+            plan=planned.plan,
+            keep_lanes=keep_lanes,
         )
-        x = model.embed(token_ids)
-        x, new_caches = model.run_layers(x, inputs["positions"], caches, attend)
-        logits = model.head(x.at[inputs["logit_tokens"]].get(mode="clip"))
-        spare = sizes.padded_rows(bucket) - logits.shape[0]
+        tokens, spare = inputs["logit_tokens"], sizes.padded_rows(bucket)
+        if group.num_devices > 1:  # each draws for equally many rows
+            tokens = jnp.pad(tokens, (0, spare - tokens.shape[0]))
+        logits = model.head(x.at[tokens].get(mode="clip"), group)
+        spare -= tokens.shape[0]
         hidden = None
         if bucket.prefill_rows:
             hidden = jnp.pad(x, ((0, sizes.dense_batch - x.shape[0]), (0, 0)))
@@ -172,22 +214,19 @@ def build_forward(
             caches=new_caches, logits=jnp.pad(logits, ((0, spare), (0, 0))), hidden=hidden
         )
 
-    return forward
-
-
-def _paged_batch(
-    inputs: dict[str, Array], bucket: buckets.Bucket, sizes: Sizes
-) -> paged_attention.PagedBatch:
-    has_chunks = bucket.prefill_rows > 0
-    return paged_attention.PagedBatch(
-        pages=inputs["pages"],
-        offsets=inputs["offsets"],
-        decode_pages=inputs["decode_pages"],
-        decode_lens=inputs["decode_lens"],
-        prefill_pages=inputs["prefill_pages"] if has_chunks else None,
-        prefill_tiles=tiles.PrefillTiles(*inputs["tiles"]) if has_chunks else None,
-        tile_len=sizes.tile_len,
+    whole = PartitionSpec()
+    return collectives.on_each(
+        forward,
+        shares.placement.mesh,
+        in_specs=(shares.caches, whole, shares.weights, whole),
+        out_specs=_partitions(shares, has_hidden=bucket.prefill_rows > 0),
     )
+
+
+def _partitions(shares: Shares, *, has_hidden: bool) -> Any:
+    """How a forward's result lies on the devices, in its form."""
+    parts: Any = {"logits": PartitionSpec(mesh.AXIS), "caches": shares.caches}
+    return ForwardResult(**parts, hidden=PartitionSpec() if has_hidden else None)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,29 +249,45 @@ jax.tree_util.register_dataclass(SampleResult)
 
 
 def build_sample(
-    *, sizes: Sizes, rows: int, variant: sampling.SamplerVariant
+    *,
+    sizes: Sizes,
+    rows: int,
+    variant: sampling.SamplerVariant,
+    placement: placement_lib.Placement,
 ) -> Callable[..., SampleResult]:
-    """The sample program: (last_tokens, table, logits, vector) -> result."""
+    """The sample program: (last_tokens, table, logits, vector) -> result.
+
+    Each device draws for its own rows of the logits; all of them then keep what all have drawn.
+    """
     pack = sample_packing(sizes, rows=rows, variant=variant)
+    group = placement.group
 
     def sample(
         last_tokens: Int32[Array, "S"],
         table: sampling.PenaltyTable,
-        logits: Float[Array, "R V"],
+        logits: Float[Array, "r V"],
         vector: Int32[Array, "X"],
     ) -> SampleResult:
         inputs = pack.unpack(vector)
-        params = _row_params(inputs, rows, variant)
-        full = _full_params(inputs) if variant is sampling.SamplerVariant.FULL else None
+        wanted = inputs.pop("wants_logprobs", None)
+        own = {name: group.own_rows(value) for name, value in inputs.items()}
+        params = _row_params(own, logits.shape[0], variant)
+        full = _full_params(own) if variant is sampling.SamplerVariant.FULL else None
         drawn = sampling.sample(logits, params, full, table, variant=variant)
         columns = [drawn.tokens[:, None], drawn.ok.astype(jnp.int32)[:, None]]
+        if wanted is not None:
+            columns.append(_logprob_columns(logits, drawn.tokens, wanted > 0))
+        out = group.all_rows(jnp.concatenate(columns, axis=1))
+        tokens = out[:, 0]
         if full is not None:
-            table = sampling.count(table, full.count_slot, drawn.tokens)
-            columns.append(_logprob_columns(logits, drawn.tokens, inputs["wants_logprobs"] > 0))
-        updated = last_tokens.at[inputs["slots"]].set(drawn.tokens, mode="drop")
-        return SampleResult(last_tokens=updated, table=table, out=jnp.concatenate(columns, axis=1))
+            table = sampling.count(table, inputs["count_slot"], tokens)
+        updated = last_tokens.at[inputs["slots"]].set(tokens, mode="drop")
+        return SampleResult(last_tokens=updated, table=table, out=out)
 
-    return sample
+    whole, by_row = PartitionSpec(), PartitionSpec(mesh.AXIS)
+    return collectives.on_each(
+        sample, placement.mesh, in_specs=(whole, whole, by_row, whole), out_specs=whole
+    )
 
 
 def _row_params(
@@ -277,21 +332,30 @@ def _logprob_columns(
     return jax.lax.cond(wanted, compute, skip)
 
 
-def build_prompt_logprobs(graph: Any, treedef: Any) -> Callable[..., Int32[Array, "C X"]]:
+def build_prompt_logprobs(
+    graph: Any, treedef: Any, shares: Shares
+) -> Callable[..., Int32[Array, "C X"]]:
     """Logprobs of a bounded slice of prompt positions: (weights, hidden, vector) -> rows.
 
     The vector holds the flat token index of each position, then the token that follows it.
     """
+    group = shares.placement.group
 
     def prompt_logprobs(
         weights: Sequence[Array], hidden: Float[Array, "T D"], vector: Int32[Array, "X"]
     ) -> Int32[Array, "C X"]:
         model: transformer.Transformer = nnx.merge(graph, jax.tree.unflatten(treedef, weights))
         places, targets = vector.reshape(2, -1)
-        logits = model.head(hidden.at[places].get(mode="clip"))
-        return _logprob_columns(logits, targets, jnp.asarray(True))
+        logits = model.head(hidden.at[places].get(mode="clip"), group)
+        return group.all_rows(_logprob_columns(logits, group.own_rows(targets), jnp.asarray(True)))
 
-    return prompt_logprobs
+    whole = PartitionSpec()
+    return collectives.on_each(
+        prompt_logprobs,
+        shares.placement.mesh,
+        in_specs=(shares.weights, whole, whole),
+        out_specs=whole,
+    )
 
 
 def build_reset(*, sizes: Sizes, max_context_len: int) -> Callable[..., sampling.PenaltyTable]:

@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Int32
 
 from nanoflow_jax.engine import compiler, programs, sampling
 from nanoflow_jax.kv_cache import layout
+from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import transformer
+from nanoflow_jax.parallel import mesh
+from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
 
 Vector = Int32[np.ndarray, "X"]
@@ -108,97 +112,126 @@ class Runner:
         sizes: programs.Sizes,
         bucket_list: Sequence[buckets.Bucket],
         max_context_len: int,
-        mesh: jax.sharding.Mesh,
+        placement: placement_lib.Placement,
         threads: int,
         options: Mapping[str, Any],
+        operations: operation_lib.Operations,
+        watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
     ) -> None:
         self._sizes = sizes
         graph, state = nnx.split(model)
         self._weights, treedef = jax.tree.flatten(state)
         self._layout, self._num_layers = kv_layout, len(model.layers)
-        self._everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._placement, self._everywhere = placement, placement.sharding("")
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._allocate()
-        jobs = self._jobs(graph, treedef, kv_layout, bucket_list, max_context_len, model)
-        self._programs = compiler.compile_all(
-            jobs, threads=threads, options=dict(options), progress=progress
-        )
-        self.watch = compiler.CompileWatch()
+        forwards = [
+            self._forward_job(graph, treedef, bucket, operations, options) for bucket in bucket_list
+        ]
+        others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)
+        self._programs = compiler.compile_all(forwards + others, threads=threads, progress=progress)
+        self.watch = watch
 
     def _allocate(self) -> None:
         """Makes the state that steps hand on: caches, last tokens, penalty table."""
         sizes, place = self._sizes, self._everywhere
+        share = jax.eval_shape(self._layout.allocate)
         self._caches = [
-            jax.device_put(self._layout.allocate(), place) for _ in range(self._num_layers)
+            jax.tree.map(self._placement.zeros, share, self._layout.axes)
+            for _ in range(self._num_layers)
         ]
         self._last_tokens = jax.device_put(np.zeros((sizes.max_requests,), np.int32), place)
         self._table = jax.device_put(
             sampling.empty_table(sizes.penalty_requests, sizes.vocab_size), place
         )
 
-    def _jobs(
+    @property
+    def _shares(self) -> programs.Shares:
+        cache = jax.tree.map(self._placement.spec, self._layout.axes)
+        return programs.Shares(
+            placement=self._placement,
+            caches=[cache] * self._num_layers,
+            weights=[weight.sharding.spec for weight in self._weights],
+        )
+
+    def _forward_job(
         self,
         graph: Any,
         treedef: Any,
-        kv_layout: layout.KvLayout,
+        bucket: buckets.Bucket,
+        operations: operation_lib.Operations,
+        options: Mapping[str, Any],
+    ) -> compiler.Job:
+        size = programs.forward_packing(self._sizes, bucket).size
+        return compiler.Job(
+            name=f"forward {bucket}",
+            function=programs.build_forward(
+                graph,
+                treedef,
+                layout=self._layout,
+                sizes=self._sizes,
+                bucket=bucket,
+                operations=operations,
+                shares=self._shares,
+            ),
+            arguments=(
+                _abstract(self._caches),
+                _abstract(self._last_tokens),
+                _abstract(self._weights),
+                _vector(size),
+            ),
+            donated=(0,),
+            options=options,
+        )
+
+    def _other_jobs(
+        self,
+        graph: Any,
+        treedef: Any,
         bucket_list: Sequence[buckets.Bucket],
         max_context_len: int,
         model: transformer.Transformer,
     ) -> list[compiler.Job]:
-        sizes = self._sizes
-        place = self._everywhere
-        weights, caches = _abstract(self._weights), _abstract(self._caches)
+        sizes, placement = self._sizes, self._placement
+        weights = _abstract(self._weights)
         last_tokens, table = _abstract(self._last_tokens), _abstract(self._table)
-        config = model.config
+        by_row = jax.sharding.NamedSharding(placement.mesh, PartitionSpec(mesh.AXIS))
 
-        def vector(size: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((size,), jnp.int32)
-
-        def real(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-        jobs = [
-            compiler.Job(
-                name=f"forward {bucket}",
-                function=programs.build_forward(
-                    graph, treedef, layout=kv_layout, sizes=sizes, bucket=bucket
-                ),
-                arguments=(
-                    caches,
-                    last_tokens,
-                    weights,
-                    vector(programs.forward_packing(sizes, bucket).size),
-                ),
-                donated=(0,),
-            )
-            for bucket in bucket_list
-        ]
+        jobs = []
         for rows in sorted({sizes.padded_rows(bucket) for bucket in bucket_list}):
             for variant in sampling.SamplerVariant:
                 pack = programs.sample_packing(sizes, rows=rows, variant=variant)
-                logits = real((rows, sizes.vocab_size), jnp.float32)
+                logits = jax.ShapeDtypeStruct(
+                    (rows, sizes.vocab_size), jnp.float32, sharding=by_row
+                )
                 jobs.append(
                     compiler.Job(
                         name=f"sample {rows} {variant.value}",
-                        function=programs.build_sample(sizes=sizes, rows=rows, variant=variant),
-                        arguments=(last_tokens, table, logits, vector(pack.size)),
+                        function=programs.build_sample(
+                            sizes=sizes, rows=rows, variant=variant, placement=placement
+                        ),
+                        arguments=(last_tokens, table, logits, _vector(pack.size)),
                         donated=(0, 1),
                     )
                 )
-        hidden = real((sizes.dense_batch, config.hidden_size), model.embedding[...].dtype)
+        hidden = jax.ShapeDtypeStruct(
+            (sizes.dense_batch, model.config.hidden_size),
+            model.embedding[...].dtype,
+            sharding=self._everywhere,
+        )
         jobs.append(
             compiler.Job(
                 name="prompt_logprobs",
-                function=programs.build_prompt_logprobs(graph, treedef),
-                arguments=(weights, hidden, vector(2 * programs.PROMPT_LOGPROB_ROWS)),
+                function=programs.build_prompt_logprobs(graph, treedef, self._shares),
+                arguments=(weights, hidden, _vector(2 * programs.PROMPT_LOGPROB_ROWS)),
             )
         )
         jobs.append(
             compiler.Job(
                 name="reset_penalties",
                 function=programs.build_reset(sizes=sizes, max_context_len=max_context_len),
-                arguments=(table, vector(1 + 2 * max_context_len)),
+                arguments=(table, _vector(1 + 2 * max_context_len)),
                 donated=(0,),
             )
         )
@@ -279,6 +312,10 @@ class Runner:
         state = (self._weights, self._caches, self._last_tokens, self._table)
         for array in jax.tree.leaves(state):
             array.delete()
+
+
+def _vector(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), jnp.int32)
 
 
 def _abstract(tree: Any) -> Any:

@@ -17,7 +17,7 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """Sizes of the cache of one layer.
+    """Sizes of the cache of one layer, on one device.
 
     Attributes:
         num_pages: P, pages in the cache; ids are [0, P) and a token sent to page P is dropped.
@@ -54,6 +54,10 @@ class KvLayout(Protocol):
     @property
     def shape(self) -> CacheShape:
         """Sizes of the cache."""
+
+    @property
+    def axes(self) -> Any:
+        """Letters of the axes of each array of a cache, in the cache's form."""
 
     def allocate(self) -> Any:
         """An empty cache of one layer."""
@@ -95,6 +99,11 @@ class PageMajorLayout:
     """One array per layer, a page's keys beside its values: [P, 2, K, S, H]. For GPUs."""
 
     shape: CacheShape
+
+    @property
+    def axes(self) -> str:
+        """Letters of the axes of the array."""
+        return "P2KSH"
 
     @property
     def pages_at_once(self) -> int:
@@ -145,8 +154,8 @@ class PageMajorLayout:
 class KeysValues(NamedTuple):
     """Cache of one layer whose keys and values lie apart; see `TokenMinorLayout`."""
 
-    keys: Shaped[Array, "P K H S"]
-    values: Shaped[Array, "P K S H"]
+    keys: Shaped[Any, "P K H S"]
+    values: Shaped[Any, "P K S H"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,6 +175,11 @@ class TokenMinorLayout:
 
     shape: CacheShape
     gathered_bytes: int = 256 << 10
+
+    @property
+    def axes(self) -> KeysValues:
+        """Letters of the axes of both arrays."""
+        return KeysValues(keys="PKHS", values="PKSH")
 
     def allocate(self) -> KeysValues:
         """An empty cache of one layer."""

@@ -15,6 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanoflow_jax.models import architecture
+from nanoflow_jax.models import operations as operation_lib
+from nanoflow_jax.models.operations import PLAIN, Operations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,16 +42,6 @@ class Maker(Protocol):
     """Makes the array (or abstract shape) of one weight."""
 
     def __call__(self, spec: ParamSpec) -> Any: ...
-
-
-def product(x: Float[Array, "T D"], w: Float[Array, "F D"]) -> Float[Array, "T F"]:
-    """X times the transpose of w, accumulated in float32; float32 inputs keep full precision.
-
-    Both are matrices: given more axes, XLA:CPU transposes the weight again in every step.
-    """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out = jnp.einsum("TD,FD->TF", x, w, precision=precision, preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
 
 
 class RmsNorm(nnx.Module):
@@ -160,38 +152,46 @@ class Attention(nnx.Module):
         self._config = c
 
     def norm_kqv(
-        self, x: Float[Array, "T D"]
+        self, x: Float[Array, "T D"], operations: Operations = PLAIN
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
         c = self._config
         with jax.named_scope("norm_kqv"):
             weight = self.qkv[...]
-            qkv = product(self.norm(x), weight.reshape(-1, c.hidden_size))
+            bias = None if self.qkv_bias is None else self.qkv_bias[...].reshape(-1)
+            qkv = operations.product(self.norm(x), weight.reshape(-1, c.hidden_size), bias=bias)
             qkv = qkv.reshape(x.shape[0], *weight.shape[:-1])  # [T, K, G + 2, H]
-            if self.qkv_bias is not None:
-                qkv = qkv + self.qkv_bias[...][None]
             q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-            q = q.reshape(x.shape[0], c.num_heads, c.head_dim)
+            q = q.reshape(x.shape[0], -1, c.head_dim)
             if self.query_norm is not None and self.key_norm is not None:
                 q, k = self.query_norm(q), self.key_norm(k)
             return q, k, v
 
     def output(
-        self, x: Float[Array, "T D"], attended: Float[Array, "T N H"]
+        self,
+        x: Float[Array, "T D"],
+        attended: Float[Array, "T N H"],
+        operations: Operations = PLAIN,
     ) -> Float[Array, "T D"]:
         """Adds the projected attention to the residual stream."""
-        c = self._config
         with jax.named_scope("o"):
             heads = attended.reshape(x.shape[0], -1)
-            out = product(heads, self.o[...].reshape(c.hidden_size, -1))
-            if self.o_bias is not None:
-                out = out + self.o_bias[...][None]
-            return x + (out if self.post_norm is None else self.post_norm(out))
+            weight = self.o[...].reshape(self._config.hidden_size, -1)
+            return _added(x, heads, weight, self.o_bias, self.post_norm, operations)
 
 
-def _activate(x: Array, kind: architecture.Activation) -> Array:
-    if kind == architecture.Activation.SILU:
-        return x * jax.lax.logistic(x)
-    return nnx.gelu(x, approximate=True)
+def _added(
+    x: Float[Array, "T D"],
+    inner: Float[Array, "T F"],
+    weight: Float[Array, "D F"],
+    bias: nnx.Param[Array] | None,
+    post_norm: RmsNorm | None,
+    operations: Operations,
+) -> Float[Array, "T D"]:
+    """The residual stream and a product, which is normalised first where a model does that."""
+    given = None if bias is None else bias[...]
+    if post_norm is None:
+        return operations.summed_product(inner, weight, bias=given, residual=x)
+    return x + post_norm(operations.summed_product(inner, weight, bias=given))
 
 
 class FeedForward(nnx.Module):
@@ -221,27 +221,60 @@ class FeedForward(nnx.Module):
         )
         self._activation = c.activation
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def normalise(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What `expand` takes."""
         with jax.named_scope("norm"):
-            normed = self.norm(x)
+            return self.norm(x)
+
+    def expand(
+        self, normed: Float[Array, "T D"], operations: Operations = PLAIN
+    ) -> Float[Array, "T F"]:
+        """What `contract` takes."""
         with jax.named_scope("up_gate"):
-            weight = self.gate_up[...]
-            both = product(normed, weight.reshape(-1, x.shape[1]))
-            both = both.reshape(x.shape[0], *weight.shape[:-1])  # [T, 2, F]
-            if self.gate_up_bias is not None:
-                both = both + self.gate_up_bias[...][None]
-            hidden = _activate(both[:, 0], self._activation) * both[:, 1]
+            bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
+            return operations.gated_product(
+                normed, self.gate_up[...], bias=bias, activation=self._activation
+            )
+
+    def contract(
+        self,
+        x: Float[Array, "T D"],
+        hidden: Float[Array, "T F"],
+        operations: Operations = PLAIN,
+    ) -> Float[Array, "T D"]:
+        """Adds the result to the residual stream."""
         with jax.named_scope("down"):
-            out = product(hidden, self.down[...])
-            if self.down_bias is not None:
-                out = out + self.down_bias[...][None]
-            return x + (out if self.post_norm is None else self.post_norm(out))
+            return _added(x, hidden, self.down[...], self.down_bias, self.post_norm, operations)
+
+    def __call__(
+        self, x: Float[Array, "T D"], operations: Operations = PLAIN
+    ) -> Float[Array, "T D"]:
+        return self.contract(x, self.expand(self.normalise(x), operations), operations)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routed:
+    """Rows of tokens on their way through their experts.
+
+    Attributes:
+        rows: A row for each expert of each token, in the order of `Experts.spread`.
+        groups: Where they came from.
+        shares: What each expert counts.
+    """
+
+    rows: Float[Array, "R D"]
+    groups: Any
+    shares: Float[Array, "T A"]
+
+
+jax.tree_util.register_dataclass(Routed)
 
 
 class SparseFeedForward(nnx.Module):
     """Mixture of experts: each token runs through A of E gated feed-forwards.
 
-    Tokens are sorted by expert, so that each product is one grouped GEMM over T * A rows.
+    Tokens are sorted by expert, so that each product is one grouped GEMM over T * A rows. Where
+    each device has some of the experts, it leaves out the choices of the others'.
     """
 
     def __init__(self, make: Maker, layer: int, config: architecture.ModelConfig):
@@ -256,8 +289,8 @@ class SparseFeedForward(nnx.Module):
             make(
                 ParamSpec(
                     name=f"{prefix}.experts_gate_up",
-                    shape=(experts, 2 * hidden, width),
-                    axes="EFD",
+                    shape=(experts, 2, hidden, width),
+                    axes="E2FD",
                 )
             )
         )
@@ -269,46 +302,56 @@ class SparseFeedForward(nnx.Module):
         self._moe = c.moe
         self._activation = c.activation
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def normalise(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What `route` takes."""
         with jax.named_scope("norm"):
-            normed = self.norm(x)
+            return self.norm(x)
+
+    def route(self, normed: Float[Array, "T D"], operations: Operations = PLAIN) -> Routed:
+        """What `expand` takes."""
         with jax.named_scope("route"):
             shares, experts = self._route(normed)
-            num_tokens, active = experts.shape
-            flat = experts.reshape(-1)  # [T A]
-            order = jnp.argsort(flat)
-            sizes = jnp.bincount(flat, length=self._moe.num_experts).astype(jnp.int32)
-            rows = normed[order // active]
+            held = self.gate_up[...].shape[0]
+            if held < self._moe.num_experts:
+                experts = experts - operations.group.index() * held
+                is_here = (experts >= 0) & (experts < held)
+                experts = jnp.where(is_here, experts, held)
+                shares = jnp.where(is_here, shares, 0.0)
+            groups = operations.experts.group(experts, num_experts=held)
+            rows = operations.experts.spread(normed, groups)
+            return Routed(rows=rows, groups=groups, shares=shares)
+
+    def expand(self, routed: Routed, operations: Operations = PLAIN) -> Routed:
+        """What `contract` takes."""
         with jax.named_scope("up_gate"):
-            both = _grouped_product(rows, self.gate_up[...], sizes)
-            gate, up = jnp.split(both, 2, axis=-1)
-            hidden = _activate(gate, self._activation) * up
+            weight = self.gate_up[...]
+            hidden = operations.gated_expert_product(
+                routed.rows,
+                weight.reshape(weight.shape[0], -1, weight.shape[3]),
+                routed.groups,
+                activation=self._activation,
+            )
+            return dataclasses.replace(routed, rows=hidden)
+
+    def contract(
+        self, x: Float[Array, "T D"], hidden: Routed, operations: Operations = PLAIN
+    ) -> Float[Array, "T D"]:
+        """Adds the result to the residual stream."""
         with jax.named_scope("down"):
-            out = _grouped_product(hidden, self.down[...], sizes)
-            out = jnp.zeros_like(out).at[order].set(out)
-            out = out.reshape(num_tokens, active, -1)
-            weighted = out.astype(jnp.float32) * shares[:, :, None]
-            return x + weighted.sum(axis=1).astype(x.dtype)
+            out = operations.expert_product(hidden.rows, self.down[...], hidden.groups)
+            out = operations.experts.combine(out, hidden.groups, hidden.shares)
+            return x + operations.group.sum(out)
+
+    def __call__(
+        self, x: Float[Array, "T D"], operations: Operations = PLAIN
+    ) -> Float[Array, "T D"]:
+        hidden = self.expand(self.route(self.normalise(x), operations), operations)
+        return self.contract(x, hidden, operations)
 
     def _route(self, normed: Float[Array, "T D"]) -> tuple[Float[Array, "T A"], Int[Array, "T A"]]:
         """The share of each token's chosen experts, and which they are."""
-        scores = product(normed, self.router[...]).astype(jnp.float32)
+        scores = operation_lib.product(normed, self.router[...]).astype(jnp.float32)
         shares, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), self._moe.num_active)
         if self._moe.normalise:
             shares = shares / shares.sum(axis=-1, keepdims=True)
         return shares, experts
-
-
-def _grouped_product(
-    rows: Float[Array, "R D"], weights: Float[Array, "E F D"], sizes: Int[Array, "E"]
-) -> Float[Array, "R F"]:
-    """Row r times the weight of its group: the rows of group e follow those of group e - 1."""
-    dims = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0],
-    )
-    precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot_general(
-        rows, weights, sizes, dims, precision=precision, preferred_element_type=jnp.float32
-    ).astype(rows.dtype)

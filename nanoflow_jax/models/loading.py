@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints import folder as checkpoint_folder
 from checkpoints import loader
 from nanoflow_jax.models import architecture, huggingface, layers, transformer, weight_map
-from nanoflow_jax.parallel import mesh as mesh_lib
+from nanoflow_jax.parallel import placement as placement_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,47 @@ class Progress:
 ProgressCall = Callable[[Progress], None]
 
 
+def place_model(
+    config: architecture.ModelConfig,
+    devices: Sequence[jax.Device],
+    *,
+    split_experts: bool = False,
+) -> placement_lib.Placement:
+    """How a model lies on devices; see `placement.place`, whose errors it raises."""
+    dense = not all(config.is_sparse(layer) for layer in range(config.num_layers))
+    moe = config.moe
+    widths = placement_lib.ModelWidths(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        intermediate_size=config.intermediate_size if dense else 0,
+        expert_size=moe.intermediate_size if moe else 0,
+        num_experts=moe.num_experts if moe else 0,
+    )
+    return placement_lib.place(widths, devices, split_experts=split_experts)
+
+
+def share_of_one_device(
+    config: architecture.ModelConfig, placement: placement_lib.Placement
+) -> architecture.ModelConfig:
+    """A model as a layer on one of its devices sees it; whole experts are all still counted."""
+    count, moe = placement.num_devices, config.moe
+    if moe is not None and not placement.split_experts:
+        moe = dataclasses.replace(moe, intermediate_size=moe.intermediate_size // count)
+    return dataclasses.replace(
+        config,
+        num_heads=config.num_heads // count,
+        num_kv_heads=config.num_kv_heads * placement.kv_copies // count,
+        intermediate_size=config.intermediate_size // count,
+        moe=moe,
+    )
+
+
 def load_model(
     source: checkpoint_folder.ModelFolder,
     config: architecture.ModelConfig,
     *,
     dtype: np.dtype[Any],
-    mesh: jax.sharding.Mesh,
+    placement: placement_lib.Placement,
     progress: ProgressCall | None = None,
 ) -> transformer.Transformer:
     """A model with the weights of a folder, read one at a time.
@@ -43,7 +78,7 @@ def load_model(
         source: The opened folder.
         config: What its config.json describes.
         dtype: What the model runs in; stored weights are cast while they are read.
-        mesh: Where it lies.
+        placement: Where it lies.
         progress: Called after each weight.
 
     Raises:
@@ -59,8 +94,9 @@ def load_model(
         tensors = [source.read(name) for name in entry.shapes]
         whole = entry.assemble(tensors)
         assert whole.shape == spec.shape, f"{spec.name}: {whole.shape} is not {spec.shape}"
-        sharding = mesh_lib.sharding_of(mesh, spec.axes)
-        array = loader.place(spec.shape, dtype, sharding, lambda index: whole[index])
+        whole = placement.lay_out(whole, spec.axes)
+        sharding = placement.sharding(spec.axes)
+        array = loader.place(whole.shape, dtype, sharding, lambda index: whole[index])
         meter.add(spec)
         return array
 
@@ -72,7 +108,7 @@ def random_model(
     *,
     seed: int,
     dtype: np.dtype[Any],
-    mesh: jax.sharding.Mesh,
+    placement: placement_lib.Placement,
     progress: ProgressCall | None = None,
 ) -> transformer.Transformer:
     """A model with seeded random weights, made on the devices that hold them.
@@ -83,10 +119,9 @@ def random_model(
     programs: dict[Any, Any] = {}
 
     def make(spec: layers.ParamSpec) -> jax.Array:
-        sharding = mesh_lib.sharding_of(mesh, spec.axes)
         shape_key = (spec.shape, spec.axes, spec.std, spec.mean)
         if shape_key not in programs:
-            programs[shape_key] = _random_program(spec, dtype, sharding)
+            programs[shape_key] = _random_program(spec, dtype, placement)
         name_key = np.uint32(zlib.crc32(f"{seed}/{spec.name}".encode()))
         array = programs[shape_key](name_key)
         meter.add(spec)
@@ -95,12 +130,15 @@ def random_model(
     return transformer.Transformer(make, config)
 
 
-def _random_program(spec: layers.ParamSpec, dtype: np.dtype[Any], sharding: Any) -> Any:
+def _random_program(
+    spec: layers.ParamSpec, dtype: np.dtype[Any], placement: placement_lib.Placement
+) -> Any:
     def draw(seed: jax.Array) -> jax.Array:
         noise = jax.random.normal(jax.random.key(seed), spec.shape, jnp.float32)
-        return (spec.mean + spec.std * noise).astype(dtype)
+        whole = (spec.mean + spec.std * noise).astype(dtype)
+        return placement.lay_out(whole, spec.axes)
 
-    return jax.jit(draw, out_shardings=sharding)
+    return jax.jit(draw, out_shardings=placement.sharding(spec.axes))
 
 
 class _Meter:

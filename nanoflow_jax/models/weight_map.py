@@ -143,7 +143,7 @@ def experts(
     )
 
     def join(tensors: Sequence[np.ndarray]) -> np.ndarray:
-        pairs = [np.concatenate(tensors[i : i + 2]) for i in range(0, len(tensors), 2)]
+        pairs = [np.stack(tensors[i : i + 2]) for i in range(0, len(tensors), 2)]
         return np.stack(pairs)
 
     both = {

@@ -101,7 +101,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the code was that ran.
+    """What the code was that ran, and what it ran beside.
 
     Attributes:
         commit: Of the checkout; None if there was none.
@@ -109,6 +109,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         kernel_sources: SHA-256 of every file of pallas_kernels that was used, by path.
         versions: Of Python, packages and the driver.
         environment: Variables that jax and XLA read.
+        load: Programs that wanted a processor, on average over the minute before; above the number
+            of cores the machine was busy with other things. None if it was not noted.
     """
 
     commit: str | None
@@ -116,6 +118,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kernel_sources: dict[str, str]
     versions: dict[str, str]
     environment: dict[str, str]
+    load: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -167,24 +170,29 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     data = read_bytes(path)
-    manifest = decode(data, Manifest, path=path)
+    manifest: Manifest = decode(data, Manifest, path=path)
     if manifest.format != FORMAT:
         raise ResultError(f"{path}: format {manifest.format} is not {FORMAT}")
-    if data != encode(manifest):
+    # Not from the types: those of tomorrow may have a field more.
+    if data != _signed(decode(data, dict, path=path)):
         raise ResultError(f"{path}: it was changed after it was written: its digest differs")
     return manifest
 
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of the file; the same for the same content."""
-    unsigned = _encode(msgspec.structs.replace(manifest, digest=""))
-    return _encode(msgspec.structs.replace(manifest, digest=hashlib.sha256(unsigned).hexdigest()))
-
-
-def _encode(manifest: Manifest) -> bytes:
     # Through the types and back, so that an integer for a float is written as what will be read.
     typed = msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
-    return msgspec.json.format(msgspec.json.encode(typed), indent=1) + b"\n"
+    return _signed(msgspec.to_builtins(typed))
+
+
+def _signed(fields: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(_bytes({**fields, "digest": ""})).hexdigest()
+    return _bytes({**fields, "digest": digest})
+
+
+def _bytes(fields: dict[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
 
 
 def read_bytes(path: Path) -> bytes:

@@ -31,7 +31,8 @@ _PACKAGES = (
     "tokamax",
     "flashinfer-python",
 )
-_VARIABLES = re.compile(r"(JAX|XLA)_\w+|NPROC|CUDA_VISIBLE_DEVICES")
+# Places on a machine are left out.
+_VARIABLES = re.compile(r"(JAX|XLA)_(?!\w*DIR$)\w+|NPROC|CUDA_VISIBLE_DEVICES")
 _KERNELS = "pallas_kernels"
 RESULTS = "configs/results"  # the committed results, which are written while the tree is clean
 
@@ -50,6 +51,7 @@ def collect(kernels: Iterable[str], *, project: Path = PROJECT) -> Origin:
         kernel_sources=kernel_sources(kernels, project=project),
         versions=_versions(),
         environment={k: v for k, v in sorted(os.environ.items()) if _VARIABLES.fullmatch(k)},
+        load=round(os.getloadavg()[0], 2),
     )
 
 

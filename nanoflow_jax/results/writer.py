@@ -5,7 +5,7 @@ import fcntl
 import gzip
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +37,7 @@ class ResultWriter:
 
     Attributes:
         path: The folder.
+        origin: The code that runs.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class ResultWriter:
         """
         run.check()
         self._kind = kinds.find(run.kind)
-        origin = provenance.collect(run.kernels, project=project)
-        self._manifest = Manifest(run=run, origin=origin, date=_today())
+        self._project = project
+        self.origin = provenance.collect(run.kernels, project=project)
+        self._manifest = Manifest(run=run, origin=self.origin, date=_today())
         self._before: Mapping[str, float] | None = None
         self._after: Mapping[str, float] | None = None
         self.path = root / self._manifest.folder
@@ -126,6 +128,28 @@ class ResultWriter:
         """Notes what the device reached at most, before the first sample or after the last."""
         self._before = before if before is not None else self._before
         self._after = after if after is not None else self._after
+
+    def set_plan(self, plan: Mapping[str, Any], *, kernels: Iterable[str] = ()) -> None:
+        """Notes what is run, where it is known only once an engine has been built.
+
+        Args:
+            plan: As in `Run`.
+            kernels: Modules of pallas_kernels that are used beside those of the `Run`.
+
+        Raises:
+            ValueError: There is no such kernel.
+        """
+        run = self._manifest.run
+        used = tuple(sorted({*run.kernels, *kernels}))
+        sources = provenance.kernel_sources(used, project=self._project)
+        self.origin = msgspec.structs.replace(self.origin, kernel_sources=sources)
+        run = msgspec.structs.replace(run, plan=dict(plan), kernels=used)
+        self._manifest = msgspec.structs.replace(self._manifest, run=run, origin=self.origin)
+
+    def add_log(self, text: str) -> None:
+        """Appends a line to log.txt; it is in the file once this returns."""
+        with open(self.path / manifest.LOG, "a", encoding="utf-8") as log:
+            log.write(f"{text}\n")
 
     def add_file(self, name: str, data: bytes) -> None:
         """Adds one of `manifest.FILES`, whole; not the samples.

@@ -80,6 +80,15 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones(name):
         config.EngineConfig.from_knobs(dtype=name)
 
 
-def test_a_dtype_is_named_by_text_or_by_itself():
+@pytest.mark.parametrize("name", ["cuda", None, config.Dtype.FLOAT32])
+def test_an_unknown_use_of_a_kernel_is_refused_with_the_known_ones(name):
+    with _raises(f"kernel_gemm={name!r} is not one of auto, plain, pallas, interpret"):
+        config.EngineConfig.from_knobs(kernel_gemm=name)
+
+
+def test_a_choice_is_named_by_text_or_by_itself():
     for name in ("float32", config.Dtype.FLOAT32):
-        assert config.parse_dtype(name) is config.Dtype.FLOAT32
+        made = config.EngineConfig.from_knobs(dtype=name, kernel_decode_attention="interpret")
+        assert made.model.dtype is config.Dtype.FLOAT32
+        assert made.kernels.decode_attention is config.KernelUse.INTERPRET
+        assert made.kernels.gemm is config.KernelUse.AUTO

@@ -1,5 +1,8 @@
 """Exit codes and messages of programs."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
 from absl import app, flags
@@ -69,6 +72,11 @@ def test_an_error_is_a_message_and_an_exit_code(
 
     assert console.run(program, say=said.append, debug=False) == code
     assert said == [message]
+
+
+def test_a_program_that_does_without_jax_does_not_import_it() -> None:
+    code = "import sys; from nanoflow_jax import console; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 def test_a_device_without_room_says_what_to_lower() -> None:

@@ -1,10 +1,11 @@
 """What is said while an engine starts."""
 
 from nanoflow_jax import start_up
-from nanoflow_jax.engine import build, compiler
+from nanoflow_jax.engine import build, compiler, kernel_choice
 from nanoflow_jax.models import loading
 
 _SETTINGS = build.Settings(
+    num_replicas=1,
     device="cpu",
     dtype="float32",
     model_bytes=3_200_000_000,
@@ -15,6 +16,13 @@ _SETTINGS = build.Settings(
     dense_batch=32,
     max_context_len=128,
     buckets=("8:8:0", "32:8:8"),
+    kernels=kernel_choice.Choices(
+        by_operation={
+            operation: kernel_choice.Choice(maker=kernel_choice.Maker.PLAIN, reason=f"why {i}")
+            for i, operation in enumerate(kernel_choice.Operation)
+        },
+        num_ctas=2,
+    ),
 )
 
 
@@ -47,4 +55,6 @@ def test_settings_are_said_and_handed_on() -> None:
         "device: cpu; model: float32, 3.2 GB",
         "cache: 7 pages of 64 tokens, 500 B; context: 128 tokens",
         "dense batch: 32 tokens of at most 8 requests; buckets: 8:8:0, 32:8:8",
+        "kernels: gemm plain (why 0), grouped gemm plain (why 1), decode attention plain (why 2), "
+        "prefill attention plain (why 3)",
     ]

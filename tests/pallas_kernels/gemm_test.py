@@ -10,11 +10,13 @@ import kernel_runs
 import numpy as np
 import pytest
 
-from pallas_kernels.gemm import GemmTile, gemm, gemm_reference
+from pallas_kernels.gemm import gemm, gemm_reference
+from pallas_kernels.gemm_role import GemmTile, default_tile
 
 # Rounding of the output: half a unit of the last place of bfloat16, and little else.
 _RELATIVE = {"bfloat16": 2e-3, "float32": 1e-5}
 _WIDE = GemmTile(columns=256)
+_FEW = GemmTile(rows=64, columns=256)
 
 
 def _operands(num_rows, depth, num_columns, *, parts="", dtype=jnp.bfloat16, out_dtype=None):
@@ -44,6 +46,7 @@ def _operands(num_rows, depth, num_columns, *, parts="", dtype=jnp.bfloat16, out
         ((1, 8, 8), 132, {}),
         ((13, 72, 100), 132, {"parts": "residual"}),
         ((130, 64, 200), 2, {"parts": "gate bias residual"}),
+        ((50, 64, 200), 1, {"parts": "gate bias residual"}),
         ((130, 64, 200), 1, {"parts": "residual", "out_dtype": jnp.float32}),
         ((130, 96, 40), 2, {"parts": "gate", "dtype": jnp.float32}),
         ((70, 130, 131), 1, {"parts": "bias", "dtype": jnp.float16}),
@@ -87,6 +90,48 @@ def test_float8_products_are_scaled_by_tensor_or_by_channel(parts, scales, more)
         found = gemm(**{**operands, **more}, interpret=interpret)
     wanted = gemm_reference(**operands)
     kernel_runs.check_close(found, wanted, relative=_RELATIVE[str(wanted.dtype)])
+
+
+def _stacked(operands, *names):
+    """The operands with both factors, or their scales, in one array."""
+    made = dict(operands)
+    for name in names:
+        made[name] = jnp.concatenate([made[name], made.pop(name.replace("w", "w_up", 1))])
+    return made
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("sizes", "parts"), [((130, 64, 200), "gate"), ((9, 64, 24), "gate bias residual")]
+)
+def test_two_factors_of_one_array_are_two_arrays(sizes, parts):
+    operands = _operands(*sizes, parts=parts)
+    with kernel_runs.interpreting() as interpret:
+        found = gemm(**_stacked(operands, "w"), gated=True, num_ctas=2, interpret=interpret)
+        apart = gemm(**operands, num_ctas=2, interpret=interpret)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(apart))
+    wanted = gemm_reference(**_stacked(operands, "w"), gated=True)
+    kernel_runs.check_close(found, wanted, relative=2e-3)
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("shape", [(), (40,)])
+def test_two_factors_of_one_array_have_their_own_scales(shape):
+    operands = _operands(20, 128, 40, parts="gate", dtype=jnp.float8_e4m3fn)
+    scales = _scales((), shape, shape)
+    stacked = _stacked(operands, "w") | {"x_scale": scales["x_scale"]}
+    stacked["w_scale"] = scales["w_scale"]
+    if shape:
+        stacked |= _stacked(scales, "w_scale")
+    with kernel_runs.interpreting() as interpret:
+        found = gemm(**stacked, gated=True, num_ctas=1, interpret=interpret)
+    wanted = gemm_reference(**stacked, gated=True)
+    kernel_runs.check_close(found, wanted, relative=2e-3)
+    if shape:
+        apart = gemm_reference(**operands, **scales)
+        np.testing.assert_array_equal(np.asarray(wanted), np.asarray(apart))
 
 
 @kernel_runs.needs_interpreter
@@ -157,9 +202,24 @@ _WHOLE = {
         [(2048, 4096), (14336, 4096), (14336, 4096)],
         None,
     ),
+    "gated_of_one_array": (
+        lambda x, w: gemm(x, w, gated=True, num_ctas=100),
+        [(2048, 4096), (28672, 4096)],
+        None,
+    ),
     "bias_residual": (
         lambda x, w, b, r: gemm(x, w, bias=b, residual=r, num_ctas=100, tile=_WIDE),
         [(2003, 4096), (4096, 4096), (4096,), (2003, 4096)],
+        None,
+    ),
+    "few_rows": (
+        lambda x, w, b, r: gemm(x, w, bias=b, residual=r, num_ctas=100, tile=_FEW),
+        [(61, 4096), (32768, 4096), (32768,), (61, 32768)],
+        None,
+    ),
+    "few_rows_gated": (
+        lambda x, w, w_up: gemm(x, w, w_up=w_up, num_ctas=100),
+        [(64, 4096), (14336, 4096), (14336, 4096)],
         None,
     ),
     "float8": (
@@ -235,6 +295,11 @@ _GOOD = {"x": jnp.zeros((4, 8)), "w": jnp.zeros((6, 8))}
             r"w_scale is bfloat16\(\), not float32 of shape",
         ),
         ({"w_up_scale": jnp.zeros(())}, "there is a w_up_scale and no w_up"),
+        (
+            {"gated": True, "w_up": jnp.zeros((6, 8))},
+            "gated says that w holds both factors, and there is a w_up",
+        ),
+        ({"gated": True}, "6 rows of both factors are no multiple of 16"),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
     ],
 )
@@ -243,10 +308,26 @@ def test_operands_that_do_not_fit_are_refused(change, message):
         gemm(**{**_GOOD, **change})
 
 
-@pytest.mark.parametrize("fields", [{"rows": 64}, {"columns": 320}, {"columns": 96}])
-def test_tiles_that_two_warpgroups_cannot_share_are_refused(fields):
-    with pytest.raises(ValueError, match="is no tile: rows must be a multiple of 128"):
+@pytest.mark.parametrize("fields", [{"rows": 32}, {"rows": 192}])
+def test_tiles_whose_rows_are_no_products_of_warpgroups_are_refused(fields):
+    with pytest.raises(ValueError, match="is no tile: rows must be 64, or a multiple of 128"):
         GemmTile(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"columns": 320}, {"columns": 96}, {"rows": 64, "columns": 64}])
+def test_tiles_whose_columns_are_no_slices_of_warpgroups_are_refused(fields):
+    with pytest.raises(ValueError, match="columns of a warpgroup must be a multiple of slice_col"):
+        GemmTile(**fields)
+
+
+def test_default_tiles_have_as_many_stages_as_fit_into_shared_memory():
+    wide = {"num_factors": 2, "out_dtype": jnp.float32}
+    assert default_tile(jnp.bfloat16, 64) == GemmTile(rows=64)
+    assert default_tile(jnp.bfloat16, 65, num_factors=2) == GemmTile()
+    # 4 x 48 KiB of steps and 64 KiB of slices would be more than 227 KiB.
+    assert default_tile(jnp.bfloat16, 65, **wide) == GemmTile(stages=3)
+    assert default_tile(jnp.float32, 65, **wide) == GemmTile(depth=32, stages=3)
+    assert default_tile(jnp.float8_e4m3fn, 65) == GemmTile(depth=128)
 
 
 @pytest.mark.gpu

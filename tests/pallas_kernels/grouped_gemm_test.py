@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.gemm import GemmTile
+from pallas_kernels.gemm_role import GemmTile
 from pallas_kernels.grouped_gemm import (
     Groups,
     combine,
@@ -59,7 +59,7 @@ def test_a_plan_worked_by_hand():
     assert combine(rows * 10, groups, shares).tolist() == [[7.5], [60.0], [30.0]]
 
 
-def _operands(num_tokens, depth, weight_rows, *, experts, dtype=jnp.bfloat16, tile_rows=128):
+def _operands(num_tokens, depth, weight_rows, *, experts, dtype=jnp.bfloat16, tile_rows=None):
     """Each token goes to two of the experts named, of four."""
     chosen = np.random.default_rng(num_tokens).choice(experts, (num_tokens, 2)).astype(np.int32)
     groups = plan_groups(jnp.asarray(chosen), num_experts=4, tile_rows=tile_rows)
@@ -76,7 +76,7 @@ def _operands(num_tokens, depth, weight_rows, *, experts, dtype=jnp.bfloat16, ti
     ("sizes", "experts", "kinds", "more"),
     [
         ((4, 128, 136), [0, 2, 3], {}, {"num_ctas": 1}),
-        ((70, 64, 160), [1], {}, {"num_ctas": 132, "gated": True}),
+        ((70, 64, 160), [1], {"tile_rows": 128}, {"num_ctas": 132, "gated": True}),
         ((9, 72, 48), [0, 3], {"dtype": jnp.float32}, {"num_ctas": 2, "gated": True}),
         (
             (130, 128, 264),
@@ -92,11 +92,60 @@ def test_rows_get_the_product_with_their_expert_on_any_number_of_ctas(sizes, exp
     with kernel_runs.interpreting() as interpret:
         found = grouped_gemm(**operands, **more, interpret=interpret)
     meaning = {name: more[name] for name in ("gated", "out_dtype") if name in more}
-    wanted = grouped_gemm_reference(**operands, **meaning)
-    groups = operands["groups"]
+    _compare(found, grouped_gemm_reference(**operands, **meaning), operands["groups"])
+
+
+def _compare(found, wanted, groups):
     used = groups.num_tiles[0] * (found.shape[0] // groups.tile_expert.shape[0])
     assert not wanted[used:].any()
     kernel_runs.check_close(found[:used], wanted[:used], relative=_RELATIVE[str(found.dtype)])
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("x_size", "w_size", "more"),
+    [
+        ((12,), (4, 96), {"gated": True, "num_ctas": 2}),
+        ((), (4,), {"out_dtype": jnp.float32, "num_ctas": 1}),
+    ],
+    ids=["rows_and_channels", "tensor_and_experts"],
+)
+def test_float8_products_are_scaled_by_row_and_by_channel_of_the_expert(x_size, w_size, more):
+    operands = _operands(12, 72, 96, experts=[0, 3], dtype=jnp.float8_e4m3fn)
+    x_scale, w_scale = (
+        jnp.abs(kernel_runs.normal(5, *size, dtype=jnp.float32)) for size in (x_size, w_size)
+    )
+    if x_size:
+        x_scale = permute(x_scale, operands["groups"])
+    operands |= {"x_scale": x_scale, "w_scale": w_scale}
+    with kernel_runs.interpreting() as interpret:
+        found = grouped_gemm(**operands, **more, interpret=interpret)
+    del more["num_ctas"]
+    _compare(found, grouped_gemm_reference(**operands, **more), operands["groups"])
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "tile_rows"), [(1, 64), (64, 64), (256, 64), (257, 128), (2048, 128)]
+)
+def test_tiles_are_as_small_as_the_rows_that_an_expert_of_mixtral_has(num_tokens, tile_rows):
+    experts = jax.ShapeDtypeStruct((num_tokens, 2), jnp.int32)
+    groups = jax.eval_shape(lambda experts: plan_groups(experts, num_experts=8), experts)
+    assert groups.sources.shape[0] == groups.tile_expert.shape[0] * tile_rows
+
+
+def test_the_reference_scales_each_row_and_each_channel_of_its_expert():
+    groups = plan_groups(jnp.asarray([[1], [0]], jnp.int32), num_experts=2, tile_rows=1)
+    given = {"x": jnp.asarray([[1.0], [2.0]]), "w": jnp.asarray([[[3.0], [5.0]], [[7.0], [9.0]]])}
+    given["x"] = permute(given["x"], groups)
+    found = grouped_gemm_reference(
+        **given,
+        groups=groups,
+        x_scale=permute(jnp.asarray([10.0, 100.0]), groups),
+        w_scale=jnp.asarray([[1.0, 2.0], [3.0, 4.0]]),
+    )
+    # Row 0 is token 1 with expert 0, row 1 token 0 with expert 1.
+    assert found.tolist() == [[600.0, 2000.0], [210.0, 360.0]]
 
 
 @kernel_runs.needs_interpreter
@@ -127,39 +176,48 @@ def test_a_sparse_layer_is_each_token_through_its_experts():
 
 # Tokens, width, weight rows of an expert, experts, experts of a token.
 _SERVED = pytest.mark.parametrize(
-    ("sizes", "gated", "tile"),
+    ("sizes", "more"),
     [
-        ((2048, 4096, 2 * 14336, 8, 2), True, GemmTile()),
-        ((2048, 14336, 4096, 8, 2), False, GemmTile(columns=256)),
-        ((256, 2048, 2 * 768, 128, 8), True, GemmTile()),
+        ((2048, 4096, 2 * 14336, 8, 2), {"gated": True}),
+        ((2048, 14336, 4096, 8, 2), {"tile": GemmTile(columns=256)}),
+        ((64, 14336, 4096, 8, 2), {"tile": GemmTile(rows=64, columns=256)}),
+        ((64, 4096, 2 * 14336, 8, 2), {"gated": True, "scaled": True}),
+        ((256, 2048, 2 * 768, 128, 8), {"gated": True}),
     ],
-    ids=["mixtral_up", "mixtral_down", "qwen3_30b_up"],
+    ids=["mixtral_up", "mixtral_down", "few_rows_down", "few_rows_up_float8", "qwen3_30b_up"],
 )
 
 
-def _served(sizes, gated, tile):
+def _served(sizes, more):
     num_tokens, width, weight_rows, num_experts, active = sizes
+    scaled = more.get("scaled", False)
+    more = {name: value for name, value in more.items() if name != "scaled"}
 
-    def run(x, w, experts):
+    def run(x, w, experts, *scales):
         groups = plan_groups(experts, num_experts=num_experts)
-        return grouped_gemm(permute(x, groups), w, groups, gated=gated, tile=tile, num_ctas=100)
+        if scales:
+            more["x_scale"], more["w_scale"] = permute(scales[0], groups), scales[1]
+        return grouped_gemm(permute(x, groups), w, groups, **more, num_ctas=100)
 
-    shapes = (
-        jax.ShapeDtypeStruct((num_tokens, width), jnp.bfloat16),
-        jax.ShapeDtypeStruct((num_experts, weight_rows, width), jnp.bfloat16),
-        jax.ShapeDtypeStruct((num_tokens, active), jnp.int32),
-    )
-    return run, *shapes
+    dtype = jnp.float8_e4m3fn if scaled else jnp.bfloat16
+    shapes = [
+        ((num_tokens, width), dtype),
+        ((num_experts, weight_rows, width), dtype),
+        ((num_tokens, active), jnp.int32),
+    ]
+    if scaled:
+        shapes += [((num_tokens,), jnp.float32), ((num_experts, weight_rows), jnp.float32)]
+    return run, *(jax.ShapeDtypeStruct(*one) for one in shapes)
 
 
 @_SERVED
-def test_served_sizes_lower_for_hopper(sizes, gated, tile):
-    assert "mosaic_gpu_v2" in kernel_runs.lowered(*_served(sizes, gated, tile))
+def test_served_sizes_lower_for_hopper(sizes, more):
+    assert "mosaic_gpu_v2" in kernel_runs.lowered(*_served(sizes, more))
 
 
 @_SERVED
-def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, gated, tile):
-    (kernel,) = deviceless.compiled(*_served(sizes, gated, tile))
+def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more):
+    (kernel,) = deviceless.compiled(*_served(sizes, more))
     assert kernel.grid == (100, 1, 1)
     assert kernel.spill_bytes == 0
     assert kernel.registers == 168
@@ -186,11 +244,19 @@ def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, gate
             {"tile": GemmTile(rows=256)},
             "256 planned rows are not 512, which is 2 tiles of 256 rows",
         ),
+        (
+            {"x_scale": jnp.zeros((1,))},
+            r"x_scale is float32\(1,\), not float32 of shape \(\) or \(256,\)",
+        ),
+        (
+            {"w_scale": jnp.zeros((16,))},
+            r"w_scale is float32\(16,\), not float32 of shape \(\) or \(2,\) or \(2, 16\)",
+        ),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change, message):
-    groups = plan_groups(jnp.zeros((3, 2), jnp.int32), num_experts=2)
+    groups = plan_groups(jnp.zeros((3, 2), jnp.int32), num_experts=2, tile_rows=128)
     good = {"x": jnp.zeros((256, 8)), "w": jnp.zeros((2, 16, 8)), "groups": groups}
     with pytest.raises(ValueError, match=message):
         grouped_gemm(**{**good, **change})
@@ -200,7 +266,8 @@ def test_operands_that_do_not_fit_are_refused(change, message):
 def test_grouped_products_on_a_gpu_are_their_references():
     for experts, gated in itertools.product([[1], [0, 1, 3]], [False, True]):
         operands = _operands(700, 4096, 2048, experts=experts)
-        used = operands["groups"].num_tiles[0] * 128
+        groups = operands["groups"]
+        used = groups.num_tiles[0] * (groups.sources.size // groups.tile_expert.size)
         wanted = grouped_gemm_reference(**operands, gated=gated)
         for num_ctas in (1, 40, 132):
             found = grouped_gemm(**operands, gated=gated, num_ctas=num_ctas)

@@ -10,7 +10,7 @@ import pytest
 from nanoflow_jax.kv_cache import attention, tiles
 from nanoflow_jax.kv_cache.layout import CacheShape, PageMajorLayout
 from pallas_kernels.prefill_attention import prefill_attention, prefill_attention_reference
-from pallas_kernels.prefill_tiles import PrefillTiles, build_prefill_tiles, max_tiles
+from pallas_kernels.prefill_tiles import KeySplit, PrefillTiles, build_prefill_tiles, max_tiles
 
 # The interpreter multiplies in numpy, which warns of the NaN in keys that nobody sees.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -32,6 +32,7 @@ def _operands(
     window=None,
     softcap=None,
     aligned=False,
+    split=None,
 ):
     """Chunks over shuffled pages; NaN wherever no request has written."""
     num_heads, num_kv_heads = heads
@@ -53,6 +54,7 @@ def _operands(
             cache[page, :, :, :written] = random.standard_normal(shape)
             end -= written
     group = num_heads // num_kv_heads
+    room = 0 if split is None else split.max_parts
     return {
         "q": kernel_runs.normal(1, num_tokens, num_heads, head_dim, dtype=dtype),
         "cache": jnp.asarray(cache, dtype),
@@ -60,10 +62,11 @@ def _operands(
         "tiles": build_prefill_tiles(
             chunks,
             group=group,
-            capacity=max_tiles(num_tokens, num_rows, group=group),
+            capacity=max_tiles(num_tokens, num_rows, group=group) + room,
             num_tokens=num_tokens,
             window=window,
             aligned=aligned,
+            split=split,
         ),
         "scale": head_dim**-0.5,
         "window": window,
@@ -112,6 +115,53 @@ def test_aligned_chunks_are_written_in_place_and_leave_their_neighbours_alone():
     _check(operands, aligned=True, num_ctas=2)
 
 
+def _split(num_ctas, num_kv_heads=1, num_parts=8):
+    return KeySplit(
+        num_kv_heads=num_kv_heads,
+        num_ctas=num_ctas,
+        max_parts=num_parts,
+        least_len=128,
+        part_cost=0,
+    )
+
+
+_CUT = [
+    # A tile that is cut and one that is not, tokens of another request before the chunk.
+    ({"chunks": [(3, 20, 700, 0), (23, 4, 0, 1)], "split": _split(4)}, 3),
+    # Windows and pages before them, several heads, in place, unused parts.
+    (
+        {
+            "chunks": [(8, 30, 400, 0)],
+            "heads": (8, 2),
+            "window": 300,
+            "page_size": 32,
+            "aligned": True,
+            "split": _split(6, num_kv_heads=2),
+        },
+        2,
+    ),
+    # Rows of a tile that are no tokens, two chunks cut, a step of 64 keys.
+    (
+        {
+            "chunks": [(0, 9, 250, 0), (16, 5, 290, 1)],
+            "heads": (3, 1),
+            "head_dim": 256,
+            "split": _split(4),
+        },
+        2,
+    ),
+]
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("more", "num_ctas"), _CUT, ids=["mixed", "window", "wide"])
+def test_tiles_whose_keys_are_cut_get_their_reference_on_any_number_of_ctas(more, num_ctas):
+    operands = _operands(**more)
+    assert operands["tiles"].cuts[:, 1].max() > 1
+    _check(operands, num_ctas=num_ctas, **{name: True for name in ("aligned",) if name in more})
+
+
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
 def test_requests_may_share_pages():
@@ -158,14 +208,11 @@ def test_the_reference_is_the_plain_path():
     kernel_runs.check_close(prefill_attention_reference(**operands), plain, relative=1e-3)
 
 
-def _shapes(num_heads, num_kv_heads, head_dim, page_size):
-    sizes = {"q": (2048, num_heads, head_dim), "page_table": (256, 512)}
-    sizes["cache"] = (4096, 2, num_kv_heads, page_size, head_dim)
-    ints = ((128,), (128,), (128,), (128,), (1,), (2048,))
+def _shapes(num_heads, num_kv_heads, head_dim, page_size, num_parts=0):
+    ints = [(256, 512), *[(128,)] * 4, (1,), (2048,), (128, 3), (num_parts,), (num_parts // 2,)]
     return [
-        jax.ShapeDtypeStruct(sizes["q"], jnp.bfloat16),
-        jax.ShapeDtypeStruct(sizes["cache"], jnp.bfloat16),
-        jax.ShapeDtypeStruct(sizes["page_table"], jnp.int32),
+        jax.ShapeDtypeStruct((2048, num_heads, head_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((4096, 2, num_kv_heads, page_size, head_dim), jnp.bfloat16),
         *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ints),
     ]
 
@@ -183,8 +230,8 @@ _SERVED = pytest.mark.parametrize(
     ("sizes", "more"),
     [
         ((32, 8, 128, 64), {}),
-        ((8, 1, 128, 16), {"aligned": True}),
-        ((16, 8, 256, 32), {"window": 4096, "softcap": 50.0}),
+        ((8, 1, 128, 16, 132), {"aligned": True}),
+        ((16, 8, 256, 32, 34), {"window": 4096, "softcap": 50.0}),
         ((64, 8, 64, 128), {"window": 128}),
     ],
     ids=["llama_8b", "llama_70b_of_8", "gemma_9b", "gpt_oss"],
@@ -207,11 +254,12 @@ def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more
     assert "cp.async.bulk.tensor" in kernel.ptx
 
 
+_NO_TILES = build_prefill_tiles([], group=2, capacity=2, num_tokens=8)
 _GOOD = {
     "q": jnp.zeros((8, 4, 64), jnp.bfloat16),
     "cache": jnp.zeros((3, 2, 2, 16, 64), jnp.bfloat16),
     "page_table": jnp.zeros((1, 3), jnp.int32),
-    "tiles": build_prefill_tiles([], group=2, capacity=2, num_tokens=8),
+    "tiles": _NO_TILES,
     "scale": 1.0,
 }
 
@@ -238,10 +286,10 @@ _GOOD = {
         ({"page_table": jnp.zeros((3,), jnp.int32)}, r"page_table is int32\(3,\), not int32"),
         (
             {"tiles": build_prefill_tiles([], group=2, capacity=2, num_tokens=9)},
-            r"not \[C\] x 4, \[1\] and \[T\] = \(8,\)",
+            r"not \[C\] x 4, \[1\], \[T\] = \(8,\), \[C, 3\], \[B\] and \[B // 2\]",
         ),
         (
-            {"tiles": PrefillTiles(*[jnp.zeros((2,))] * 4, jnp.zeros((1,)), jnp.zeros((8,)))},
+            {"tiles": PrefillTiles(*(jnp.zeros(field.shape) for field in _NO_TILES))},
             "tiles are .*'float32'.*, not int32",
         ),
         ({"q": jnp.zeros((8, 34, 64), jnp.bfloat16)}, "17 query heads for each KV head are not in"),

@@ -5,24 +5,44 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.prefill_tiles import build_prefill_tiles, max_tiles, tile_len
+from pallas_kernels.prefill_tiles import (
+    KeySplit,
+    build_prefill_tiles,
+    max_parts,
+    max_tiles,
+    tile_len,
+)
 
 # Gap before a chunk, its tokens, tokens cached before it.
 _CHUNKS = st.lists(
-    st.tuples(st.integers(0, 9), st.integers(0, 70), st.integers(0, 200)), max_size=6
+    st.tuples(st.integers(0, 9), st.integers(0, 70), st.integers(0, 1500)), max_size=6
+)
+_SPLITS = st.none() | st.builds(
+    KeySplit,
+    num_kv_heads=st.integers(1, 3),
+    num_ctas=st.integers(1, 20),
+    max_parts=st.integers(2, 21),
+    least_len=st.sampled_from([128, 512]),
+    part_cost=st.sampled_from([0, 192]),
 )
 
 
-@given(_CHUNKS, st.integers(1, 16), st.integers(0, 5), st.sampled_from([None, 1, 50]))
-def test_each_token_of_a_chunk_is_in_one_tile_at_its_position(sizes, group, after, window):
+@given(_CHUNKS, st.integers(1, 16), st.integers(0, 5), st.sampled_from([None, 1, 500]), _SPLITS)
+def test_each_token_of_a_chunk_is_in_one_tile_at_its_position(sizes, group, after, window, split):
     chunks, end = [], 0
     for row, (gap, length, position) in enumerate(sizes):
         chunks.append((end + gap, length, position, row))
         end += gap + length
     num_tokens = end + after
-    capacity = max_tiles(num_tokens, max(1, len(chunks)), group=group)
+    room = 0 if split is None else split.max_parts
+    capacity = max_tiles(num_tokens, max(1, len(chunks)), group=group) + room
     tiles = build_prefill_tiles(
-        chunks, group=group, capacity=capacity, num_tokens=num_tokens, window=window
+        chunks,
+        group=group,
+        capacity=capacity,
+        num_tokens=num_tokens,
+        window=window,
+        split=split,
     )
     slots = tile_len(group)
     wanted = {
@@ -37,16 +57,115 @@ def test_each_token_of_a_chunk_is_in_one_tile_at_its_position(sizes, group, afte
             assert tile < tiles.num_tiles[0]
             assert slot < tiles.counts[tile]
             assert tiles.starts[tile] + slot == token
+            assert tiles.cuts[tile, 0] == 0
             found[token] = (tiles.positions[tile] + slot, tiles.rows[tile])
     assert found == wanted
     used = tiles.num_tiles[0]
     assert (tiles.starts % 8 == 0).all()
     assert (tiles.counts[:used] > 0).all()
-    assert (tiles.counts[used:] == 0).all()
+    assert not tiles.counts[used:].any()
+    assert not tiles.cuts[used:].any()
     seen = (tiles.positions + tiles.counts)[:used]
     if window is not None:
         seen = np.minimum(seen, tiles.counts[:used] + window)
-    assert (np.diff(seen) <= 0).all()
+    assert (np.diff(seen / tiles.cuts[:used, 1]) <= 0).all()
+    _check_parts(tiles, seen, split, capacity)
+
+
+def _check_parts(tiles, seen, split, capacity):
+    """Each cut tile has all its parts once, in a group of its own."""
+    groups, room = {}, len(tiles.part_groups)
+    for item, (part, parts, place) in enumerate(tiles.cuts[: len(seen)].tolist()):
+        if parts > 1:
+            assert seen[item] >= parts * split.least_len
+            members = groups.setdefault((tiles.rows[item], tiles.starts[item]), {})
+            assert part not in members
+            members[part] = (item, place, parts)
+    places = [place for members in groups.values() for _, place, _ in members.values()]
+    assert sorted(places) == list(range(len(places)))
+    assert room == (0 if split is None else split.max_parts)
+    numbers = set()
+    for members in groups.values():
+        assert sorted(members) == list(range(next(iter(members.values()))[2]))
+        (number,) = {int(tiles.part_groups[place]) for _, place, _ in members.values()}
+        assert tiles.group_items[number] == members[0][0]
+        numbers.add(number)
+    assert numbers == set(range(len(groups)))
+    assert (tiles.part_groups[len(places) :] == room // 2).all()
+    assert (tiles.group_items[len(groups) :] == capacity).all()
+
+
+def _tiles_of_70b(num_tokens, position, **more):
+    """A chunk of Llama-3-70B on one of 8 GPUs."""
+    room = max_parts(num_kv_heads=1, num_ctas=132)
+    split = KeySplit(num_kv_heads=1, num_ctas=132, max_parts=room, **more)
+    return build_prefill_tiles(
+        [(0, num_tokens, position, 0)],
+        group=8,
+        capacity=max_tiles(num_tokens, 1, group=8) + room,
+        num_tokens=num_tokens,
+        split=split,
+    )
+
+
+def test_a_short_chunk_behind_a_long_prefix_keeps_all_ctas_busy():
+    tiles = _tiles_of_70b(128, 32768)
+    assert tiles.num_tiles.tolist() == [128]
+    assert tiles.cuts[:128, 1].tolist() == [16] * 128
+    split = KeySplit(num_kv_heads=1, num_ctas=132, max_parts=132)
+    _check_parts(tiles, tiles.positions[:128] + 16, split, len(tiles.starts))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "position", "more"),
+    [(2048, 8192, {}), (128, 300, {}), (128, 2000, {"part_cost": 2000})],
+    ids=["tiles_enough", "short_context", "dear_parts"],
+)
+def test_keys_are_not_cut_where_nothing_is_gained(num_tokens, position, more):
+    tiles = _tiles_of_70b(num_tokens, position, **more)
+    assert tiles.num_tiles.tolist() == [num_tokens // 16]
+    assert (tiles.cuts[: num_tokens // 16] == [0, 1, 0]).all()
+
+
+def test_keys_are_not_cut_where_two_ctas_in_turn_get_as_much():
+    # To and fro: 2000 keys for one CTA, 1000 and 1000 for the other.
+    chunks = [(0, 8, 1992, 0), (8, 8, 992, 1), (16, 8, 992, 2)]
+    split = KeySplit(num_kv_heads=1, num_ctas=2, max_parts=2)
+    tiles = build_prefill_tiles(chunks, group=16, capacity=5, num_tokens=24, split=split)
+    assert tiles.num_tiles.tolist() == [3]
+
+
+@pytest.mark.parametrize(("capacity", "room", "num_parts"), [(2, 2, 2), (4, 3, 2), (1, 2, 1)])
+def test_parts_worked_by_hand(capacity, room, num_parts):
+    split = KeySplit(num_kv_heads=1, num_ctas=2, max_parts=room)
+    tiles = build_prefill_tiles(
+        [(0, 8, 1016, 3)], group=16, capacity=capacity, num_tokens=8, split=split
+    )
+    assert tiles.num_tiles.tolist() == [num_parts]
+    assert tiles.rows[:num_parts].tolist() == [3] * num_parts
+    assert tiles.sources.tolist() == list(range(8))
+    if num_parts == 2:
+        assert tiles.cuts[:2].tolist() == [[0, 2, 0], [1, 2, 1]]
+        assert tiles.part_groups.tolist() == [0, 0, 1][:room]
+        assert tiles.group_items.tolist() == [0]
+    else:
+        assert tiles.cuts.tolist() == [[0, 1, 0]]
+        assert tiles.group_items.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_kv_heads": 0}, "num_kv_heads=0 is not at least 1"),
+        ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
+        ({"max_parts": 1}, "max_parts=1 is not at least 2"),
+        ({"least_len": 127}, "least_len=127 is not at least 128"),
+        ({"part_cost": -1}, "part_cost=-1 is not at least 0"),
+    ],
+)
+def test_splits_that_no_kernel_can_do_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KeySplit(**{"num_kv_heads": 1, "num_ctas": 1, "max_parts": 2} | fields)
 
 
 def test_two_chunks_worked_by_hand():

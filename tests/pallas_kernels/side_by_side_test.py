@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import mosaic
 from pallas_kernels.decode_attention import decode_attention_reference, prepare_decode
-from pallas_kernels.gemm import GemmTile, gemm_reference, prepare_gemm
+from pallas_kernels.gemm import gemm_reference, prepare_gemm
+from pallas_kernels.gemm_role import GemmTile
 from pallas_kernels.prefill_attention import prefill_attention_reference, prepare_prefill
 from pallas_kernels.prefill_tiles import PrefillTiles, build_prefill_tiles
 from pallas_kernels.side_by_side import side_by_side
@@ -206,8 +207,8 @@ def test_kernels_in_one_have_no_spills_and_leave_no_room_for_a_second_cta(names)
 def _check_one_cta_per_sm(kernel):
     assert kernel.grid == (132, 1, 1)
     assert kernel.spill_bytes == 0
-    assert kernel.registers <= 168
-    # More than half of an SM's.
+    # More than half of what an SM has of either, for 384 threads.
+    assert kernel.registers == 168
     assert mosaic.SHARED_BYTES // 2 < kernel.shared_bytes <= mosaic.SHARED_BYTES
 
 

@@ -4,13 +4,15 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from engine_runs import build_small
 from golden import cases
 
 from nanoflow_jax import config
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import build, kernel_choice
 from nanoflow_jax.kv_cache import layout
+from nanoflow_jax.models import loading
 
 _CASE = cases.load("llama")
 _KNOBS = {"max_requests": 12, "dense_batch": 24, "buckets": "24:12:12", "cache_page_size": 5}
@@ -134,16 +136,18 @@ def test_f5_memory_for_less_than_a_page_is_refused(monkeypatch):
         build_small(_CASE.path, **_KNOBS)
 
 
-def _layout(free, monkeypatch, **knobs):
+def _layout(free, monkeypatch, *, page_major=False, num_devices=1, num_replicas=1, **knobs):
     monkeypatch.setattr(build, "_free_bytes", lambda device: free)
     opened = _open(model=str(_CASE.path))
+    placement = loading.place_model(opened.config, jax.devices()[:num_devices])
+    share = loading.share_of_one_device(opened.config, placement)
     return build._layout(
-        jax.devices()[0],
+        placement,
         config.CacheSection(**knobs),
-        opened.config,
-        jnp.dtype(jnp.float32),
-        16,
-        50,
+        kernel_choice.Served(config=share, dtype=np.dtype(np.float32), page_size=16),
+        most_pages=50,
+        page_major=page_major,
+        num_replicas=num_replicas,
     )
 
 
@@ -153,8 +157,20 @@ def test_the_cache_takes_its_share_of_memory_and_no_more_than_all_requests_need(
     found = _layout(80 * page, monkeypatch, memory_fraction=0.5)  # a CPU: a quarter of it
     assert isinstance(found, layout.TokenMinorLayout)
     assert found.shape.num_pages == 10
+    found = _layout(80 * page, monkeypatch, memory_fraction=0.5, page_major=True)
+    assert isinstance(found, layout.PageMajorLayout)
     assert _layout(1000 * page, monkeypatch).shape.num_pages == 50
     assert _layout(80 * page, monkeypatch, num_pages=70).shape.num_pages == 70
+
+
+def test_two_devices_each_keep_half_of_the_heads_in_as_many_pages_as_one_host_has_room_for(
+    monkeypatch,
+):
+    page = 2 * 16 * 4 * 8 * 4 * 2
+    found = _layout(80 * page, monkeypatch, memory_fraction=0.5, num_devices=2)
+    assert (found.shape.num_kv_heads, found.shape.num_pages) == (2, 10)
+    found = _layout(80 * page, monkeypatch, memory_fraction=0.5, num_replicas=2)
+    assert (found.shape.num_kv_heads, found.shape.num_pages) == (4, 5)
 
 
 def test_f5_more_pages_than_there_is_memory_are_refused_with_the_most_that_fit(monkeypatch):

@@ -36,7 +36,7 @@ def test_every_job_is_compiled_and_reported_once(threads):
     ]
     seen = []
     found = compiler.compile_all(
-        jobs, threads=threads, options={}, progress=lambda done, total: seen.append((done, total))
+        jobs, threads=threads, progress=lambda done, total: seen.append((done, total))
     )
     assert set(found) == {f"add {i}" for i in range(5)}
     for i in range(5):
@@ -67,7 +67,7 @@ def _compile_twice():
         Job(name=str(i), function=lambda x, i=i: x * 7 - i, arguments=(_vector(5),))
         for i in range(2)
     ]
-    found = compiler.compile_all(jobs, threads=2, options={}, progress=lambda *_: None)
+    found = compiler.compile_all(jobs, threads=2, progress=lambda *_: None)
     for i in range(2):
         np.testing.assert_array_equal(found[str(i)].call(np.ones(5, np.float32)), np.full(5, 7 - i))
 
@@ -105,14 +105,14 @@ def test_other_warnings_of_a_compilation_are_passed_on():
 
     job = Job(name="warn", function=warn, arguments=(_vector(4),))
     with pytest.warns(DeprecationWarning, match="something else"):
-        compiler.compile_all([job], threads=1, options={}, progress=lambda *_: None)
+        compiler.compile_all([job], threads=1, progress=lambda *_: None)
 
 
 def test_donated_arguments_are_overwritten_and_others_are_not():
     job = Job(
         name="add", function=lambda x, y: x + y, arguments=(_vector(4), _vector(4)), donated=(0,)
     )
-    program = compiler.compile_all([job], threads=1, options={}, progress=lambda *_: None)["add"]
+    program = compiler.compile_all([job], threads=1, progress=lambda *_: None)["add"]
     given, kept = jnp.zeros((4,)), jnp.ones((4,))
     program.call(given, kept)
     assert given.is_deleted()
@@ -125,7 +125,7 @@ def test_a_job_that_cannot_be_compiled_raises_its_error():
 
     job = Job(name="wrong", function=wrong, arguments=(_vector(4),))
     with pytest.raises(ValueError, match="no such program"):
-        compiler.compile_all([job], threads=1, options={}, progress=lambda *_: None)
+        compiler.compile_all([job], threads=1, progress=lambda *_: None)
 
 
 def test_an_interrupt_begins_no_further_job():
@@ -143,7 +143,7 @@ def test_an_interrupt_begins_no_further_job():
         for i in range(50)
     ]
     with pytest.raises(KeyboardInterrupt):
-        compiler.compile_all(jobs, threads=1, options={}, progress=interrupt)
+        compiler.compile_all(jobs, threads=1, progress=interrupt)
     assert 0 < len(begun) < 50
 
 
@@ -201,3 +201,25 @@ def test_a_watch_may_be_closed_twice_and_others_go_on(watch):
     with watch.forbid():
         _compile_something()
     assert watch.num_late == 1
+
+
+def test_a_watch_that_expects_compilations_counts_none(caplog):
+    watch = CompileWatch(expects_some=True)
+    with watch.forbid():
+        _compile_something()
+    watch.close()
+    assert watch.num_late == 0
+    assert "compiled after warm-up" not in caplog.text
+
+
+def test_each_job_is_compiled_with_its_own_options():
+    good = Job(name="good", function=lambda x: x + 1, arguments=(_vector(4),))
+    bad = Job(
+        name="bad",
+        function=lambda x: x + 2,
+        arguments=(_vector(4),),
+        options={"no_such_option": True},
+    )
+    compiler.compile_all([good], threads=1, progress=lambda *_: None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        compiler.compile_all([good, bad], threads=1, progress=lambda *_: None)

@@ -2,11 +2,21 @@ import numpy as np
 import pytest
 from engine_runs import ask
 
-from nanoflow_jax.engine import inputs, programs, sequence
+from nanoflow_jax.engine import attention_inputs, inputs, programs, sequence
 from nanoflow_jax.engine.sampling import SamplerVariant
+from nanoflow_jax.kv_cache import layout
 from nanoflow_jax.scheduler.buckets import Bucket
 from nanoflow_jax.scheduler.scheduler import Row, StepPlan
 
+_LAYOUT = layout.PageMajorLayout(
+    shape=layout.CacheShape(
+        num_pages=20, page_size=4, num_kv_heads=2, head_dim=64, dtype=np.dtype(np.float32)
+    )
+)
+_ATTENTION = attention_inputs.AttentionInputs(
+    decode=attention_inputs.PlainDecodeInputs(layout=_LAYOUT),
+    prefill=attention_inputs.PlainPrefillInputs(layout=_LAYOUT, tile_len=4),
+)
 _SIZES = programs.Sizes(
     max_requests=4,
     max_pages=5,
@@ -14,7 +24,7 @@ _SIZES = programs.Sizes(
     dense_batch=16,
     vocab_size=70,
     penalty_requests=2,
-    tile_len=4,
+    attention=_ATTENTION,
 )
 _BUCKET = Bucket(tokens=16, decode_rows=4, prefill_rows=3)
 _PAGE = 4
@@ -84,7 +94,7 @@ def test_a_step_worked_by_hand(builder):
     assert found["prefill_pages"][:2, :3].tolist() == [[9, 1, 0], [5, 0, 0]]
     # Two decode rows sample, then the chunk that ends its prompt.
     assert found["logit_tokens"].tolist() == [0, 1, 9, 0]
-    starts, counts, positions, rows = found["tiles"][:, :4].tolist()
+    starts, counts, positions, rows = found["prefill_attention.0/tiles"][:, :4].tolist()
     assert starts == [2, 6, 8, 0]
     assert counts == [4, 2, 2, 0]
     assert positions == [4, 8, 0, 0]

@@ -2,6 +2,7 @@
 
 import functools
 
+import deviceless
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +113,22 @@ def test_append_writes_a_donated_cache_in_place(make, dtype):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == layout.shape.cache_bytes
     assert memory.temp_size_in_bytes < layout.shape.cache_bytes // 20
+
+
+def test_an_append_for_a_gpu_is_one_kernel_in_place():
+    layout = PageMajorLayout(
+        shape=_shape("bfloat16", num_pages=512, page_size=64, num_kv_heads=8, head_dim=128)
+    )
+    token = jax.ShapeDtypeStruct((2048, 8, 128), jnp.bfloat16)
+    index = jax.ShapeDtypeStruct((2048,), jnp.int32)
+    program = deviceless.program(
+        jax.jit(layout.append, donate_argnums=0),
+        jax.eval_shape(layout.allocate),
+        *(token, token, index, index),
+    )
+    assert len(program.launches) == 1
+    assert program.memory.alias_bytes == layout.shape.cache_bytes
+    assert program.memory.temp_bytes == 0
 
 
 def test_a_read_keeps_its_keys_in_the_bytes_it_was_given():

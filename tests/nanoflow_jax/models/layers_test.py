@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from nanoflow_jax.models import architecture, layers
+from nanoflow_jax.models import architecture, layers, operations
 
 _CONFIG = architecture.ModelConfig(
     family="llama",
@@ -94,7 +94,7 @@ def test_norm_of_bfloat16_is_computed_in_float32():
 def test_product_sums_bfloat16_in_float32():
     # In bfloat16 256 + 1 is 256: 256 ones after it would all be lost.
     row = jnp.asarray([[256.0] + [1.0] * 256], jnp.bfloat16)
-    out = layers.product(row, jnp.ones((1, 257), jnp.bfloat16))
+    out = operations.product(row, jnp.ones((1, 257), jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     assert float(out[0, 0]) == 512.0
 
@@ -231,7 +231,7 @@ def test_each_token_goes_through_its_own_experts(num_tokens, num_experts, num_ac
         chosen = np.argsort(-shares)[:num_active]
         total = shares[chosen].sum() if normalise else 1.0
         for e in chosen:
-            gate, up = np.split(w["experts_gate_up"][e] @ normed, 2)
+            gate, up = (half @ normed for half in w["experts_gate_up"][e])
             wanted[t] += shares[e] / total * (w["experts_down"][e] @ (_silu(gate) * up))
     np.testing.assert_allclose(jax.jit(layer)(x), wanted, rtol=1e-4, atol=1e-4)
 

@@ -12,8 +12,7 @@ from golden import cases
 
 from checkpoints import safetensors_file
 from checkpoints.folder import ModelFolder
-from nanoflow_jax.models import huggingface, loading, transformer
-from nanoflow_jax.parallel import mesh as mesh_lib
+from nanoflow_jax.models import huggingface, loading, presets, transformer
 
 _FLOAT32 = np.dtype(np.float32)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -30,16 +29,16 @@ def config(folder):
 
 
 @pytest.fixture
-def mesh():
-    return mesh_lib.build_mesh(jax.devices()[:1])
+def placement(config):
+    return loading.place_model(config, jax.devices()[:1])
 
 
 def _leaves(model):
     return jax.tree.leaves(nnx.state(model))
 
 
-def test_a_loaded_model_has_the_folders_tensors(folder, config, mesh):
-    model = loading.load_model(folder, config, dtype=_FLOAT32, mesh=mesh)
+def test_a_loaded_model_has_the_folders_tensors(folder, config, placement):
+    model = loading.load_model(folder, config, dtype=_FLOAT32, placement=placement)
     np.testing.assert_array_equal(model.embedding[...], folder.read("model.embed_tokens.weight"))
     np.testing.assert_array_equal(model.head_weight[...], folder.read("lm_head.weight"))
     attention = model.layers[1].attention
@@ -54,16 +53,16 @@ def test_a_loaded_model_has_the_folders_tensors(folder, config, mesh):
     )
 
 
-def test_weights_are_cast_to_the_run_dtype(folder, config, mesh):
-    model = loading.load_model(folder, config, dtype=_BFLOAT16, mesh=mesh)
+def test_weights_are_cast_to_the_run_dtype(folder, config, placement):
+    model = loading.load_model(folder, config, dtype=_BFLOAT16, placement=placement)
     assert {leaf.dtype for leaf in _leaves(model)} == {_BFLOAT16}
     wanted = folder.read("model.norm.weight").astype(_BFLOAT16)
     np.testing.assert_array_equal(model.norm.weight[...], wanted)
 
 
-def test_progress_counts_every_byte(folder, config, mesh):
+def test_progress_counts_every_byte(folder, config, placement):
     seen = []
-    loading.load_model(folder, config, dtype=_BFLOAT16, mesh=mesh, progress=seen.append)
+    loading.load_model(folder, config, dtype=_BFLOAT16, placement=placement, progress=seen.append)
     total = loading.model_bytes(config, _BFLOAT16)
     sizes = [math.prod(spec.shape) for spec in transformer.parameter_specs(config)]
     assert total == 2 * sum(sizes) == loading.model_bytes(config, _FLOAT32) // 2
@@ -72,18 +71,18 @@ def test_progress_counts_every_byte(folder, config, mesh):
     assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(seen))
 
 
-def test_a_folder_of_another_shape_is_refused_before_anything_is_read(folder, config, mesh):
+def test_a_folder_of_another_shape_is_refused_before_anything_is_read(folder, config, placement):
     wrong = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
     seen = []
     message = "has shape (311, 32), but config.json asks for (312, 32)"
     with pytest.raises(ValueError, match=re.escape(message)):
-        loading.load_model(folder, wrong, dtype=_FLOAT32, mesh=mesh, progress=seen.append)
+        loading.load_model(folder, wrong, dtype=_FLOAT32, placement=placement, progress=seen.append)
     assert not seen
 
 
-def test_random_weights_follow_from_seed_and_name_alone(config, mesh):
+def test_random_weights_follow_from_seed_and_name_alone(config, placement):
     def draw(changed, seed=3):
-        return loading.random_model(changed, seed=seed, dtype=_FLOAT32, mesh=mesh)
+        return loading.random_model(changed, seed=seed, dtype=_FLOAT32, placement=placement)
 
     fewer = dataclasses.replace(config, num_layers=1, windows=(None,))
     first, again, other = draw(config), draw(fewer), draw(fewer, seed=4)
@@ -96,24 +95,25 @@ def test_random_weights_follow_from_seed_and_name_alone(config, mesh):
     assert not np.array_equal(up, first.layers[1].feed_forward.gate_up[...])
 
 
-def test_random_weights_have_the_spread_of_their_specs(config, mesh):
-    model = loading.random_model(config, seed=0, dtype=_FLOAT32, mesh=mesh)
+def test_random_weights_have_the_spread_of_their_specs(config, placement):
+    model = loading.random_model(config, seed=0, dtype=_FLOAT32, placement=placement)
     embedding = np.asarray(model.embedding[...])
     assert embedding.mean() == pytest.approx(0.0, abs=1e-3)
     assert embedding.std() == pytest.approx(0.02, rel=0.05)
     np.testing.assert_array_equal(model.norm.weight[...], np.ones(config.hidden_size))
 
 
-def test_random_norms_of_a_family_that_stores_an_offset_are_neutral(mesh):
+def test_random_norms_of_a_family_that_stores_an_offset_are_neutral(placement):
     raw = ModelFolder.open(cases.load("gemma2").path).config
     config = huggingface.read_config(raw)
-    model = loading.random_model(config, seed=0, dtype=_FLOAT32, mesh=mesh)
+    model = loading.random_model(config, seed=0, dtype=_FLOAT32, placement=placement)
     np.testing.assert_array_equal(model.norm.weight[...], np.zeros(config.hidden_size))
 
 
-def test_weights_lie_on_the_mesh_they_were_asked_for(config):
+def test_weights_lie_on_the_devices_they_were_asked_for(config):
     devices = jax.devices()[:2]
-    model = loading.random_model(config, seed=0, dtype=_FLOAT32, mesh=mesh_lib.build_mesh(devices))
+    placement = loading.place_model(config, devices)
+    model = loading.random_model(config, seed=0, dtype=_FLOAT32, placement=placement)
     shards = model.layers[0].attention.qkv[...].addressable_shards
     assert [shard.device for shard in shards] == devices
     assert {shard.data.shape[0] for shard in shards} == {config.num_kv_heads // 2}
@@ -143,10 +143,29 @@ def test_an_end_of_text_id_of_another_kind_is_refused_with_its_file(ids):
             loading.eos_ids(config, generation)
 
 
-def test_a_truncated_folder_is_refused(tmp_path, folder, config, mesh):
+def test_a_truncated_folder_is_refused(tmp_path, folder, config, placement):
     tensors = {name: np.array(folder.read(name)) for name in folder.tensors}
     del tensors["model.norm.weight"]
     (tmp_path / "config.json").write_bytes((folder.path / "config.json").read_bytes())
     safetensors_file.write_safetensors(tmp_path / "model.safetensors", tensors)
     with pytest.raises(ValueError, match=r"the folder lacks model\.norm\.weight"):
-        loading.load_model(ModelFolder.open(tmp_path), config, dtype=_FLOAT32, mesh=mesh)
+        loading.load_model(ModelFolder.open(tmp_path), config, dtype=_FLOAT32, placement=placement)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count", "split_experts", "wanted"),
+    [
+        ("llama-3-8b", 1, False, (32, 8, 14336, None)),
+        ("llama-3-70b", 8, False, (8, 1, 3584, None)),
+        ("qwen3-30b-a3b", 8, False, (4, 1, 768, 96)),  # 4 kv heads, each on two devices
+        ("mixtral-8x7b", 4, True, (8, 2, 3584, 14336)),
+    ],
+)
+def test_a_device_has_its_share_of_heads_and_widths(preset, count, split_experts, wanted):
+    read = huggingface.read_config(presets.load(preset))
+    placement = loading.place_model(read, jax.devices()[:count], split_experts=split_experts)
+    share = loading.share_of_one_device(read, placement)
+    expert = share.moe and share.moe.intermediate_size
+    found = (share.num_heads, share.num_kv_heads, share.intermediate_size, expert)
+    assert found == wanted
+    assert (share.hidden_size, share.windows) == (read.hidden_size, read.windows)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import cases
-from plain_model import PlainModel, attend_whole
+from plain_model import PlainModel, WholeAttention
 
 from nanoflow_jax.models import huggingface, transformer
 
@@ -29,7 +29,7 @@ def test_hidden_states_leave_and_enter_at_every_layer_border(case):
     positions, num_layers = _positions(0, len(prompt)), model.config.num_layers
 
     def layers(x, *, start, count):
-        return model.run_layers(x, positions, [None] * count, attend_whole, start=start)
+        return model.run_layers(x, positions, [None] * count, WholeAttention(), start=start)
 
     run = jax.jit(layers, static_argnames=("start", "count"))
     x = jax.jit(model.embed)(prompt)
@@ -56,7 +56,7 @@ def test_a_prompt_in_two_chunks_is_the_whole_prompt(case):
         logits = []
         for start, stop in ((0, 5), (5, len(prompt))):
             x = model.embed(prompt[start:stop])
-            x, caches = model.run_layers(x, _positions(start, stop), caches, attend_whole)
+            x, caches = model.run_layers(x, _positions(start, stop), caches, WholeAttention())
             logits.append(model.head(x))
         return jnp.concatenate(logits)
 

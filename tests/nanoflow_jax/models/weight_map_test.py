@@ -92,9 +92,9 @@ def test_experts_are_stacked_with_their_gate_before_their_up():
     ]
     tensors = _numbered(both.shapes.values())
     made = both.assemble(tensors)
-    assert made.shape == (3, 10, 6)
-    np.testing.assert_array_equal(made[1, :5], tensors[2])
-    np.testing.assert_array_equal(made[1, 5:], tensors[3])
+    assert made.shape == (3, 2, 5, 6)
+    np.testing.assert_array_equal(made[1, 0], tensors[2])
+    np.testing.assert_array_equal(made[1, 1], tensors[3])
     downs = weights["layers.0.experts_down"]
     assert list(downs.shapes)[2] == f"{prefix}.2.w2.weight"
     assert downs.assemble(_numbered(downs.shapes.values())).shape == (3, 6, 5)

@@ -13,11 +13,6 @@ from nanoflow_jax.results import folder, manifest, writer
 from nanoflow_jax.results.kind import Tokens
 
 
-@pytest.fixture
-def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
-    return result_folders.project(tmp_path / "project")
-
-
 def test_a_finished_run_is_a_folder_with_its_figures(checkout: pathlib.Path) -> None:
     path, found = result_folders.write(checkout)
 
@@ -35,7 +30,10 @@ def test_a_finished_run_is_a_folder_with_its_figures(checkout: pathlib.Path) -> 
     assert [one.seconds for one in folder.read(path).samples] == [2.0, 2.5, 4.0]
 
 
-def test_a_result_knows_the_code_that_made_it(checkout: pathlib.Path) -> None:
+def test_a_result_knows_the_code_that_made_it(
+    checkout: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
     head = result_folders.git(checkout, "rev-parse", "HEAD")
     _, found = result_folders.write(checkout)
 
@@ -47,6 +45,8 @@ def test_a_result_knows_the_code_that_made_it(checkout: pathlib.Path) -> None:
     assert found.origin.versions["python"] == sys.version.split()[0]
     assert found.origin.versions["jax"]
     assert found.origin.environment["JAX_PLATFORMS"] == "cpu"
+    assert "JAX_COMPILATION_CACHE_DIR" not in found.origin.environment
+    assert found.origin.load >= 0
 
 
 def test_a_second_result_is_of_a_clean_tree_although_the_first_is_not_committed(
@@ -143,6 +143,30 @@ def test_samples_survive_kill_nine(checkout: pathlib.Path) -> None:
     assert not (path / "samples.jsonl").exists()
     with pytest.raises(ValueError, match="the run has ended: its status is failed"):
         writer.close(path)
+
+
+def test_a_plan_and_a_log_are_kept_even_if_the_run_fails(checkout: pathlib.Path) -> None:
+    result = writer.ResultWriter(checkout, result_folders.run(), project=checkout)
+    result.set_plan({"dense_batch": 8})
+    result.add_log("start 1.0 s")
+    assert (result.path / "log.txt").read_text() == "start 1.0 s\n"
+    result.add_log("done")
+    found = result.fail("cold")
+    assert found.run.plan == {"dense_batch": 8}
+    assert (result.path / "log.txt").read_text() == "start 1.0 s\ndone\n"
+    assert list(found.files) == ["log.txt", "samples.jsonl.gz"]
+
+
+def test_kernels_that_an_engine_chose_join_those_of_the_run(checkout: pathlib.Path) -> None:
+    result = writer.ResultWriter(checkout, result_folders.run(), project=checkout)
+    with pytest.raises(ValueError, match="is no kernel"):
+        result.set_plan({}, kernels=["none"])
+    result.set_plan({}, kernels=["other", "toy"])
+    found = result.fail("cold")
+    assert found.run.kernels == ("other", "toy")
+    assert list(found.origin.kernel_sources) == [
+        f"pallas_kernels/{name}.py" for name in ("other", "pieces", "toy")
+    ]
 
 
 def test_the_same_samples_give_the_same_bytes(checkout: pathlib.Path) -> None:

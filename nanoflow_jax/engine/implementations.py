@@ -1,0 +1,73 @@
+"""From what was chosen to the objects that a step's programs and inputs are made with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nanoflow_jax import compat
+from nanoflow_jax.engine import attention_inputs
+from nanoflow_jax.engine.kernel_choice import Choice, Choices, Maker, Operation
+from nanoflow_jax.kv_cache import layout as layout_lib
+from nanoflow_jax.models import kernel_operations
+from nanoflow_jax.models import operations as operation_lib
+
+
+def operations(choices: Choices) -> operation_lib.Operations:
+    """Products of the layers."""
+    made = operation_lib.PLAIN
+    products, experts = made.products, made.experts
+    gemm, grouped = choices[Operation.GEMM], choices[Operation.GROUPED_GEMM]
+    if gemm.maker is Maker.MOSAIC:
+        products = kernel_operations.KernelProducts(
+            num_ctas=choices.num_ctas, interpret=_interpret(gemm)
+        )
+    if grouped.maker is Maker.MOSAIC:
+        experts = kernel_operations.KernelExperts(
+            num_ctas=choices.num_ctas, interpret=_interpret(grouped)
+        )
+    return operation_lib.Operations(products=products, experts=experts)
+
+
+def attention(
+    choices: Choices,
+    *,
+    layout: layout_lib.KvLayout,
+    group: int,
+    windows: Sequence[int | None],
+    tile_len: int,
+) -> attention_inputs.AttentionInputs:
+    """Attention, and what the host plans of it.
+
+    Args:
+        choices: What was chosen.
+        layout: Of the cache; kernels want `PageMajorLayout`.
+        group: G, query heads for each kv head of a device.
+        windows: Of the model's layers, each once.
+        tile_len: Tokens in a tile of the plain path.
+    """
+    decode: attention_inputs.DecodeInputs = attention_inputs.PlainDecodeInputs(layout=layout)
+    prefill: attention_inputs.PrefillInputs = attention_inputs.PlainPrefillInputs(
+        layout=layout, tile_len=tile_len
+    )
+    form = attention_inputs.KernelForm(
+        num_kv_heads=layout.shape.num_kv_heads,
+        group=group,
+        windows=windows,
+        num_ctas=choices.num_ctas,
+    )
+    if (chosen := choices[Operation.DECODE_ATTENTION]).maker is Maker.MOSAIC:
+        decode = attention_inputs.KernelDecodeInputs(form=form, interpret=_interpret(chosen))
+    if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
+        prefill = attention_inputs.KernelPrefillInputs(form=form, interpret=_interpret(chosen))
+    return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
+
+
+def wants_page_major(choices: Choices) -> bool:
+    """Whether the cache must lie as kernels read it."""
+    attentions = (Operation.DECODE_ATTENTION, Operation.PREFILL_ATTENTION)
+    return any(choices[operation].maker is not Maker.PLAIN for operation in attentions)
+
+
+def _interpret(choice: Choice) -> Any:
+    if not choice.interpreted:
+        return None
+    return compat.interpret_gpu_params(out_of_bounds_reads="uninitialized")

@@ -1,0 +1,1 @@
+"""Verifies result folders, lists them, and writes the README's figures."""

@@ -1,0 +1,167 @@
+"""Attention over pages by the kernels of `pallas_kernels`, and what they can do."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from nanoflow_jax.models import architecture, transformer
+from nanoflow_jax.models.operations import Place
+from pallas_kernels import decode_attention as decode_lib
+from pallas_kernels import prefill_attention as prefill_lib
+from pallas_kernels import prefill_tiles, work_list
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelDecode:
+    """`DecodeAttention` by our kernel.
+
+    Attributes:
+        works: The plan for each window of the model, made on the host for a number of CTAs.
+        interpret: None on a GPU, or InterpretGPUParams.
+    """
+
+    works: Mapping[int | None, work_list.WorkList]
+    interpret: Any
+
+    def __call__(
+        self,
+        q: Float[Array, "R N H"],
+        cache: Float[Array, "P 2 K S H"],
+        page_table: Int32[Array, "R M"],
+        context_lens: Int32[Array, "R"],
+        spec: transformer.AttentionSpec,
+        *,
+        place: Place,
+    ) -> Float[Array, "R N H"]:
+        """See `DecodeAttention`.
+
+        Raises:
+            ValueError: The place's cap is not what the work is planned for.
+        """
+        work = self.works[spec.window]
+        planned = work.workers.shape[0] // work_list.WORKERS_PER_CTA
+        if place.num_ctas not in (None, planned):
+            raise ValueError(
+                f"decode attention is planned for {planned} CTAs and was asked to run on "
+                f"{place.num_ctas}; plan it for as many"
+            )
+        return decode_lib.decode_attention(
+            q,
+            cache,
+            page_table,
+            context_lens,
+            work,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            token=place.token,
+            interpret=self.interpret,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelPrefill:
+    """`PrefillAttention` by our kernel.
+
+    Attributes:
+        tiles: Of the step's chunks, for each window of the model.
+        num_ctas: Most SMs to use.
+        interpret: None on a GPU, or InterpretGPUParams.
+    """
+
+    tiles: Mapping[int | None, prefill_tiles.PrefillTiles]
+    num_ctas: int
+    interpret: Any
+
+    def __call__(
+        self,
+        q: Float[Array, "T N H"],
+        cache: Float[Array, "P 2 K S H"],
+        page_table: Int32[Array, "Q M"],
+        spec: transformer.AttentionSpec,
+        *,
+        place: Place,
+    ) -> Float[Array, "T N H"]:
+        return prefill_lib.prefill_attention(
+            q,
+            cache,
+            page_table,
+            self.tiles[spec.window],
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            num_ctas=place.num_ctas or self.num_ctas,
+            token=place.token,
+            interpret=self.interpret,
+        )
+
+
+def check_decode(config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int) -> None:
+    """Raises ValueError where the decode kernel cannot serve a model; the kernel says why."""
+    lens = np.ones((1,), np.int32)
+    work = work_list.plan_decode(lens, num_kv_heads=config.num_kv_heads, num_ctas=1)
+    for window in config.distinct_windows:
+        jax.eval_shape(
+            lambda q, cache, table, lens, window=window: _results(
+                decode_lib.prepare_decode(
+                    q,
+                    cache,
+                    table,
+                    lens,
+                    work,
+                    scale=config.query_scale,
+                    window=window,
+                    softcap=config.attention_softcap,
+                )
+            ),
+            *_operands(config, dtype, page_size),
+            jax.ShapeDtypeStruct(lens.shape, lens.dtype),
+        )
+
+
+def check_prefill(config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int) -> None:
+    """Raises ValueError where the prefill kernel cannot serve a model; the kernel says why."""
+    group = config.group_size
+    tiles = prefill_tiles.build_prefill_tiles(
+        [(0, 1, 0, 0)],
+        group=group,
+        capacity=prefill_tiles.max_tiles(1, 1, group=group),
+        num_tokens=1,
+    )
+    for window in config.distinct_windows:
+        jax.eval_shape(
+            lambda q, cache, table, window=window: _results(
+                prefill_lib.prepare_prefill(
+                    q,
+                    cache,
+                    table,
+                    tiles,
+                    scale=config.query_scale,
+                    window=window,
+                    softcap=config.attention_softcap,
+                )
+            ),
+            *_operands(config, dtype, page_size),
+        )
+
+
+def _operands(
+    config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int
+) -> list[jax.ShapeDtypeStruct]:
+    """One query, one page, and the table that has it."""
+    c = config
+    return [
+        jax.ShapeDtypeStruct((1, c.num_heads, c.head_dim), dtype),
+        jax.ShapeDtypeStruct((1, 2, c.num_kv_heads, page_size, c.head_dim), dtype),
+        jax.ShapeDtypeStruct((1, 1), jnp.int32),
+    ]
+
+
+def _results(kernel: Any) -> Any:
+    """Something that `eval_shape` can look at; the kernel is not run."""
+    return [jnp.zeros(result.shape, result.dtype) for result in kernel.results]

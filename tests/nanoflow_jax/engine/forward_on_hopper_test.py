@@ -1,0 +1,132 @@
+"""The forward program that an H200 would run, compiled without one."""
+
+import dataclasses
+import functools
+
+import deviceless
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nanoflow_jax import config
+from nanoflow_jax.engine import implementations, kernel_choice, programs
+from nanoflow_jax.kv_cache import layout as layout_lib
+from nanoflow_jax.models import huggingface, loading, presets, transformer
+from nanoflow_jax.scheduler.buckets import Bucket
+
+_LAYERS = 2
+_BUCKET = Bucket(tokens=512, decode_rows=256, prefill_rows=8)
+_NUM_PAGES, _PAGE_SIZE, _MAX_PAGES = 1024, 64, 16
+_H200 = kernel_choice.Machine(
+    name="NVIDIA H200",
+    compute_capability=(9, 0),
+    num_sms=132,
+    jax_version=jax.__version__,
+    can_interpret=False,
+    num_threads=16,
+)
+
+
+def _model_config(preset):
+    read = huggingface.read_config(presets.load(preset))
+    moe = read.moe and dataclasses.replace(read.moe, sparse_layers=read.moe.sparse_layers[:_LAYERS])
+    return dataclasses.replace(
+        read, num_layers=_LAYERS, windows=read.windows[:_LAYERS], moe=moe, vocab_size=1024
+    )
+
+
+def _layout(model):
+    return layout_lib.PageMajorLayout(
+        shape=layout_lib.CacheShape(
+            num_pages=_NUM_PAGES,
+            page_size=_PAGE_SIZE,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=np.dtype(jnp.bfloat16),
+        )
+    )
+
+
+@functools.cache
+def _program(preset, *asked):
+    """The forward of a model of two layers, with what an H200 chooses unless something is asked."""
+    model = _model_config(preset)
+    served = kernel_choice.Served(config=model, dtype=np.dtype(jnp.bfloat16), page_size=_PAGE_SIZE)
+    knobs = {f"kernel_{operation}": "pallas" for operation in asked}
+    section = config.EngineConfig.from_knobs(**knobs).kernels
+    choices = kernel_choice.choose(section, _H200, served)
+    kv_layout = _layout(model)
+    placement = loading.place_model(model, jax.devices()[:1])
+    sizes = programs.Sizes(
+        max_requests=_BUCKET.decode_rows,
+        max_pages=_MAX_PAGES,
+        num_pages=_NUM_PAGES,
+        dense_batch=_BUCKET.tokens,
+        vocab_size=model.vocab_size,
+        penalty_requests=1,
+        num_devices=1,
+        attention=implementations.attention(
+            choices,
+            layout=kv_layout,
+            group=model.group_size,
+            windows=model.distinct_windows,
+            tile_len=128,
+        ),
+    )
+
+    def make(spec):
+        return jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+
+    graph, state = nnx.split(transformer.Transformer(make, model))
+    weights, treedef = jax.tree.flatten(state)
+    forward = programs.build_forward(
+        graph,
+        treedef,
+        layout=kv_layout,
+        sizes=sizes,
+        bucket=_BUCKET,
+        operations=implementations.operations(choices),
+        shares=programs.Shares(placement=placement, caches=None, weights=()),
+    )
+    return deviceless.program(
+        jax.jit(forward, donate_argnums=0, keep_unused=True),
+        [jax.eval_shape(kv_layout.allocate)] * _LAYERS,
+        jax.ShapeDtypeStruct((sizes.max_requests,), jnp.int32),
+        weights,
+        jax.ShapeDtypeStruct((programs.forward_packing(sizes, _BUCKET).size,), jnp.int32),
+    )
+
+
+_ATTENTION = ("decode_attention", "prefill_attention")
+_KERNELS = {
+    ("llama-3-8b",): _ATTENTION,
+    ("llama-3-8b", "gemm"): ("norm_kqv", *_ATTENTION, "o", "up_gate", "down"),
+    ("mixtral-8x7b",): (*_ATTENTION, "up_gate", "down"),
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", _KERNELS, ids=" ".join)
+def test_each_layer_has_its_kernels_and_copies_neither_caches_nor_weights(case):
+    program, model = _program(*case), _model_config(case[0])
+    kernels = [one.scope.split("/") for one in program.launches if one.kind == "kCustomCall"]
+    found = [next((part for part in scope if part in _KERNELS[case]), scope) for scope in kernels]
+    assert found == [*_KERNELS[case]] * _LAYERS
+    for kernel in program.mosaic_kernels:
+        assert kernel.spill_bytes == 0
+        assert kernel.grid[0] <= _H200.num_sms
+
+    cache_bytes = _layout(model).shape.cache_bytes
+    assert program.memory.alias_bytes == _LAYERS * cache_bytes
+    assert not program.copies
+    assert not [one for one in program.instructions if one.opcode == "transpose"]
+    # Parts of the step's one vector are copied for kernels to read, and nothing else.
+    by_name = {one.name: one for one in program.instructions}
+    for launch in program.launches:
+        if "Copy" in launch.kind:
+            assert by_name[launch.name].num_bytes <= 1 << 16
+    # No room for a copy of either: the least weight is that of o.
+    least_weight = 2 * model.hidden_size * model.num_heads * model.head_dim
+    assert program.memory.temp_bytes < min(cache_bytes, 2 * least_weight)

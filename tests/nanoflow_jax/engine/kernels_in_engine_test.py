@@ -1,0 +1,144 @@
+"""Engines whose operations are kernels, interpreted, beside engines of the plain path."""
+
+import contextlib
+import dataclasses
+
+import kernel_runs
+import numpy as np
+import pytest
+from engine_runs import ask, run
+
+from nanoflow_jax import compat, config
+from nanoflow_jax.engine import build
+from nanoflow_jax.models import architecture
+
+_LAYERS = 2
+# So many tokens that the log-probabilities of an output token are those of all tokens.
+_VOCABULARY = 20
+_MODEL = architecture.ModelConfig(
+    family="llama",
+    num_layers=_LAYERS,
+    hidden_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    intermediate_size=192,
+    vocab_size=_VOCABULARY,
+    max_context_len=96,
+    norm_eps=1e-5,
+    rope=architecture.RopeConfig(),
+    # With small random weights: enough that some tokens count for much more than others.
+    query_scale=3.0,
+    windows=(24, None),
+)
+_EXPERTS = architecture.MoeConfig(
+    num_experts=4,
+    num_active=2,
+    intermediate_size=64,
+    normalise=True,
+    sparse_layers=(True, False),
+)
+# In steps of 24 tokens: two chunks, of which one goes on with its context, share the second; then
+# a decode row and a chunk; contexts longer and shorter than the window.
+_PROMPT_LENS = (37, 5, 11)
+# Between two right orders of rounding to bfloat16 (2 ** -8) of a sum of a few layers, as a
+# difference of log-probabilities. Their spread over the vocabulary is 0.2.
+_BOUND = 0.01
+
+
+def _engine(model, *interpreted):
+    section = config.EngineConfig.from_knobs(
+        dtype="bfloat16",
+        random_weights=True,
+        max_requests=4,
+        dense_batch=24,
+        buckets="4:4:0,24:4:3",
+        cache_page_size=16,
+        cache_num_pages=24,
+        **{f"kernel_{operation}": "interpret" for operation in interpreted},
+    )
+    source = build.ModelSource(
+        config=model, folder=None, eos_ids=frozenset(), stored_dtype="bfloat16"
+    )
+    return build.build_engine(section, source)
+
+
+@contextlib.contextmanager
+def _both(model, *interpreted):
+    """An engine of the plain path, and one that interprets some kernels."""
+    try:
+        yield _engine(model), _engine(model, *interpreted)
+    finally:
+        compat.reset_interpreter()
+
+
+def _ask(prompts, counts):
+    return [
+        ask(
+            f"{i}",
+            prompt,
+            max_tokens=count,
+            ignore_eos=True,
+            logprobs=_VOCABULARY,
+            prompt_logprobs=_VOCABULARY,
+        )
+        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
+    ]
+
+
+def _table(entries):
+    """Log-probabilities of all tokens, a row for each position."""
+    rows = np.full((len(entries), _VOCABULARY), np.nan)
+    for row, entry in zip(rows, entries, strict=True):
+        for token, value in entry.top:
+            row[token] = value
+    assert np.isfinite(rows).all()
+    return rows
+
+
+def _compare(engines, prompts, counts):
+    """Steps in which the next token was too near a tie to be the same in both.
+
+    Until there, tokens are the same; after it, both go on from the plain path's token.
+    """
+    plain, kernels = (run(engine, _ask(prompts, counts)) for engine in engines)
+    again, num_ties = [], 0
+    for prompt, count, one, other in zip(prompts, counts, plain, kernels, strict=True):
+        assert (one.error, other.error) == (None, None)
+        assert len(one.token_ids) == len(other.token_ids) == count
+        same = [a == b for a, b in zip(one.token_ids, other.token_ids, strict=True)]
+        length = same.index(False) if False in same else count
+        seen = slice(0, length + 1)
+        _check_near(_table(one.prompt_logprobs[1:]), _table(other.prompt_logprobs[1:]))
+        _check_near(_table(one.logprobs[seen]), _table(other.logprobs[seen]))
+        if length < count:
+            num_ties += 1
+            assert one.margins[length] <= 2 * _BOUND
+            if length + 1 < count:
+                again.append((prompt + one.token_ids[: length + 1], count - length - 1))
+    return num_ties + (_compare(engines, *zip(*again, strict=True)) if again else 0)
+
+
+def _check_near(one, other):
+    assert np.abs(one - other).max(initial=0) <= _BOUND
+
+
+# Of the mixture only the products of experts are kernels: what is routed is then the same in both,
+# where a rounding could otherwise send a token to another expert.
+_CASES = {
+    "attention": (_MODEL, ("decode_attention", "prefill_attention"), 4),
+    "products": (_MODEL, ("gemm",), 2),
+    "experts": (dataclasses.replace(_MODEL, moe=_EXPERTS), ("grouped_gemm",), 2),
+}
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("case", _CASES)
+def test_kernels_give_the_plain_paths_tokens(case):
+    model, interpreted, num_tokens = _CASES[case]
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, _VOCABULARY, size=n).tolist() for n in _PROMPT_LENS]
+    with _both(model, *interpreted) as engines:
+        num_ties = _compare(engines, prompts, [num_tokens] * len(prompts))
+    assert num_ties <= 1

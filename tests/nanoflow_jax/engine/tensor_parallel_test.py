@@ -1,0 +1,117 @@
+"""Engines whose model lies on several devices."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import random_folder
+from engine_runs import ask, build_small, run
+from same_tokens import check_same_tokens
+
+_SHAPE = {"max_requests": 6, "dense_batch": 20, "buckets": "20:6:6", "cache_page_size": 8}
+_EXPERTS = {
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return random_folder.write(tmp_path_factory.mktemp("models") / "dense", seed=1)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    return random_folder.write(tmp_path_factory.mktemp("models") / "sparse", seed=2, **_EXPERTS)
+
+
+def _answers(folder, **knobs):
+    """Greedy, drawn and penalised requests together, with logprobs of prompts and outputs."""
+    random = np.random.default_rng(0)
+    kinds = (
+        {},
+        {"temperature": 0.9, "top_k": 20},
+        {"temperature": 1.1, "top_p": 0.8, "presence_penalty": 0.5},
+        {
+            "temperature": 0.7,
+            "min_p": 0.1,
+            "logit_bias": {3: 2.0},
+            "allowed_token_ids": tuple(range(60)),
+        },
+        {"repetition_penalty": 1.3},
+        {"prompt_logprobs": 4},
+    )
+    requests = [
+        ask(
+            str(i),
+            random.integers(0, 101, 5 + 7 * i).tolist(),
+            max_tokens=16,
+            ignore_eos=True,
+            seed=i,
+            logprobs=4,
+            **kind,
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    served = build_small(folder, **_SHAPE, **knobs)
+    try:
+        return run(served, requests)
+    finally:
+        served.close()
+
+
+def _check_same(found, wanted):
+    check_same_tokens(
+        [output.token_ids for output in found],
+        [output.token_ids for output in wanted],
+        [output.margins for output in wanted],
+    )
+    for one, other in zip(found, wanted, strict=True):
+        entries = one.logprobs + one.prompt_logprobs
+        others = other.logprobs + other.prompt_logprobs
+        assert [entry.rank for entry in entries] == [entry.rank for entry in others]
+        assert [entry.logprob for entry in entries] == pytest.approx(
+            [entry.logprob for entry in others], abs=1e-4
+        )
+
+
+def test_eight_devices_give_the_tokens_and_logprobs_of_one(dense):
+    _check_same(_answers(dense, tensor_parallel=8), _answers(dense))
+
+
+def test_experts_on_eight_devices_whole_or_shared_give_the_tokens_of_one(sparse):
+    wanted = _answers(sparse)
+    for whole in (True, False):
+        _check_same(_answers(sparse, tensor_parallel=8, expert_parallel=whole), wanted)
+
+
+def test_each_device_holds_its_share_of_weights_and_pages(dense):
+    served = build_small(dense, **_SHAPE, tensor_parallel=4)
+    weights, caches = served._runner._weights, served._runner._caches
+    whole = sum(array.nbytes for array in weights)
+    each = [0] * 4
+    for array in weights:
+        for shard in array.addressable_shards:
+            each[shard.device.id] += shard.data.nbytes
+    assert len(set(each)) == 1
+    assert each[0] < 0.3 * whole  # norms are everywhere
+    for array in jax.tree.leaves(caches):
+        assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // 4}
+    served.close()
+
+
+def test_more_devices_than_there_are_is_refused(dense):
+    message = (
+        "--tensor_parallel=4 and --data_parallel=3 need 12 devices and there are 8; on a CPU "
+        "XLA_FLAGS=--xla_force_host_platform_device_count=12 makes as many"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build_small(dense, **_SHAPE, tensor_parallel=4, data_parallel=3)
+
+
+def test_a_number_of_devices_that_does_not_fit_is_refused_before_a_weight_is_read(dense):
+    message = "--tensor_parallel=3: 8 kv heads of 2 queries each cannot be shared out evenly"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_small(dense, **_SHAPE, tensor_parallel=3)
