@@ -22,6 +22,8 @@ class KernelUse(enum.StrEnum):
     PLAIN = "plain"
     PALLAS = "pallas"
     INTERPRET = "interpret"
+    TRITON = "triton"
+    INTERPRET_TRITON = "interpret_triton"
 
 
 def knob(
@@ -150,7 +152,9 @@ class KernelsSection:
     )
     grouped_gemm: KernelUse = knob(KernelUse.AUTO, f"Products of experts. {_KERNEL_USES}")
     decode_attention: KernelUse = knob(
-        KernelUse.AUTO, "Attention of decode rows; as --kernel_grouped_gemm."
+        KernelUse.AUTO,
+        "Attention of decode rows; as --kernel_grouped_gemm. triton: the kernel for Ampere and "
+        "Ada, on Hopper too; interpret_triton: that one, interpreted on a CPU.",
     )
     prefill_attention: KernelUse = knob(
         KernelUse.AUTO, "Attention of prompt chunks; as --kernel_grouped_gemm."

@@ -16,6 +16,7 @@ Source: split keys: Flash-Decoding (Dao et al., 2023), and Stream-K (arXiv 2301.
 shares; running softmax: Milakov and Gimelshein, arXiv 1805.02867.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from pallas_kernels.work_list import PARTS_PER_WORKER, TILE_LEN, WORKERS_PER_CTA
 _LOWEST = -1e30
 # Of a part in its group: less than any rounding, and enough for what is no number to be seen.
 _LEAST_SHARE = 1e-30
+_DTYPES = ("bfloat16", "float16")
 _MOST_GROUP = 16
 _MOST_HEAD_DIM = 256
 _COLUMN_MULTIPLE = 16
@@ -109,16 +111,8 @@ def prepare_decode(
     tables = (page_table, context_lens, work.live, work.workers)
 
     def finish(out: Any, parts: Any, part_weights: Any) -> Float[Array, "R N H"]:
-        merged = merge_parts(
-            parts[:, :group],
-            part_weights[:, :group],
-            jnp.asarray(work.part_groups),
-            num_groups=work.group_rows.shape[0],
-        ).astype(out.dtype)
-        out = out.at[jnp.asarray(work.group_rows), :group].set(merged, mode="drop")
-        out = out[:, :group].reshape(R, N, H)
-        # The kernel wrote nothing for rows without tokens.
-        return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
+        written = (out[:, :group], parts[:, :group], part_weights[:, :group])
+        return finish_decode(*written, context_lens, work)
 
     return mosaic.Kernel(
         operands=[rows, cache, *(jnp.asarray(table) for table in tables)],
@@ -132,6 +126,34 @@ def prepare_decode(
         most_ctas=work.workers.shape[0] // WORKERS_PER_CTA,
         approx_math=True,
     )
+
+
+def finish_decode(
+    out: Float[Array, "W G H"],
+    parts: Float[Array, "C G H"],
+    part_weights: Float[Array, "C G"],
+    context_lens: Int32[Array, "R"],
+    work: WorkList,
+) -> Float[Array, "R N H"]:
+    """Attention from what the workers of a plan wrote.
+
+    Args:
+        out: A row for each (request, kv head), right where one worker had the whole segment.
+        parts: What workers wrote of segments that they share, in the places the plan says.
+        part_weights: As `merge_parts` has them.
+        context_lens: Cached tokens of each request.
+        work: The plan.
+    """
+    merged = merge_parts(
+        parts,
+        part_weights,
+        jnp.asarray(work.part_groups),
+        num_groups=work.group_rows.shape[0],
+    ).astype(out.dtype)
+    out = out.at[jnp.asarray(work.group_rows)].set(merged, mode="drop")
+    out = out.reshape(context_lens.shape[0], -1, out.shape[2])
+    # Nothing was written for rows without tokens.
+    return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
 
 
 def decode_attention_reference(
@@ -204,29 +226,41 @@ def merge_parts(
     return jnp.where(sums[..., H : 2 * H] > 0, jnp.nan, merged)
 
 
-def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:
+def check_batch(
+    q: Any,
+    cache: Any,
+    page_table: Any,
+    context_lens: Any,
+    work: WorkList,
+    *,
+    dtypes: Sequence[str],
+    most_group: int,
+) -> None:
+    """Raises ValueError unless operands fit each other and the plan, and these limits.
+
+    Args:
+        q: Queries, as the other operands those of `decode_attention`.
+        cache: Pages.
+        page_table: Pages of each request.
+        context_lens: Tokens of each request.
+        work: The plan.
+        dtypes: That q and the cache may have.
+        most_group: Query heads that a kv head may have.
+    """
     if q.ndim != 3 or cache.ndim != 5 or cache.shape[1] != 2 or q.shape[2] != cache.shape[4]:
         raise ValueError(f"q{q.shape} and cache{cache.shape} are not [R, N, H] and [P, 2, K, S, H]")
     if 0 in (*q.shape, *cache.shape, *page_table.shape):
         raise ValueError(
             f"q{q.shape}, cache{cache.shape} and page_table{page_table.shape} must not be empty"
         )
-    if q.dtype != cache.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype != cache.dtype or str(q.dtype) not in dtypes:
         raise ValueError(
-            f"q is {q.dtype} and cache {cache.dtype}; both must be bfloat16 or float16"
+            f"q is {q.dtype} and cache {cache.dtype}; both must be {' or '.join(dtypes)}"
         )
-    (R, N, H), (K, S) = q.shape, cache.shape[2:4]
-    if N % K or N // K > _MOST_GROUP:
-        raise ValueError(f"N={N} query heads are not 1 to {_MOST_GROUP} for each of K={K} kv heads")
-    if H % _COLUMN_MULTIPLE or H > _MOST_HEAD_DIM:
-        raise ValueError(
-            f"head_dim={H} is no multiple of {_COLUMN_MULTIPLE} up to {_MOST_HEAD_DIM}"
-        )
-    if S < mosaic.TILE_ROWS or (TILE_LEN % S and S % TILE_LEN):
-        raise ValueError(
-            f"page_size={S} must be at least {mosaic.TILE_ROWS} and divide {TILE_LEN}, "
-            "or be a multiple of it"
-        )
+    (R, N, _), K = q.shape, cache.shape[2]
+    group, rest = divmod(N, K)
+    if rest or group > most_group:
+        raise ValueError(f"N={N} query heads are not 1 to {most_group} for each of K={K} kv heads")
     for name, table, axes in (
         ("page_table", page_table, "R M"),
         ("context_lens", context_lens, "R"),
@@ -241,3 +275,17 @@ def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkLis
     found = tuple(field.shape for field in work)
     if found != wanted or num_workers % WORKERS_PER_CTA:
         raise ValueError(f"work has shapes {found}; a plan for R={R} requests has {wanted}")
+
+
+def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:
+    check_batch(q, cache, page_table, context_lens, work, dtypes=_DTYPES, most_group=_MOST_GROUP)
+    S, H = cache.shape[3:]
+    if H % _COLUMN_MULTIPLE or H > _MOST_HEAD_DIM:
+        raise ValueError(
+            f"head_dim={H} is no multiple of {_COLUMN_MULTIPLE} up to {_MOST_HEAD_DIM}"
+        )
+    if S < mosaic.TILE_ROWS or (TILE_LEN % S and S % TILE_LEN):
+        raise ValueError(
+            f"page_size={S} must be at least {mosaic.TILE_ROWS} and divide {TILE_LEN}, "
+            "or be a multiple of it"
+        )

@@ -58,6 +58,15 @@ class DecodeOptions:
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap={self.softcap} is not above 0; None leaves scores alone")
 
+    def powers(self, products: Any) -> Any:
+        """Scores of products of queries and keys, as powers of 2."""
+        if self.softcap is None:
+            return products * (self.scale * _LOG2_E)
+        # tanh(x) = 1 - 2 / (1 + e^2x); the GPU's own tanh is good to 11 bits only.
+        exponential = jnp.exp2(products * (2 * self.scale / self.softcap * _LOG2_E))
+        limit = self.softcap * _LOG2_E
+        return limit - (2 * limit) / (1.0 + exponential)
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRefs:
@@ -334,7 +343,7 @@ class _Decode:
 
         scores = pl.run_scoped(product, plgpu.ACC((_ROWS, TILE_LEN), jnp.float32))
         plgpu.barrier_arrive(s.tile_empty.at[keys + slot * self._stages])
-        scores = self._scaled(scores)
+        scores = self._options.powers(scores)
         seen = self._is_seen(item, first_token, scores.shape, 1)
         scores = jnp.where(seen, scores, _LOWEST)
         new_top = jnp.maximum(top, scores.max(axis=1))
@@ -348,15 +357,6 @@ class _Decode:
         mixed = self._mix(mixed, weights.astype(self._dtype), s.tiles.at[slot, values], slot, s)
         plgpu.barrier_arrive(s.tile_empty.at[values + slot * self._stages])
         return mixed, new_top, total
-
-    def _scaled(self, scores: Any) -> Any:
-        """Scores for powers of 2."""
-        scale, softcap = self._options.scale, self._options.softcap
-        if softcap is None:
-            return scores * (scale * _LOG2_E)
-        # tanh(x) = 1 - 2 / (1 + e^2x); the GPU's own tanh is good to 11 bits only.
-        exponential = jnp.exp2(scores * (2 * scale / softcap * _LOG2_E))
-        return (softcap * _LOG2_E) - (2 * softcap * _LOG2_E) / (1.0 + exponential)
 
     def _is_seen(self, item: _Item, first_token: Any, shape: tuple[int, int], axis: int) -> Any:
         iota = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)

@@ -5,7 +5,7 @@ Both ends of each implementation stand together, so that they cannot drift apart
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -118,11 +118,11 @@ class KernelDecodeInputs:
 
     Attributes:
         form: What they depend on.
-        interpret: None on a GPU, or InterpretGPUParams.
+        attend: See `KernelDecode`.
     """
 
     form: KernelForm
-    interpret: Any
+    attend: Callable[..., Array]
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
         empty = np.zeros(bucket.decode_rows, np.int32)
@@ -134,10 +134,12 @@ class KernelDecodeInputs:
 
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         works = _read_plans(arrays, "decode_work", work_list.WorkList, self.form.windows)
-        return kernel_attention.KernelDecode(works=works, interpret=self.interpret)
+        return kernel_attention.KernelDecode(works=works, attend=self.attend)
 
     def capped(self, num_ctas: int | None) -> DecodeInputs:
-        return self if num_ctas is None else dataclasses.replace(self, num_ctas=num_ctas)
+        if num_ctas is None:
+            return self
+        return dataclasses.replace(self, form=dataclasses.replace(self.form, num_ctas=num_ctas))
 
     def _plan(self, context_lens: Any, window: int | None) -> work_list.WorkList:
         return work_list.plan_decode(

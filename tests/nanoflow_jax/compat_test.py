@@ -42,3 +42,11 @@ def test_kernels_of_a_gpu_that_is_not_there_cannot_be_seen():
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="CUPTI"):
         compat.device_kernels(lambda: None)
+
+
+def test_a_jax_without_the_triton_backend_is_told_of(monkeypatch):
+    monkeypatch.setattr(compat, "plt", None)
+    with pytest.raises(ValueError, match=r"jax .* has no Triton backend of Pallas; 0.12.0.1"):
+        compat.triton_call(
+            print, out_shape=(), grid=(1,), num_warps=4, num_stages=1, interpret=True
+        )

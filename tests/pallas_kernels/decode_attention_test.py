@@ -1,10 +1,9 @@
 """Decode attention against its reference, and compiled at the sizes that are served."""
 
-import dataclasses
 import itertools
 
+import decode_runs
 import deviceless
-import jax
 import jax.numpy as jnp
 import kernel_runs
 import numpy as np
@@ -24,81 +23,13 @@ from pallas_kernels.work_list import WorkList, plan_decode
 
 # Rounding of weights and of the output to the cache's dtype.
 _RELATIVE = 5e-3
-# An id of no page: where a table is not to be read.
-_NOWHERE = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Case:
-    """Sizes of a batch; see `decode_attention` for the letters."""
-
-    lens: tuple[int, ...]
-    N: int = 4
-    K: int = 1
-    S: int = 64
-    H: int = 32
-    num_ctas: int = 1
-    dtype: str = "bfloat16"
-    shared_pages: int = 0
-    options: dict = dataclasses.field(default_factory=dict)
-
-    def operands(self):
-        """Shuffled pages; whatever no request may read is NaN."""
-        rng = np.random.default_rng([7, *self.lens])
-        sizes = [-(-n // self.S) for n in self.lens]
-        num_pages = sum(sizes) + 3
-        free = list(rng.permutation(num_pages))
-        table = np.full((len(self.lens), max(sizes) + 2), _NOWHERE, np.int32)
-        is_seen = np.zeros((num_pages, self.S), bool)
-        for request, (size, length) in enumerate(zip(sizes, self.lens, strict=True)):
-            table[request, :size] = [free.pop() for _ in range(size)]
-            table[request, : min(size, self.shared_pages)] = table[
-                0, : min(size, self.shared_pages)
-            ]
-            for i, page in enumerate(table[request, :size]):
-                is_seen[page, : min(self.S, length - i * self.S)] = True
-        cache = rng.standard_normal((num_pages, 2, self.K, self.S, self.H))
-        cache = np.where(is_seen[:, None, None, :, None], cache, np.nan)
-        q = kernel_runs.normal(1, len(self.lens), self.N, self.H, dtype=self.dtype)
-        lens = jnp.asarray(self.lens, jnp.int32)
-        return q, jnp.asarray(cache, self.dtype), jnp.asarray(table), lens
-
-    def plan(self, *, max_ctas=None):
-        return plan_decode(
-            self.lens,
-            num_kv_heads=self.K,
-            num_ctas=self.num_ctas,
-            max_ctas=max_ctas,
-            window=self.options.get("window"),
-        )
-
-    @property
-    def all_options(self):
-        return {"scale": self.H**-0.5, **self.options}
-
-
-_CASES = {
-    "lengths around a page": _Case(lens=(0, 1, 63, 64, 65, 200)),
-    "small pages, one query head": _Case(lens=(0, 1, 15, 16, 17, 100), N=2, K=2, S=16, num_ctas=2),
-    "more workers than tiles": _Case(lens=(31, 33, 130), N=16, S=32, H=128, num_ctas=5),
-    "large pages": _Case(lens=(127, 129, 250), N=3, S=128, H=96, num_ctas=2),
-    "a window inside pages": _Case(
-        lens=(0, 40, 150, 1), N=6, K=2, S=16, H=64, options={"window": 70}
-    ),
-    "a window over a long context": _Case(lens=(5000, 3), K=2, num_ctas=2, options={"window": 100}),
-    "soft-cap": _Case(lens=(70, 130), N=2, H=80, options={"softcap": 1.5}),
-    "wide heads, float16": _Case(lens=(100,), N=2, H=256, dtype="float16"),
-    "one context on many": _Case(lens=(700,), N=8, num_ctas=3),
-    "shared pages": _Case(lens=(150, 140, 64), num_ctas=2, shared_pages=1),
-    "no tokens at all": _Case(lens=(0, 0), num_ctas=2),
-}
 
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("name", decode_runs.CASES)
 def test_decode_attention_is_its_reference(name):
-    case = _CASES[name]
+    case = decode_runs.CASES[name]
     operands = case.operands()
     with kernel_runs.interpreting() as interpret:
         found = decode_attention(*operands, case.plan(), **case.all_options, interpret=interpret)
@@ -110,7 +41,7 @@ def test_decode_attention_is_its_reference(name):
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
 def test_a_request_with_nan_fails_alone_and_room_for_more_ctas_is_left_empty():
-    case = _Case(lens=(64, 300, 70), num_ctas=1)
+    case = decode_runs.Case(lens=(64, 300, 70), num_ctas=1)
     q, cache, table, lens = case.operands()
     broken = cache.at[table[1, 2], 1, 0, 5].set(jnp.nan)
     with kernel_runs.interpreting() as interpret:
@@ -133,7 +64,7 @@ def test_a_request_with_nan_fails_alone_and_room_for_more_ctas_is_left_empty():
     "name", ["lengths around a page", "a window inside pages", "soft-cap", "shared pages"]
 )
 def test_the_reference_is_the_attention_of_the_plain_path(name):
-    case = _CASES[name]
+    case = decode_runs.CASES[name]
     q, cache, table, lens = case.operands()
     shape = CacheShape(
         num_pages=cache.shape[0],
@@ -184,15 +115,6 @@ def test_what_is_no_number_comes_through_in_its_own_group_alone():
     np.testing.assert_array_equal(found, wanted)
 
 
-def _shapes(R=256, N=32, K=8, S=64, H=128, num_ctas=48):
-    """Of a batch of contexts up to 8 k."""
-    work = plan_decode([1] * R, num_kv_heads=K, num_ctas=num_ctas)
-    arrays = [((R, N, H), jnp.bfloat16), ((4096, 2, K, S, H), jnp.bfloat16)]
-    tables = [((R, 8192 // S), jnp.int32), ((R,), jnp.int32)]
-    tables += [(field.shape, jnp.int32) for field in work]
-    return [jax.ShapeDtypeStruct(*one) for one in arrays + tables]
-
-
 def _run(q, cache, page_table, context_lens, *work, **options):
     return decode_attention(
         q, cache, page_table, context_lens, WorkList(*work), scale=0.1, **options
@@ -212,7 +134,9 @@ _SERVED = {
 
 @pytest.mark.parametrize("name", [*_SERVED, "heads of 256"])
 def test_decode_attention_lowers_for_hopper(name):
-    text = kernel_runs.lowered(_run, *_shapes(**_SERVED.get(name, {"H": 256, "num_ctas": 132})))
+    text = kernel_runs.lowered(
+        _run, *decode_runs.shapes(**_SERVED.get(name, {"H": 256, "num_ctas": 132}))
+    )
     assert "mosaic_gpu_v2" in text
 
 
@@ -220,7 +144,9 @@ def test_decode_attention_lowers_for_hopper(name):
 @pytest.mark.parametrize("name", ["llama 8b", "16 query heads, pages of 16", "heads of 192"])
 def test_decode_attention_compiles_for_an_h200_without_spills(name):
     options = {"window": 4096, "softcap": 30.0} if name == "llama 8b" else {}
-    (kernel,) = deviceless.compiled(lambda *x: _run(*x, **options), *_shapes(**_SERVED[name]))
+    (kernel,) = deviceless.compiled(
+        lambda *x: _run(*x, **options), *decode_runs.shapes(**_SERVED[name])
+    )
     assert kernel.grid == (48, 1, 1)
     assert kernel.spill_bytes == 0
     assert kernel.registers <= 168
@@ -284,9 +210,9 @@ def test_operands_that_do_not_fit_are_refused(change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("name", decode_runs.CASES)
 def test_decode_attention_on_a_gpu_is_its_reference(name):
-    case = _CASES[name]
+    case = decode_runs.CASES[name]
     operands = case.operands()
     found = decode_attention(*operands, case.plan(max_ctas=132), **case.all_options)
     wanted = decode_attention_reference(*operands, **case.all_options)

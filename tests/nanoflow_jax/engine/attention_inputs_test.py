@@ -8,6 +8,7 @@ from nanoflow_jax.kv_cache.tiles import Chunk
 from nanoflow_jax.models.operations import Place
 from nanoflow_jax.scheduler.buckets import Bucket
 from pallas_kernels import prefill_tiles, work_list
+from pallas_kernels.decode_attention import decode_attention
 
 _BUCKET = Bucket(tokens=48, decode_rows=8, prefill_rows=3)
 _LENS = np.asarray([300, 1, 0, 77, 0, 0, 0, 0], np.int32)
@@ -23,7 +24,7 @@ def _form(**changes):
 
 
 def _decode(**changes):
-    return attention_inputs.KernelDecodeInputs(form=_form(**changes), interpret=None)
+    return attention_inputs.KernelDecodeInputs(form=_form(**changes), attend=decode_attention)
 
 
 def _prefill(**changes):
