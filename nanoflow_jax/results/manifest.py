@@ -14,9 +14,20 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SAMPLES = "samples.jsonl.gz"
 TOKENS = "tokens.json"
+CURVES = "curves.svg"
 LOG = "log.txt"
-# All that a folder may hold besides the manifest: eight files at most.
-FILES = (SAMPLES, "kernels.csv.gz", "ctas.npz", "program.tar.gz", "smi.csv", TOKENS, LOG)
+DRIVER = "smi.csv"
+# All that a folder may hold besides the manifest; no kind has all of them.
+FILES = (
+    SAMPLES,
+    "kernels.csv.gz",
+    "ctas.npz",
+    "program.tar.gz",
+    DRIVER,
+    TOKENS,
+    CURVES,
+    LOG,
+)
 _NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9]+)*")
 
 
