@@ -172,7 +172,7 @@ class KernelPrefillInputs:
 
     def write(self, views: Views, chunks: Sequence[tiles.Chunk]) -> None:
         name = functools.partial(_field_name, "prefill_items", 0)
-        num_parts = len(views[name("part_groups")])
+        num_parts = 2 * len(views[name("group_items")])  # a tile that is cut has at least two
         split = self._key_split(num_parts) if num_parts else None
         capacity, num_tokens = len(views[name("starts")]), len(views[name("sources")])
         plans = (

@@ -58,8 +58,8 @@ def test_each_window_has_a_plan_of_decode_work(planned):
 def test_each_window_has_a_plan_of_prefill_items(planned):
     found = _through_the_vector(_prefill(), *planned).tiles
     assert list(found) == [None, 100]
-    split = prefill_tiles.KeySplit(num_kv_heads=2, num_ctas=6, max_parts=3)
-    capacity = 3 + prefill_tiles.max_tiles(_BUCKET.tokens, _BUCKET.prefill_rows, group=4)
+    split = prefill_tiles.KeySplit(num_kv_heads=2, num_ctas=6, max_parts=4)
+    capacity = 4 + prefill_tiles.max_tiles(_BUCKET.tokens, _BUCKET.prefill_rows, group=4)
     for window, items in found.items():
         wanted = prefill_tiles.build_prefill_tiles(
             planned[0] if planned else (),
@@ -79,7 +79,7 @@ def test_keys_are_cut_only_where_whole_tiles_leave_ctas_idle():
     # Tiles of 32 tokens: one whole one in the bucket, for each of two kv heads.
     for num_ctas, num_parts in ((2, 0), (3, 2)):
         fields = _prefill(num_ctas=num_ctas).fields(_BUCKET)
-        assert fields["prefill_items_0_part_groups"].shape == (num_parts,)
+        assert fields["prefill_items_0_group_items"].shape == (num_parts // 2,)
 
 
 def test_decode_attention_runs_on_as_many_ctas_as_it_is_planned_for():
