@@ -142,7 +142,10 @@ def test_each_layer_has_its_kernels_and_copies_neither_caches_nor_weights(case):
     program, model = _program(*case), _model_config(case[0])
     kernels = [one.scope.split("/") for one in program.launches if one.kind == "kCustomCall"]
     found = [next((part for part in scope if part in _KERNELS[case]), scope) for scope in kernels]
-    assert found == [*_KERNELS[case]] * _LAYERS
+    # The two attentions may run in either order.
+    count = len(_KERNELS[case])
+    by_layer = [sorted(found[i : i + count]) for i in range(0, len(found), count)]
+    assert by_layer == [sorted(_KERNELS[case])] * _LAYERS
     for kernel in program.mosaic_kernels:
         assert kernel.spill_bytes == 0
         assert kernel.grid[0] <= _H200.num_sms
