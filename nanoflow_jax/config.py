@@ -187,6 +187,29 @@ class ParallelSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSection:
+    """How the layers of a step are cut into nano-batches and ordered."""
+
+    PREFIX = ""
+
+    plan: str = knob(
+        "one",
+        "How layers run. one: the whole dense batch, one operation after another; halves: "
+        "attention and collectives of one half beside products of the other; or a JSON file of "
+        "plans, one for each size of bucket, other buckets running as with one.",
+    )
+    plan_min_tokens: int = knob(
+        0, "Smallest bucket that --plan=halves cuts. 0: any that has tokens enough.", low=0
+    )
+    plan_granule: int = knob(
+        128, "Tokens of which nano-batches of --plan=halves are multiples.", low=1
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileSection:
     """Compilation before the first request."""
 
@@ -212,6 +235,7 @@ class EngineConfig:
     batch: BatchSection = dataclasses.field(default_factory=BatchSection)
     kernels: KernelsSection = dataclasses.field(default_factory=KernelsSection)
     parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
+    plans: PlanSection = dataclasses.field(default_factory=PlanSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
 
     @classmethod

@@ -22,6 +22,7 @@ from nanoflow_jax.engine import (
     inputs,
     interface,
     kernel_choice,
+    plan_choice,
     programs,
     replicas,
     runner,
@@ -243,7 +244,6 @@ def _build_one(
         page_size=page_size,
     )
     choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
-    _LOG.info("kernels: %s", choices)
     model = _load(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(
@@ -254,6 +254,7 @@ def _build_one(
         page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
         num_replicas=config.parallel.data_parallel,
     )
+    shape = dataclasses.replace(source.config.layer_shape, num_devices=placement.num_devices)
     sizes = programs.Sizes(
         max_requests=max_requests,
         max_pages=max_pages,
@@ -269,6 +270,7 @@ def _build_one(
             windows=served.config.distinct_windows,
             tile_len=min(defaults.tile_len, dense_batch),
         ),
+        plans=plan_choice.choose(config.plans, bucket_list, shape, num_sms=choices.num_ctas),
     )
     reports.settings(
         Settings(

@@ -174,6 +174,8 @@ class Runner:
                 bucket=bucket,
                 operations=operations,
                 shares=self._shares,
+                # A CPU runs one operation after another anyway.
+                keep_lanes=self._placement.mesh.devices.flat[0].platform != "cpu",
             ),
             arguments=(
                 _abstract(self._caches),

@@ -178,6 +178,29 @@ class Attention(nnx.Module):
             weight = self.o[...].reshape(self._config.hidden_size, -1)
             return _added(x, heads, weight, self.o_bias, self.post_norm, operations)
 
+    def project(
+        self, attended: Float[Array, "T N H"], operations: Operations = PLAIN
+    ) -> Float[Array, "T D"]:
+        """What this device has of the sum that `add` takes."""
+        with jax.named_scope("o"):
+            weight = self.o[...].reshape(self._config.hidden_size, -1)
+            return operations.product(attended.reshape(attended.shape[0], -1), weight)
+
+    def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Adds the sum of all devices' `project` to the residual stream, as `output` does."""
+        return _add(x, summed, self.o_bias, self.post_norm)
+
+
+def _add(
+    x: Float[Array, "T D"],
+    summed: Float[Array, "T D"],
+    bias: nnx.Param[Array] | None,
+    post_norm: RmsNorm | None,
+) -> Float[Array, "T D"]:
+    """The residual stream and a sum that is whole, bias and norm not yet in it."""
+    out = summed if bias is None else summed + bias[...][None]
+    return x + (out if post_norm is None else post_norm(out))
+
 
 def _added(
     x: Float[Array, "T D"],
@@ -245,6 +268,17 @@ class FeedForward(nnx.Module):
         """Adds the result to the residual stream."""
         with jax.named_scope("down"):
             return _added(x, hidden, self.down[...], self.down_bias, self.post_norm, operations)
+
+    def project(
+        self, hidden: Float[Array, "T F"], operations: Operations = PLAIN
+    ) -> Float[Array, "T D"]:
+        """What this device has of the sum that `add` takes."""
+        with jax.named_scope("down"):
+            return operations.product(hidden, self.down[...])
+
+    def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Adds the sum of all devices' `project` to the residual stream, as `contract` does."""
+        return _add(x, summed, self.down_bias, self.post_norm)
 
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN
@@ -337,10 +371,19 @@ class SparseFeedForward(nnx.Module):
         self, x: Float[Array, "T D"], hidden: Routed, operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
         """Adds the result to the residual stream."""
+        partial = self.project(hidden, operations)
+        with jax.named_scope("down"):
+            return self.add(x, operations.group.sum(partial))
+
+    def project(self, hidden: Routed, operations: Operations = PLAIN) -> Float[Array, "T D"]:
+        """What this device has of the sum that `add` takes."""
         with jax.named_scope("down"):
             out = operations.expert_product(hidden.rows, self.down[...], hidden.groups)
-            out = operations.experts.combine(out, hidden.groups, hidden.shares)
-            return x + operations.group.sum(out)
+            return operations.experts.combine(out, hidden.groups, hidden.shares)
+
+    def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Adds the sum of all devices' `project` to the residual stream, as `contract` does."""
+        return x + summed
 
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN

@@ -142,8 +142,8 @@ class Transformer(nnx.Module):
             Hidden states leaving the last of them, and the updated caches.
 
         Raises:
-            ValueError: The plan is for another number of tokens, or for layers that are spread
-                over several devices.
+            ValueError: The plan is for another number of tokens or devices, or needs weights that
+                lie otherwise.
         """
         c = self.config
         if plan is None:
@@ -153,25 +153,21 @@ class Transformer(nnx.Module):
                 f"plan {plan.name!r} is for {plan.num_tokens} tokens and the dense batch has "
                 f"{x.shape[0]}; give each bucket a plan of its own size"
             )
-        if plan.shape.num_devices > 1:
-            raise ValueError(
-                f"plan {plan.name!r} is for layers that are spread over {plan.shape.num_devices} "
-                "devices, which no executor runs; take a plan for one device"
-            )
+        _check_devices(plan, operations.group.num_devices)
         chosen = [self.layers[start + i] for i in range(len(caches))]
         angles = layers.rope_angles(positions, head_dim=c.head_dim, rope=c.rope)
         return executor.run(
             plan,
-            [self._graph(start + i) for i in range(len(chosen))],
+            [self._graph(start + i, plan) for i in range(len(chosen))],
             x,
             caches,
             _LayerOperations(chosen, angles, attend, operations),
             keep_lanes=keep_lanes,
         )
 
-    def _graph(self, layer: int) -> nano_operations.LayerGraph:
-        shape = nano_operations.LayerShape(is_sparse=self.config.is_sparse(layer))
-        return nano_operations.layer_graph(shape)
+    def _graph(self, layer: int, plan: Plan) -> nano_operations.LayerGraph:
+        is_sparse = self.config.is_sparse(layer)
+        return nano_operations.layer_graph(dataclasses.replace(plan.shape, is_sparse=is_sparse))
 
     def head(
         self, x: Float[Array, "R D"], group: collectives.Group = collectives.ALONE
@@ -194,6 +190,22 @@ class Transformer(nnx.Module):
             logits = group.columns_to_rows(logits)[:, : self.config.vocab_size]
             cap = self.config.logits_softcap
             return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _check_devices(plan: Plan, num_devices: int) -> None:
+    """Refuses what these devices cannot run; in a plan for one, an operation sums by itself."""
+    if plan.shape.num_devices not in (1, num_devices):
+        raise ValueError(
+            f"plan {plan.name!r} spreads a layer over {plan.shape.num_devices} devices and the "
+            f"model is on {num_devices}; take a plan for {num_devices} or for 1"
+        )
+    for nano in plan.order:
+        choice = plan.graph.by_name[nano.operation].choice
+        if choice is not None and choice.way == "gather":
+            raise ValueError(
+                f"plan {plan.name!r} runs {nano.operation} on weights split by columns, and those "
+                f"of {choice.product} are split along the summed axis; take its way 'reduce'"
+            )
 
 
 class _LayerOperations:
@@ -229,9 +241,14 @@ class _LayerOperations:
             case "prefill_attention":
                 return self._attend.attend_prefill(first[0], rest[0], layer.spec, call)
             case "o":
-                decoded, prefilled = rest
+                *x, decoded, prefilled = reads
                 attended = self._attend.joined(decoded, prefilled, call.tokens)
-                return layer.attention.output(first, attended, self._operations.at(place))
+                operations = self._operations.at(place)
+                if not x:
+                    return layer.attention.project(attended, operations)
+                return layer.attention.output(x[0], attended, operations)
+            case "o_reduce":
+                return layer.attention.add(first, self._sum(rest[0], call))
             case "norm":
                 return layer.feed_forward.normalise(after(first, call.token))
             case "route":
@@ -241,8 +258,16 @@ class _LayerOperations:
             case "up_gate":
                 return layer.feed_forward.expand(first, self._operations.at(place))
             case "down":
+                if not rest:
+                    return layer.feed_forward.project(first, self._operations.at(place))
                 return layer.feed_forward.contract(first, rest[0], self._operations.at(place))
+            case "down_reduce":
+                return layer.feed_forward.add(first, self._sum(rest[0], call))
         raise AssertionError(f"nothing runs {call.operation}")
+
+    def _sum(self, partial: Float[Array, "T D"], call: Call) -> Float[Array, "T D"]:
+        with jax.named_scope(call.operation):
+            return self._operations.group.sum(after(partial, call.token))
 
     def _rotate(
         self,

@@ -47,6 +47,17 @@ def one(shape: operations.LayerShape, *, num_tokens: int, num_sms: int = H200_SM
     return _finish("one", shape, order, num_tokens=num_tokens, num_sms=num_sms, granule=GRANULE)
 
 
+def share_out(num_sms: int, *, granule: int = GRANULE) -> Device:
+    """A device of any size, shared as the default one is, which nobody has measured yet."""
+    usual = Device()
+    return Device(
+        num_sms=num_sms,
+        attention_ctas=max(1, usual.attention_ctas * num_sms // usual.num_sms),
+        network_ctas=max(1, usual.network_ctas * num_sms // usual.num_sms),
+        granule=granule,
+    )
+
+
 def halves(
     shape: operations.LayerShape,
     *,
@@ -108,6 +119,7 @@ def tensor_parallel(
     *,
     num_tokens: int,
     first: int | None = None,
+    gathers: bool = True,
     device: Device | None = None,
 ) -> Plan:
     """Several devices to a layer: collectives and decode attention under products.
@@ -131,6 +143,7 @@ def tensor_parallel(
         shape: Of a layer, on at least two devices.
         num_tokens: Tokens of the dense batch, at least four granules.
         first: Tokens of half A, a multiple of the granule; half of all if None.
+        gathers: Whether A's o is the one by columns; otherwise it is as B's.
         device: How to share each GPU; None takes the defaults.
 
     Raises:
@@ -147,6 +160,7 @@ def tensor_parallel(
     beside_network = device.num_sms - device.network_ctas
     early = _Layer(shape, compute=beside_network - device.attention_ctas, device=device)
     late = _Layer(shape, compute=beside_network, device=device)
+    output = ("attention_gather", "o_columns", "o_gather") if gathers else ("o", "o_reduce")
     order = [
         *early.attention(a1),
         *early.attention(a2),
@@ -154,9 +168,7 @@ def tensor_parallel(
         *early.attention(b1),
         *early.attention(b2),
         *early.nano("prefill_attention", b),
-        *early.nano("attention_gather", a),
-        *early.nano("o_columns", a),
-        *early.nano("o_gather", a),
+        *(nano for name in output for nano in early.nano(name, a)),
         *late.nano("o", b),
         *late.nano("o_reduce", b),
         *late.feed_forward(a),

@@ -209,15 +209,15 @@ def _attention() -> tuple[Operation, ...]:
 
 
 def _output_ways() -> tuple[Operation, ...]:
-    """O of several devices; the residual is added where the sum is whole or the columns are."""
+    """O of several devices; the residual is added where the sum or the columns are whole."""
     reduce, gather = Choice("o", "reduce"), Choice("o", "gather")
     partial, heads, columns = Value("o_partial"), Value("attended_all"), Value("o_columns")
     return (
-        _compute("o", (X, DECODED, PREFILLED), partial, choice=reduce),
-        _network("o_reduce", (partial,), MIDDLE, reduce),
+        _compute("o", (DECODED, PREFILLED), partial, choice=reduce),
+        _network("o_reduce", (X, partial), MIDDLE, reduce),
         _network("attention_gather", (DECODED, PREFILLED), heads, gather),
-        _compute("o_columns", (X, heads), columns, choice=gather),
-        _network("o_gather", (columns,), MIDDLE, gather),
+        _compute("o_columns", (heads,), columns, choice=gather),
+        _network("o_gather", (X, columns), MIDDLE, gather),
     )
 
 
@@ -230,16 +230,16 @@ def _feed_forward(shape: LayerShape) -> tuple[Operation, ...]:
         down: tuple[Operation, ...] = (_compute("down", (MIDDLE, hidden), Y),)
     elif shape.is_sparse:  # its rows are sorted by expert until down has put them back
         down = (
-            _compute("down", (MIDDLE, hidden), partial),
-            _network("down_reduce", (partial,), Y),
+            _compute("down", (hidden,), partial),
+            _network("down_reduce", (MIDDLE, partial), Y),
         )
     else:
         down = (
-            _compute("down", (MIDDLE, hidden), partial, choice=reduce),
-            _network("down_reduce", (partial,), Y, reduce),
+            _compute("down", (hidden,), partial, choice=reduce),
+            _network("down_reduce", (MIDDLE, partial), Y, reduce),
             _network("hidden_gather", (hidden,), all_hidden, gather),
-            _compute("down_columns", (MIDDLE, all_hidden), columns, choice=gather),
-            _network("down_gather", (columns,), Y, gather),
+            _compute("down_columns", (all_hidden,), columns, choice=gather),
+            _network("down_gather", (MIDDLE, columns), Y, gather),
         )
     if not shape.is_sparse:
         return (norm, _compute("up_gate", (NORMED,), HIDDEN), *down)

@@ -74,3 +74,16 @@ def test_a_batch_without_two_granules_cannot_be_halved(num_tokens):
 def test_a_half_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"\[0, 256\) cannot be cut after 256 tokens; each part"):
         builders.halves(LayerShape(), num_tokens=256, first=256)
+
+
+def test_without_gathers_both_halves_reduce():
+    plan = builders.tensor_parallel(TENSOR, num_tokens=512, gathers=False)
+    assert _ranges(plan, "o") == _ranges(plan, "o_reduce") == [(0, 256), (256, 512)]
+    assert not any("gather" in key or "columns" in key for key in plan.keys)
+
+
+def test_a_smaller_device_is_shared_alike():
+    device = builders.share_out(66, granule=4)
+    assert device == builders.Device(num_sms=66, attention_ctas=24, network_ctas=8, granule=4)
+    tiny = builders.share_out(3, granule=4)
+    assert builders.tensor_parallel(TENSOR, num_tokens=16, device=tiny).num_sms == 3
