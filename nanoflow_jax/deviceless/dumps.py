@@ -137,7 +137,9 @@ def _graphs(
     ends = itertools.accumulate(1 + _num_sliced(buffer) for buffer in buffers)
     for nodes, buffer in zip([edges[end - 1] for end in ends], buffers, strict=True):
         yield Graph(
-            nodes=tuple(_launch(one, names.get(one.id, ""), scopes) for one in buffer[: len(nodes)]),
+            nodes=tuple(
+                _launch(one, names.get(one.id, ""), scopes) for one in buffer[: len(nodes)]
+            ),
             num_nodes=len(buffer),
             parents=tuple(
                 tuple(int(number) for number in re.findall(r"id: (\d+)", parents))

@@ -15,6 +15,7 @@ from nanoflow_jax.deviceless.program import Program
 from nanoflow_jax.engine import executors, implementations, kernel_choice, programs
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.models import architecture, layers, loading, transformer
+from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.scheduler.buckets import Bucket
 
@@ -117,6 +118,16 @@ def first_layers(model: architecture.ModelConfig, count: int) -> architecture.Mo
     if moe is not None:
         moe = dataclasses.replace(moe, sparse_layers=moe.sparse_layers[:count])
     return dataclasses.replace(model, num_layers=count, windows=model.windows[:count], moe=moe)
+
+
+def capped(kernels: config_lib.KernelsSection, plan: Plan) -> config_lib.KernelsSection:
+    """The same knobs, with our products where a plan caps them and nobody has said otherwise."""
+    is_capped = any(
+        nano.lane is Resource.COMPUTE and nano.num_ctas is not None for nano in plan.order
+    )
+    if not is_capped or kernels.gemm is not config_lib.KernelUse.AUTO:
+        return kernels
+    return dataclasses.replace(kernels, gemm=config_lib.KernelUse.PALLAS)
 
 
 def _abstract_weight(spec: layers.ParamSpec) -> jax.ShapeDtypeStruct:
