@@ -7,6 +7,7 @@ import jax
 
 from nanoflow_jax.bench import ceilings, hardware
 from nanoflow_jax.bench import clock as clock_lib
+from nanoflow_jax.cost import datasheets
 from nanoflow_jax.results import kernels
 
 # Of the datasheet. Healthy H100s and H200s, at their power limit, made 80 to 81 % of the products
@@ -119,9 +120,9 @@ def driver_findings(driver: hardware.DriverView | str) -> list[Finding]:
 
 def ceiling_findings(device_kind: str, found: Mapping[str, float]) -> list[Finding]:
     """How near a device comes to its datasheet."""
-    sheet = hardware.datasheet(device_kind)
+    sheet = datasheets.datasheet(device_kind)
     if sheet is None:
-        detail = f"{device_kind} is in no table of datasheets: add it to bench/hardware.py"
+        detail = f"{device_kind} is in no table of datasheets: add it to cost/datasheets.py"
         return [Finding(name=name, ok=None, detail=detail) for name in ("device", "ceilings")]
     flops = (kernels.FLOPS_CEILING, sheet.bf16_flops, LEAST_FLOPS_FRACTION)
     copy = (kernels.COPY_CEILING, sheet.memory_bytes_per_s, LEAST_BYTES_FRACTION)

@@ -23,6 +23,9 @@ _PTXAS = re.compile(
 )
 _GRAPH = re.compile(r"Execution graph: .*\n((?:node .*\n)*)")
 _NODE = re.compile(r"node (\d+) \(priority=\d+\): in=\[(.*?)\] out=\[")
+# A message is cut off after 15000 bytes (absl, log/internal/log_message.cc, kLogMessageBufferSize);
+# a node takes a few hundred at most.
+_CUT_BYTES = 14_000
 _COMMAND_BUFFER = "kCommandBuffer"
 # What they stand around is started, not they.
 _AROUND = (_COMMAND_BUFFER, "kAsyncStart", "kAsyncDone")
@@ -119,17 +122,25 @@ def _launch(thunk: _Thunk, name: str, scopes: Mapping[str, str]) -> Launch:
 def _graphs(
     thunks: Iterable[_Thunk], names: Mapping[int, str], scopes: Mapping[str, str], log: str
 ) -> Iterator[Graph]:
-    edges = [_NODE.findall(nodes) for nodes in _GRAPH.findall(log)]
+    messages = _GRAPH.findall(log)
+    edges = [_NODE.findall(nodes) for nodes in messages]
     buffers = list(_command_buffers(thunks))
     found, wanted = [len(one) for one in edges], list(_graph_sizes(buffers))
-    if found != wanted:
+    is_cut = [len(message) > _CUT_BYTES for message in messages]
+    if len(found) != len(wanted) or any(
+        size > full or (size < full and not cut)
+        for size, full, cut in zip(found, wanted, is_cut, strict=True)
+    ):
         raise DumpError(
             f"the compiler's log tells of graphs of {found} nodes, its list of launches of {wanted}"
         )
     ends = itertools.accumulate(1 + _num_sliced(buffer) for buffer in buffers)
     for nodes, buffer in zip([edges[end - 1] for end in ends], buffers, strict=True):
         yield Graph(
-            nodes=tuple(_launch(one, names.get(one.id, ""), scopes) for one in buffer),
+            nodes=tuple(
+                _launch(one, names.get(one.id, ""), scopes) for one in buffer[: len(nodes)]
+            ),
+            num_nodes=len(buffer),
             parents=tuple(
                 tuple(int(number) for number in re.findall(r"id: (\d+)", parents))
                 for _, parents in nodes

@@ -7,6 +7,7 @@ import pytest
 
 from nanoflow_jax import compat
 from nanoflow_jax.bench import ceilings, clock, device_check, hardware
+from nanoflow_jax.cost import datasheets
 from nanoflow_jax.results import kernels
 
 _ANSWER = (
@@ -40,15 +41,15 @@ def _driver(answer=_ANSWER, processes="77, 900, python\n"):
     ],
 )
 def test_a_driver_s_name_finds_the_datasheet(kind, name):
-    assert hardware.datasheet(kind).name == name
+    assert datasheets.datasheet(kind).name == name
 
 
 def test_a_device_that_no_datasheet_is_known_of_is_said_to_be_so():
-    assert hardware.datasheet("NVIDIA B200") is None
+    assert datasheets.datasheet("NVIDIA B200") is None
     found = device_check.ceiling_findings("NVIDIA B200", {})
     assert [one.ok for one in found] == [None, None]
     assert found[0].detail == (
-        "NVIDIA B200 is in no table of datasheets: add it to bench/hardware.py"
+        "NVIDIA B200 is in no table of datasheets: add it to cost/datasheets.py"
     )
 
 
