@@ -26,6 +26,14 @@ class KernelUse(enum.StrEnum):
     INTERPRET_TRITON = "interpret_triton"
 
 
+class Executor(enum.StrEnum):
+    """Who decides what of a plan runs beside what; `engine.executors` says how."""
+
+    AUTO = "auto"
+    SEQUENTIAL = "sequential"
+    GRAPH = "graph"
+
+
 def knob(
     default: Any, help_text: str, *, low: float | None = None, high: float | None = None
 ) -> Any:
@@ -203,6 +211,13 @@ class PlanSection:
     )
     plan_granule: int = knob(
         128, "Tokens of which nano-batches of --plan=halves are multiples.", low=1
+    )
+
+    executor: Executor = knob(
+        Executor.AUTO,
+        "Who runs a plan. graph: CUDA graphs whose parts wait only for what they read; "
+        "sequential: XLA's own order, one after another. auto: graph on a GPU where a plan cuts, "
+        "else sequential.",
     )
 
     def __post_init__(self) -> None:

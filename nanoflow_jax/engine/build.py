@@ -18,6 +18,7 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import (
     compiler,
     engine,
+    executors,
     implementations,
     inputs,
     interface,
@@ -243,7 +244,20 @@ def _build_one(
         dtype=dtype,
         page_size=page_size,
     )
-    choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
+    machine = kernel_choice.machine_of(device)
+    shape = dataclasses.replace(source.config.layer_shape, num_devices=placement.num_devices)
+    plans = plan_choice.choose(
+        config.plans, bucket_list, shape, num_sms=kernel_choice.num_ctas(machine)
+    )
+    executor = executors.choose(
+        config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
+    )
+    choices = kernel_choice.choose(
+        config.kernels,
+        machine,
+        served,
+        caps_products=executors.caps_products(plans.values()),
+    )
     model = _load(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(
@@ -254,7 +268,6 @@ def _build_one(
         page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
         num_replicas=config.parallel.data_parallel,
     )
-    shape = dataclasses.replace(source.config.layer_shape, num_devices=placement.num_devices)
     sizes = programs.Sizes(
         max_requests=max_requests,
         max_pages=max_pages,
@@ -270,7 +283,7 @@ def _build_one(
             windows=served.config.distinct_windows,
             tile_len=min(defaults.tile_len, dense_batch),
         ),
-        plans=plan_choice.choose(config.plans, bucket_list, shape, num_sms=choices.num_ctas),
+        plans=plans,
     )
     reports.settings(
         Settings(
@@ -298,7 +311,7 @@ def _build_one(
         max_context_len=context,
         placement=placement,
         threads=config.compile.threads,
-        options={},
+        executor=executor,
         operations=implementations.operations(choices),
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,

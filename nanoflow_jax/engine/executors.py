@@ -1,14 +1,17 @@
 """How the nano-operations of a plan are run at once, or not at all.
 
-`graph` asks XLA for CUDA graphs whose nodes wait only for what they read (and for tokens, which
-hold lanes together), and keeps XLA from merging what a plan has split. `sequential` leaves XLA's
-own order: one after another.
+With `graph`, XLA makes CUDA graphs whose nodes wait only for what they read (and for tokens, which
+hold lanes together), and does not merge what a plan has split. With `sequential` it makes its own
+order: one after another.
 """
 
-import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-# Facts about the options, and what each silently undoes otherwise: docs/decisions.md, Overlap.
+from nanoflow_jax.config import Executor
+from nanoflow_jax.nanobatch.operations import Resource
+from nanoflow_jax.nanobatch.plan import Plan
+
+# What each of them undoes otherwise: docs/decisions.md, Overlap is read from compiled programs.
 _GRAPH_OPTIONS: Mapping[str, bool | int | str] = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     "xla_gpu_graph_min_graph_size": 1,
@@ -17,18 +20,45 @@ _GRAPH_OPTIONS: Mapping[str, bool | int | str] = {
 }
 
 
-class Executor(enum.StrEnum):
-    """Who decides what runs beside what."""
+def choose(asked: Executor, plans: Iterable[Plan], *, on_gpu: bool) -> Executor:
+    """The executor of an engine, never `auto`.
 
-    SEQUENTIAL = "sequential"
-    GRAPH = "graph"
+    Args:
+        asked: The knob.
+        plans: Of all buckets.
+        on_gpu: Whether it runs on one.
 
-    @property
-    def compiler_options(self) -> Mapping[str, bool | int | str]:
-        """What XLA is told, for each program."""
-        return _GRAPH_OPTIONS if self is Executor.GRAPH else {}
+    Raises:
+        ValueError: Graphs are asked for where there is no GPU.
+    """
+    if asked is Executor.GRAPH and not on_gpu:
+        raise ValueError(
+            "--executor=graph makes CUDA graphs, and there is no GPU here; leave it out, or look "
+            "at the graph with python -m nanoflow_jax.overlap"
+        )
+    if asked is not Executor.AUTO:
+        return asked
+    return Executor.GRAPH if on_gpu and any(map(_cuts, plans)) else Executor.SEQUENTIAL
 
-    @property
-    def keeps_lanes(self) -> bool:
-        """Whether kernels get tokens; see `nanobatch.executor.run`."""
-        return self is Executor.GRAPH
+
+def _cuts(plan: Plan) -> bool:
+    return len(plan.cells) > 1
+
+
+def compiler_options(executor: Executor) -> Mapping[str, bool | int | str]:
+    """What XLA is told, for each forward program."""
+    return _GRAPH_OPTIONS if executor is Executor.GRAPH else {}
+
+
+def keeps_lanes(executor: Executor) -> bool:
+    """Whether kernels get tokens; see `nanobatch.executor.run`."""
+    return executor is Executor.GRAPH
+
+
+def caps_products(plans: Iterable[Plan]) -> bool:
+    """Whether a plan gives products a share of the SMs, which only our kernel keeps to."""
+    return any(
+        nano.lane is Resource.COMPUTE and nano.num_ctas is not None
+        for plan in plans
+        for nano in plan.order
+    )

@@ -39,9 +39,6 @@ def _define() -> None:
     absl_flags.DEFINE_float(
         "prefix", 512.0, "Cached tokens that a prompt's token sees, for predicted times."
     )
-    absl_flags.DEFINE_enum_class(
-        "executor", executors.Executor.GRAPH, executors.Executor, "Who runs the plan."
-    )
     absl_flags.DEFINE_string("html", None, "Also draw the predicted timeline in this file.")
 
 
@@ -56,8 +53,8 @@ def _step(section: config.EngineConfig) -> step.Step:
         model=step.first_layers(model, min(model.num_layers, _COMPILED_LAYERS)),
         bucket=bucket,
         plan=plans[bucket],
-        executor=_FLAGS.executor,
-        kernels=step.capped(section.kernels, plans[bucket]),
+        executor=executors.choose(section.plans.executor, plans.values(), on_gpu=True),
+        kernels=section.kernels,
         device=_FLAGS.device,
     )
 

@@ -15,7 +15,6 @@ from nanoflow_jax.deviceless.program import Program
 from nanoflow_jax.engine import executors, implementations, kernel_choice, programs
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.models import architecture, layers, loading, transformer
-from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.scheduler.buckets import Bucket
 
@@ -41,7 +40,7 @@ class Step:
     model: architecture.ModelConfig
     bucket: Bucket
     plan: Plan
-    executor: executors.Executor
+    executor: config_lib.Executor
     kernels: config_lib.KernelsSection
     device: str = "H200"
     page_size: int = 64
@@ -68,7 +67,12 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
     """
     device = find_device(step.device)
     served = kernel_choice.Served(config=step.model, dtype=_DTYPE, page_size=step.page_size)
-    choices = kernel_choice.choose(step.kernels, _machine(device), served)
+    choices = kernel_choice.choose(
+        step.kernels,
+        _machine(device),
+        served,
+        caps_products=executors.caps_products([step.plan]),
+    )
     kv_layout = _layout(step)
     placement = loading.place_model(step.model, jax.devices()[:1])
     sizes = programs.Sizes(
@@ -97,7 +101,7 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         bucket=step.bucket,
         operations=implementations.operations(choices),
         shares=programs.Shares(placement=placement, caches=None, weights=()),
-        keep_lanes=step.executor.keeps_lanes,
+        keep_lanes=executors.keeps_lanes(step.executor),
     )
     size = programs.forward_packing(sizes, step.bucket).size
     return compiler.compile_program(
@@ -107,7 +111,7 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         weights,
         jax.ShapeDtypeStruct((size,), jnp.int32),
         device=step.device,
-        options=step.executor.compiler_options,
+        options=executors.compiler_options(step.executor),
         cache=cache,
     )
 
@@ -118,16 +122,6 @@ def first_layers(model: architecture.ModelConfig, count: int) -> architecture.Mo
     if moe is not None:
         moe = dataclasses.replace(moe, sparse_layers=moe.sparse_layers[:count])
     return dataclasses.replace(model, num_layers=count, windows=model.windows[:count], moe=moe)
-
-
-def capped(kernels: config_lib.KernelsSection, plan: Plan) -> config_lib.KernelsSection:
-    """The same knobs, with our products where a plan caps them and nobody has said otherwise."""
-    is_capped = any(
-        nano.lane is Resource.COMPUTE and nano.num_ctas is not None for nano in plan.order
-    )
-    if not is_capped or kernels.gemm is not config_lib.KernelUse.AUTO:
-        return kernels
-    return dataclasses.replace(kernels, gemm=config_lib.KernelUse.PALLAS)
 
 
 def _abstract_weight(spec: layers.ParamSpec) -> jax.ShapeDtypeStruct:

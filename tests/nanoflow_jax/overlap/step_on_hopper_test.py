@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from nanoflow_jax import config
-from nanoflow_jax.engine.executors import Executor
+from nanoflow_jax.config import Executor
 from nanoflow_jax.models import huggingface, presets
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.overlap import analysis, report, step
@@ -30,7 +30,7 @@ def _claims(executor):
         bucket=_BUCKET,
         plan=_PLAN,
         executor=executor,
-        kernels=step.capped(config.KernelsSection(), _PLAN),
+        kernels=config.KernelsSection(),
     )
     cache = pathlib.Path(jax.config.jax_compilation_cache_dir) / "deviceless"
     program = step.compile_step(asked, cache=cache)
