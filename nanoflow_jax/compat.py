@@ -73,6 +73,32 @@ def abstract_gpu(kind: str, num_sms: int) -> contextlib.AbstractContextManager[A
     return jax.sharding.use_abstract_mesh(mesh)
 
 
+def device_kernels(launch: Callable[[], object]) -> list[tuple[str, float]]:
+    """Kernels that ran on the GPU, in their order, as CUPTI saw them.
+
+    Args:
+        launch: Starts work and waits for it.
+
+    Returns:
+        Name and seconds of each.
+
+    Raises:
+        RuntimeError: CUPTI cannot be used: there is no GPU, or another profiler uses it.
+    """
+    try:
+        from jax._src.lib import mosaic_gpu
+    except ImportError as error:
+        raise RuntimeError("jax has no CUDA plugin here, and with it no CUPTI") from error
+    extension: Any = mosaic_gpu._mosaic_gpu_ext
+    extension._cupti_init()
+    try:
+        launch()
+    finally:
+        # Not detached for good: it will be asked again.
+        timings = extension._cupti_get_timings(False)
+    return [(name, 1e-3 * milliseconds) for name, milliseconds in timings]
+
+
 def triton_call(
     body: Callable[..., None],
     *,

@@ -80,6 +80,49 @@ def side_by_side(
     )
 
 
+def on_share(
+    kernel: mosaic.Kernel,
+    share: int | Int32[Array, ""],
+    *,
+    num_ctas: int = 132,
+    token: Array | None = None,
+    interpret: Any = None,
+) -> Any:
+    """Answer of one kernel on the first CTAs of a grid whose others end at once.
+
+    As much as a grid of that size; but one executable serves all sizes.
+
+    Args:
+        kernel: From a `prepare_` function but that of decode attention, whose plan says who works.
+        share: CTAs that work, at least 1.
+        num_ctas: Of the grid.
+        token: Read by nobody; orders this kernel after the one that makes it.
+        interpret: None on a GPU, or InterpretGPUParams.
+
+    Raises:
+        ValueError: The share is no part of the grid. One that only the device knows is not looked
+            at.
+    """
+    if isinstance(share, int) and not 1 <= share <= num_ctas:
+        raise ValueError(f"share={share} is outside [1, num_ctas={num_ctas}]")
+    num_operands = len(kernel.operands)
+
+    def body(*refs: Any) -> None:
+        read, share_ref, made = refs[:num_operands], refs[num_operands], refs[num_operands + 1 :]
+        _take_part(kernel, jnp.int32(0), share_ref[0], [*read, *made])
+
+    made = mosaic.call(
+        body,
+        out_type=tuple(kernel.results),
+        num_ctas=num_ctas,
+        operands=[*kernel.operands, jnp.asarray(share, jnp.int32).reshape(1)],
+        token=token,
+        approx_math=kernel.approx_math,
+        interpret=interpret,
+    )
+    return kernel.finish(*made)
+
+
 def _take_part(kernel: mosaic.Kernel, begin: Any, end: Any, refs: Sequence[Any]) -> None:
     """Plays a kernel's role on those of CTAs [begin, end) that it has a use for."""
     index = lax.axis_index("cta") - begin

@@ -5,9 +5,10 @@
 `python -m nanoflow_jax.bench overhead --workload=FILE --url=URL [--model=DIR ...]`
 `python -m nanoflow_jax.bench soak --workload=FILE --url=URL --concurrency=200 [--model=DIR ...]`
 `python -m nanoflow_jax.bench gpu_check [--repeats=3 --seed=N]`
+`python -m nanoflow_jax.bench kernels [--device_check --shapes=llama-3-8b --kernels=gemm,fused]`
 
 overhead and soak run the workload offline too, so they take the knobs that the server was started
-with. gpu_check needs a GPU, or jax 0.11 to interpret its kernels.
+with. gpu_check and kernels need a GPU, or jax 0.11 to interpret their kernels.
 Exit codes: 0 done, 1 failed while measuring or found a fault, 2 wrong flags or files, 130
 interrupted.
 """
@@ -28,6 +29,7 @@ from nanoflow_jax import config, console, flags, llm, start_up
 from nanoflow_jax.bench import (
     gpu_check,
     http_client,
+    kernel_command,
     overhead,
     serving,
     soak,
@@ -65,6 +67,7 @@ def _define() -> None:
     )
     absl_flags.DEFINE_string("results", provenance.RESULTS, "Folder of all results.")
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
+    kernel_command.define(_FLAGS)
 
 
 def _mixes() -> dict[str, tuple[workload_file.WorkRequest, ...]]:
@@ -261,12 +264,21 @@ def _gpu_check() -> int:
     return console.FAILED if failed else 0
 
 
+def _kernels() -> int:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    command = ("python", "-m", "nanoflow_jax.bench", *sys.argv[1:])
+    return kernel_command.run(_FLAGS, say=say, stream=sys.stderr, command=command)
+
+
 _BENCHMARKS = {
     "throughput": _throughput,
     "serving": _serving,
     "overhead": _overhead,
     "soak": _soak,
     "gpu_check": _gpu_check,
+    "kernels": _kernels,
 }
 
 

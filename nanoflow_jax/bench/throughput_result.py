@@ -16,6 +16,8 @@ from nanoflow_jax.workload import file as workload_file
 
 # Not known before the memory is: it may differ from day to day with the same work done.
 _NOT_PLANNED = ("device", "model_bytes", "cache_bytes", "num_pages")
+# Ends of the names of kernels' modules.
+_MODULES = {kernel_choice.Maker.MOSAIC: "", kernel_choice.Maker.TRITON: "_triton"}
 _PLACES = ("model", "cache_dir")
 
 
@@ -72,9 +74,9 @@ def plan(settings: build.Settings) -> dict[str, Any]:
 
 
 def kernels(settings: build.Settings) -> list[str]:
-    """Modules of pallas_kernels that the engine uses; an operation has the name of its kernel's."""
+    """Modules of pallas_kernels that the engine uses: named as the operation, and by the maker."""
     chosen = settings.kernels.by_operation.items()
-    return [str(name) for name, one in chosen if one.maker is kernel_choice.Maker.MOSAIC]
+    return [f"{name}{_MODULES[one.maker]}" for name, one in chosen if one.maker in _MODULES]
 
 
 def sample(

@@ -244,7 +244,6 @@ def _build_one(
         page_size=page_size,
     )
     choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
-    _LOG.info("kernels: %s", choices)
     model = _load(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(

@@ -12,6 +12,7 @@ _SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
 _SCALED: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
     "bytes/s": ("B/s", _LARGE),
     "FLOP/s": ("FLOP/s", _LARGE),
+    "operations/s": ("FLOP/s", _LARGE),
     "s": ("s", _SMALL),
 }
 
@@ -62,11 +63,22 @@ def name(folder: Path) -> str:
 
 def quantity(value: float, unit: str) -> str:
     """A value with its unit, in four digits: `3.905 TB/s`, `12.3 ms`, `412.3 tokens/s`."""
+    factor, shown = _scaled(value, unit)
+    return f"{number(value / factor)} {shown}"
+
+
+def span(low: float, high: float, unit: str) -> str:
+    """Two values in the unit that suits the larger: `3.8 - 4.1 TB/s`."""
+    factor, shown = _scaled(high, unit)
+    return f"{number(low / factor)} - {number(high / factor)} {shown}"
+
+
+def _scaled(value: float, unit: str) -> tuple[float, str]:
     short, scales = _SCALED.get(unit, (unit, ()))
     for factor, prefix in scales:
         if abs(value) >= factor:
-            return f"{number(value / factor)} {prefix}{short}"
-    return f"{number(value)} {short}"
+            return factor, f"{prefix}{short}"
+    return 1.0, short
 
 
 def number(value: float) -> str:

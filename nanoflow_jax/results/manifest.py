@@ -14,9 +14,20 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SAMPLES = "samples.jsonl.gz"
 TOKENS = "tokens.json"
+CURVES = "curves.svg"
 LOG = "log.txt"
-# All that a folder may hold besides the manifest: eight files at most.
-FILES = (SAMPLES, "kernels.csv.gz", "ctas.npz", "program.tar.gz", "smi.csv", TOKENS, LOG)
+DRIVER = "smi.csv"
+# All that a folder may hold besides the manifest; no kind has all of them.
+FILES = (
+    SAMPLES,
+    "kernels.csv.gz",
+    "ctas.npz",
+    "program.tar.gz",
+    DRIVER,
+    TOKENS,
+    CURVES,
+    LOG,
+)
 _NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9]+)*")
 
 
@@ -90,7 +101,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the code was that ran, and what it ran beside.
+    """What the code was that ran.
 
     Attributes:
         commit: Of the checkout; None if there was none.
@@ -98,8 +109,6 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         kernel_sources: SHA-256 of every file of pallas_kernels that was used, by path.
         versions: Of Python, packages and the driver.
         environment: Variables that jax and XLA read.
-        load: Programs that wanted a processor, on average over the minute before; above the number
-            of cores the machine was busy with other things. None if it was not noted.
     """
 
     commit: str | None
@@ -107,7 +116,6 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kernel_sources: dict[str, str]
     versions: dict[str, str]
     environment: dict[str, str]
-    load: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,6 +125,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         run: What was to be done.
         origin: By which code.
         date: Day of its beginning, in UTC, as YYYY-MM-DD.
+        load: Programs that wanted a processor, on average over the minute before; above the number
+            of cores the machine was busy with other things. None if it was not noted.
         status: "running" until the run has ended, by itself or with a message.
         message: Why it failed; empty if it did not.
         num_samples: How many were taken.
@@ -130,6 +140,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     run: Run
     origin: Origin
     date: str
+    load: float | None = None
     status: Literal["running", "done", "failed"] = "running"
     message: str = ""
     num_samples: int = 0

@@ -51,7 +51,6 @@ def collect(kernels: Iterable[str], *, project: Path = PROJECT) -> Origin:
         kernel_sources=kernel_sources(kernels, project=project),
         versions=_versions(),
         environment={k: v for k, v in sorted(os.environ.items()) if _VARIABLES.fullmatch(k)},
-        load=round(os.getloadavg()[0], 2),
     )
 
 

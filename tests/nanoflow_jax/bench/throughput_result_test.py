@@ -7,6 +7,7 @@ import sys
 
 import batch_runs
 import msgspec
+import pytest
 
 from nanoflow_jax import config
 from nanoflow_jax.bench import throughput, throughput_result
@@ -44,15 +45,12 @@ def test_a_result_says_which_work_was_done_with_which_knobs(tmp_path: pathlib.Pa
     assert throughput_result.planned(trained, build.open_model(knobs.model)).seed is None
 
 
-def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
+def _settings(**makers: kernel_choice.Maker) -> build.Settings:
     choices = {
-        operation: kernel_choice.Choice(maker=maker, reason="asked for")
-        for operation, maker in (
-            (kernel_choice.Operation.GEMM, kernel_choice.Maker.PLAIN),
-            (kernel_choice.Operation.DECODE_ATTENTION, kernel_choice.Maker.MOSAIC),
-        )
+        kernel_choice.Operation(name): kernel_choice.Choice(maker=maker, reason="asked for")
+        for name, maker in makers.items()
     }
-    settings = build.Settings(
+    return build.Settings(
         num_replicas=2,
         device="cpu",
         dtype="float32",
@@ -66,7 +64,12 @@ def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
         buckets=("4:4:0",),
         kernels=kernel_choice.Choices(by_operation=choices, num_ctas=48),
     )
-    assert throughput_result.kernels(settings) == ["decode_attention"]
+
+
+def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
+    settings = _settings(
+        gemm=kernel_choice.Maker.PLAIN, decode_attention=kernel_choice.Maker.MOSAIC
+    )
     assert throughput_result.plan(settings) == {
         "num_replicas": 2,
         "dtype": "float32",
@@ -81,9 +84,27 @@ def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
     }
 
 
-def test_each_operation_of_an_engine_has_the_name_of_its_kernel() -> None:
-    found = provenance.kernel_sources(kernel_choice.Operation)
-    assert {f"pallas_kernels/{name}.py" for name in kernel_choice.Operation} <= found.keys()
+@pytest.mark.parametrize(
+    ("makers", "modules"),
+    [
+        ({"gemm": "plain", "grouped_gemm": "plain"}, []),
+        (dict.fromkeys(kernel_choice.Operation, "Mosaic kernel"), [*kernel_choice.Operation]),
+        ({"decode_attention": "Triton kernel"}, ["decode_attention_triton"]),
+    ],
+)
+def test_an_engines_kernels_are_modules_whose_sources_are_found(
+    makers: dict[str, str], modules: list[str]
+) -> None:
+    chosen = {name: kernel_choice.Maker(maker) for name, maker in makers.items()}
+    found = throughput_result.kernels(_settings(**chosen))
+    assert found == modules
+    sources = provenance.kernel_sources(found)
+    assert {f"pallas_kernels/{name}.py" for name in modules} <= sources.keys()
+
+
+def test_every_maker_of_kernels_is_known() -> None:
+    for maker in set(kernel_choice.Maker) - {kernel_choice.Maker.PLAIN}:
+        assert throughput_result.kernels(_settings(decode_attention=maker))
 
 
 def test_a_run_is_a_sample_of_its_kind() -> None:

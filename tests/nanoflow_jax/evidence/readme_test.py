@@ -23,9 +23,8 @@ def test_figures_are_written_between_the_markers(checkout: pathlib.Path) -> None
         "# Title\n\n<!-- figures: toy-mix -->\n"
         "| device | what | median | from - to | samples | evidence |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
-        f"| Abacus 7, 2 | mix: output | 40 tokens/s | 25 tokens/s - 50 tokens/s | 3 | {run} |\n"
-        "| Abacus 7, 2 | mix: input and output | 64 tokens/s | 40 tokens/s - 80 tokens/s | 3 "
-        f"| {run} |\n"
+        f"| Abacus 7, 2 | mix: output | 40 tokens/s | 25 - 50 tokens/s | 3 | {run} |\n"
+        f"| Abacus 7, 2 | mix: input and output | 64 tokens/s | 40 - 80 tokens/s | 3 | {run} |\n"
         "<!-- end -->\n\nMore.\n"
     )
     assert readme.written(text, _verdicts(checkout)) == text
@@ -87,8 +86,12 @@ def _dirty(checkout: pathlib.Path) -> None:
     result_folders.write(checkout)
 
 
-@pytest.mark.parametrize("spoil", [_stale, _refused, _failed, _dirty])
-def test_only_verified_results_feed_the_readme(spoil, checkout: pathlib.Path) -> None:
+def _interpreted(checkout: pathlib.Path) -> None:
+    result_folders.write(checkout, plan={"interpreted": True})
+
+
+@pytest.mark.parametrize("spoil", [_stale, _refused, _failed, _dirty, _interpreted])
+def test_only_verified_measurements_feed_the_readme(spoil, checkout: pathlib.Path) -> None:
     spoil(checkout)
     with pytest.raises(ValueError, match="no verified result of today's kernels is named toy-mix"):
         readme.written(_TEXT, _verdicts(checkout))

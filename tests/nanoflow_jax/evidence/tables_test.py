@@ -82,6 +82,7 @@ def test_numbers_have_four_digits() -> None:
         (3.905e12, "bytes/s", "3.905 TB/s"),
         (7.5e8, "FLOP/s", "750 MFLOP/s"),
         (12.0, "FLOP/s", "12 FLOP/s"),
+        (7.124e14, "operations/s", "712.4 TFLOP/s"),
         (0.0123, "s", "12.3 ms"),
         (1.5e-6, "s", "1.5 us"),
         (90.0, "s", "90 s"),
@@ -91,3 +92,8 @@ def test_numbers_have_four_digits() -> None:
 )
 def test_quantities_have_units_of_their_size(value: float, unit: str, text: str) -> None:
     assert tables.quantity(value, unit) == text
+
+
+def test_both_ends_of_a_span_have_one_unit() -> None:
+    assert tables.span(9.5e8, 4.1e12, "bytes/s") == "0.00095 - 4.1 TB/s"
+    assert tables.span(25.0, 50.0, "tokens/s") == "25 - 50 tokens/s"

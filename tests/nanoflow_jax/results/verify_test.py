@@ -180,7 +180,7 @@ def test_a_result_from_before_a_field_was_added_is_still_verified(
 ) -> None:
     path = _write(checkout)
     fields = json.loads((path / manifest.MANIFEST).read_bytes())
-    del fields["origin"]["load"]
+    del fields["load"]
 
     def text() -> bytes:
         return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
@@ -189,7 +189,7 @@ def test_a_result_from_before_a_field_was_added_is_still_verified(
     fields["digest"] = hashlib.sha256(text()).hexdigest()
     _file(path, manifest.MANIFEST, text())
     assert _verify(path).complaints == ()
-    assert manifest.read(path).origin.load is None
+    assert manifest.read(path).load is None
 
 
 def test_a_folder_that_was_moved_is_refused(checkout: pathlib.Path) -> None:
