@@ -8,7 +8,7 @@ an edge in XLA's concurrent graph, which is how lanes stay lanes.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -80,6 +80,7 @@ def run(
     values = _Values(plan, layers, x, caches)
     done: dict[Node, list[Array]] = {}
     same_weights: dict[tuple[int, str], Node] = {}
+    idle: set[Node] = set()
     for node in graph.nodes:
         nano = plan.order[node.place]
         op = layers[node.layer].by_name[nano.operation]
@@ -88,7 +89,7 @@ def run(
             key = node.layer, op.name
             barriers = [same_weights[key]] if key in same_weights else []
             same_weights[key] = node
-        tokens = graph.token_edges.get(node, ()) if keep_lanes else ()
+        tokens = _tokens(graph, node, idle) if keep_lanes else ()
         call = Call(
             layer=node.layer,
             operation=op.name,
@@ -104,11 +105,20 @@ def run(
                 reads.append(values.read(node.layer, operations.CACHE, nano.tokens))
             written = run_operation(call, *reads)
         values.write(node.layer, op.writes, nano.tokens, written)
-        # What made nothing passes on what it waited for.
-        made = jax.tree.leaves(written)[:1]
-        done[node] = made or [array for first in (*tokens, *barriers) for array in done[first]]
+        done[node] = jax.tree.leaves(written)[:1]
+        if not done[node]:
+            idle.add(node)
+            # What comes after it comes after what it would have waited for.
+            done[node] = [array for first in (*tokens, *barriers) for array in done[first]]
     whole = TokenRange(0, plan.num_tokens)
     return values.read(len(layers), operations.X, whole), values.caches
+
+
+def _tokens(graph: Dependencies, node: Node, idle: Collection[Node]) -> tuple[Node, ...]:
+    """Whose output a node gets as a token: also what it waits for that made nothing to read."""
+    edges = graph.token_edges.get(node, ())
+    nothing = (first for first in graph.waits_for(node) if first in idle)
+    return tuple(dict.fromkeys((*edges, *nothing)))
 
 
 def _readers_before(graph: Dependencies, append: Node) -> list[Node]:

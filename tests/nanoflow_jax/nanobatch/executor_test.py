@@ -1,5 +1,7 @@
 """Any legal plan computes what the plain pass computes, with operations in whole numbers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,6 +265,33 @@ def test_a_lane_goes_on_behind_attention_that_had_nothing_to_do():
     assert all(call.token is None for call in decode), "nothing was made that one could wait for"
     products = [c.key for c in operations.calls if c.token is not None]
     assert "o.0" in products
+
+
+def test_what_reads_nothing_from_idle_attention_waits_for_what_that_waited_for():
+    written = {}
+
+    class NoDecode(_Numbers):
+        def __call__(self, call, *reads):
+            written[call.key] = super().__call__(call, *reads)
+            return written[call.key]
+
+        def _decode_tokens(self, tokens):
+            return [own[:0] for own in super()._decode_tokens(tokens)]
+
+    halves = builders.halves(LayerShape(), num_tokens=8, device=builders.Device(granule=4))
+    by_key = dict(zip(halves.keys, halves.order, strict=True))
+    order = [
+        dataclasses.replace(by_key[f"{name}.{half}"], lane=None, num_ctas=None, shift=0)
+        for half in (0, 1)
+        for name in halves.graph.by_name
+    ]
+    late = order.index(next(n for n in order[9:] if n.operation == "decode_attention"))
+    order[late] = dataclasses.replace(order[late], after=("up_gate.0",))
+    operations = NoDecode(halves)
+    plan = dataclasses.replace(halves, order=tuple(order))
+    _run(plan, num_layers=1, operations=operations, keep_lanes=True)
+    (call,) = (c for c in operations.calls if c.key == "o.1")
+    assert call.token is written["up_gate.0"]
 
 
 def test_layers_of_two_kinds_run_in_one_plan():
