@@ -7,14 +7,24 @@
 import contextlib
 import functools
 import inspect
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+try:
+    from jax.experimental.pallas import triton as plt
+except ImportError:  # deprecated since 0.11: "will be removed in a future version"
+    plt = None  # type: ignore[assignment]
 
 _VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 # 0.10 interprets products only: no transposed shared memory, no casts of layouts.
 CAN_INTERPRET_MOSAIC = _VERSION >= (0, 11)
+# The backend for GPUs older than Hopper; 0.12.0.1 still has it.
+HAS_PALLAS_TRITON = plt is not None
 
 
 def interpret_gpu_params(**options: Any) -> Any:
@@ -80,3 +90,68 @@ def abstract_gpu(kind: str, num_sms: int) -> contextlib.AbstractContextManager[A
     # An empty mesh: with an explicit axis the transforms of Mosaic refs fail on 0.11.2.
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=AbstractDevice(**fields))
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def device_kernels(launch: Callable[[], object]) -> list[tuple[str, float]]:
+    """Kernels that ran on the GPU, in their order, as CUPTI saw them.
+
+    Args:
+        launch: Starts work and waits for it.
+
+    Returns:
+        Name and seconds of each.
+
+    Raises:
+        RuntimeError: CUPTI cannot be used: there is no GPU, or another profiler uses it.
+    """
+    try:
+        from jax._src.lib import mosaic_gpu
+    except ImportError as error:
+        raise RuntimeError("jax has no CUDA plugin here, and with it no CUPTI") from error
+    extension: Any = mosaic_gpu._mosaic_gpu_ext
+    extension._cupti_init()
+    try:
+        launch()
+    finally:
+        # Not detached for good: it will be asked again.
+        timings = extension._cupti_get_timings(False)
+    return [(name, 1e-3 * milliseconds) for name, milliseconds in timings]
+
+
+def triton_call(
+    body: Callable[..., None],
+    *,
+    out_shape: Any,
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """A kernel for Pallas' Triton backend, to be called with its operands.
+
+    Args:
+        body: Takes refs of the operands, then of the results, all in global memory.
+        out_shape: Shapes and dtypes of what it writes.
+        grid: Programs along each axis.
+        num_warps: Of a program.
+        num_stages: Steps of a loop whose loads are on their way at a time.
+        interpret: Whether to run on whatever is at hand instead of a GPU.
+
+    Raises:
+        ValueError: This jax has no such backend.
+    """
+    if plt is None:
+        raise ValueError(
+            f"jax {jax.__version__} has no Triton backend of Pallas; 0.12.0.1 still has it"
+        )
+    # The warning comes when the program is lowered, where no context of ours reaches.
+    warnings.filterwarnings(
+        "ignore", "The Pallas Triton backend is deprecated", category=DeprecationWarning
+    )
+    return pl.pallas_call(
+        body,
+        out_shape=out_shape,
+        grid=grid,
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+    )

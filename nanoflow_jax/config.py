@@ -22,6 +22,16 @@ class KernelUse(enum.StrEnum):
     PLAIN = "plain"
     PALLAS = "pallas"
     INTERPRET = "interpret"
+    TRITON = "triton"
+    INTERPRET_TRITON = "interpret_triton"
+
+
+class Executor(enum.StrEnum):
+    """Who decides what of a plan runs beside what; `engine.executors` says how."""
+
+    AUTO = "auto"
+    SEQUENTIAL = "sequential"
+    GRAPH = "graph"
 
 
 def knob(
@@ -150,7 +160,9 @@ class KernelsSection:
     )
     grouped_gemm: KernelUse = knob(KernelUse.AUTO, f"Products of experts. {_KERNEL_USES}")
     decode_attention: KernelUse = knob(
-        KernelUse.AUTO, "Attention of decode rows; as --kernel_grouped_gemm."
+        KernelUse.AUTO,
+        "Attention of decode rows; as --kernel_grouped_gemm. triton: the kernel for Ampere and "
+        "Ada, on Hopper too; interpret_triton: that one, interpreted on a CPU.",
     )
     prefill_attention: KernelUse = knob(
         KernelUse.AUTO, "Attention of prompt chunks; as --kernel_grouped_gemm."
@@ -169,8 +181,43 @@ class ParallelSection:
     tensor_parallel: int = knob(
         1, "Devices that share each layer: kv heads, feed-forward width and vocabulary.", low=1
     )
+    data_parallel: int = knob(
+        1,
+        "Replicas of the model, each on devices of its own; requests go to the least busy.",
+        low=1,
+    )
     expert_parallel: bool = knob(
         False, "Whole experts on each of these devices, instead of a part of every expert."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSection:
+    """How the layers of a step are cut into nano-batches and ordered."""
+
+    PREFIX = ""
+
+    plan: str = knob(
+        "one",
+        "How layers run. one: the whole dense batch, one operation after another; halves: "
+        "attention and collectives of one half beside products of the other; or a JSON file of "
+        "plans, one for each size of bucket, other buckets running as with one.",
+    )
+    plan_min_tokens: int = knob(
+        0, "Smallest bucket that --plan=halves cuts. 0: any that has tokens enough.", low=0
+    )
+    plan_granule: int = knob(
+        128, "Tokens of which nano-batches of --plan=halves are multiples.", low=1
+    )
+
+    executor: Executor = knob(
+        Executor.AUTO,
+        "Who runs a plan. graph: CUDA graphs whose parts wait only for what they read; "
+        "sequential: XLA's own order, one after another. auto: graph on a GPU where a plan cuts, "
+        "else sequential.",
     )
 
     def __post_init__(self) -> None:
@@ -203,6 +250,7 @@ class EngineConfig:
     batch: BatchSection = dataclasses.field(default_factory=BatchSection)
     kernels: KernelsSection = dataclasses.field(default_factory=KernelsSection)
     parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
+    plans: PlanSection = dataclasses.field(default_factory=PlanSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
 
     @classmethod

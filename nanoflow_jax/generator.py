@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine import engine as engine_lib
+from nanoflow_jax.engine import interface
 from nanoflow_jax.tokenizer import bad_words, detokenizer, stop, tokenizer
 
 
@@ -111,7 +111,7 @@ class Generator:
     `request_id/index`.
     """
 
-    def __init__(self, engine: engine_lib.Engine, words: tokenizer.Tokenizer | None) -> None:
+    def __init__(self, engine: interface.TokenEngine, words: tokenizer.Tokenizer | None) -> None:
         """Wraps an engine.
 
         Args:

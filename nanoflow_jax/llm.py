@@ -17,8 +17,7 @@ import numpy as np
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import generator
-from nanoflow_jax.engine import build
-from nanoflow_jax.engine import engine as engine_lib
+from nanoflow_jax.engine import build, interface
 from nanoflow_jax.request import Choice, Completion, FinishReason, SamplingParams, TokenLogprobs
 from nanoflow_jax.tokenizer import tokenizer, tool_formats
 from nanoflow_jax.tokenizer import words as words_lib
@@ -109,7 +108,7 @@ class LLM:
     def _start(self, config: config_lib.EngineConfig, reports: build.Reports | None) -> None:
         self._source = build.open_model(config.model)
         self.words = self._load_words(config.model.tool_format)
-        self.engine: engine_lib.Engine = build.build_engine(config, self._source, reports)
+        self.engine: interface.TokenEngine = build.build_engine(config, self._source, reports)
         self.generator = generator.Generator(self.engine, self.words.tokenizer)
         self._num_requests = 0
 

@@ -6,7 +6,8 @@ needs some 90 KB, and here pages are fetched into all shared memory that queries
 
 The kernel itself is in `decode_role`; the shares of its workers come from `work_list`. A segment
 that is not cut leaves the kernel as it is; of the others, parts leave in float32, which a second
-small kernel merges.
+small kernel merges. Heads up to 176 leave all values in registers; those of 192 spill 16 bytes and
+those of 256 spill 500, and keep few tiles on their way: they are slow.
 
 Accuracy: products of the inputs as they are, summed in float32; running softmax to the base 2 in
 float32, with the GPU's exp2 (2 units of the last place); weights rounded to the cache's dtype
@@ -16,6 +17,7 @@ Source: split keys: Flash-Decoding (Dao et al., 2023), and Stream-K (arXiv 2301.
 shares; running softmax: Milakov and Gimelshein, arXiv 1805.02867.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,16 +25,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.decode_role import NARROW_HEAD_DIM, DecodeOptions, DecodeRefs, decode_role
+from pallas_kernels.decode_role import DecodeOptions, DecodeRefs, decode_role
 from pallas_kernels.merge_parts import COLUMN_MULTIPLE, merge_runs
 from pallas_kernels.work_list import PARTS_PER_GROUP, TILE_LEN, WORKERS_PER_CTA, WorkList
 
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
+_DTYPES = ("bfloat16", "float16")
 _MOST_GROUP = 16
 _MOST_HEAD_DIM = 256
 _COLUMN_MULTIPLE = 16
-_WIDE_COLUMN_MULTIPLE = 64
 
 
 def decode_attention(
@@ -119,21 +121,16 @@ def prepare_decode(
     tables = (page_table, context_lens, work.live, work.workers)
 
     def finish(out: Any, parts: Any, part_weights: Any) -> Float[Array, "R N H"]:
-        groups, row_groups = jnp.asarray(work.groups), jnp.asarray(work.row_groups)
         merged = merge_runs(
             parts,
             part_weights,
-            groups,
+            jnp.asarray(work.groups),
             num_rows=group,
             dtype=out.dtype,
             num_ctas=merge_ctas,
             interpret=interpret,
         )
-        is_merged = (row_groups < groups.shape[0])[:, None, None]
-        merged = merged.at[row_groups, :, :H].get(mode="clip")
-        out = jnp.where(is_merged, merged, out[:, :group]).reshape(R, N, H)
-        # The kernel wrote nothing for rows without tokens.
-        return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
+        return finish_decode(out[:, :group], merged[:, :, :H], context_lens, work)
 
     return mosaic.Kernel(
         operands=[rows, cache, *(jnp.asarray(table) for table in tables)],
@@ -182,28 +179,56 @@ def decode_attention_reference(
     return jnp.where(length > 0, mixed.reshape(R, N, H), 0.0).astype(q.dtype)
 
 
-def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:
+def finish_decode(
+    out: Float[Array, "RK G H"],
+    merged: Float[Array, "B G H"],
+    context_lens: Int32[Array, "R"],
+    work: WorkList,
+) -> Float[Array, "R N H"]:
+    """Results of all rows, from those of whole segments and those merged from parts."""
+    row_groups = jnp.asarray(work.row_groups)
+    is_merged = (row_groups < merged.shape[0])[:, None, None]
+    out = jnp.where(is_merged, merged.at[row_groups].get(mode="clip"), out)
+    out = out.reshape(context_lens.shape[0], -1, out.shape[2])
+    # Kernels write nothing for rows without tokens.
+    return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
+
+
+def check_batch(
+    q: Any,
+    cache: Any,
+    page_table: Any,
+    context_lens: Any,
+    work: WorkList,
+    *,
+    dtypes: Sequence[str],
+    most_group: int,
+) -> None:
+    """Raises ValueError unless operands fit each other and the plan, and these limits.
+
+    Args:
+        q: Queries, as the other operands those of `decode_attention`.
+        cache: Pages.
+        page_table: Pages of each request.
+        context_lens: Tokens of each request.
+        work: The plan.
+        dtypes: That q and the cache may have.
+        most_group: Query heads that a kv head may have.
+    """
     if q.ndim != 3 or cache.ndim != 5 or cache.shape[1] != 2 or q.shape[2] != cache.shape[4]:
         raise ValueError(f"q{q.shape} and cache{cache.shape} are not [R, N, H] and [P, 2, K, S, H]")
     if 0 in (*q.shape, *cache.shape, *page_table.shape):
         raise ValueError(
             f"q{q.shape}, cache{cache.shape} and page_table{page_table.shape} must not be empty"
         )
-    if q.dtype != cache.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype != cache.dtype or str(q.dtype) not in dtypes:
         raise ValueError(
-            f"q is {q.dtype} and cache {cache.dtype}; both must be bfloat16 or float16"
+            f"q is {q.dtype} and cache {cache.dtype}; both must be {' or '.join(dtypes)}"
         )
-    (R, N, H), (K, S) = q.shape, cache.shape[2:4]
-    if N % K or N // K > _MOST_GROUP:
-        raise ValueError(f"N={N} query heads are not 1 to {_MOST_GROUP} for each of K={K} kv heads")
-    multiple = _COLUMN_MULTIPLE if H <= NARROW_HEAD_DIM else _WIDE_COLUMN_MULTIPLE
-    if H % multiple or H > _MOST_HEAD_DIM:
-        raise ValueError(f"head_dim={H} is no multiple of {multiple} up to {_MOST_HEAD_DIM}")
-    if S < mosaic.TILE_ROWS or (TILE_LEN % S and S % TILE_LEN):
-        raise ValueError(
-            f"page_size={S} must be at least {mosaic.TILE_ROWS} and divide {TILE_LEN}, "
-            "or be a multiple of it"
-        )
+    (R, N, _), K = q.shape, cache.shape[2]
+    group, rest = divmod(N, K)
+    if rest or group > most_group:
+        raise ValueError(f"N={N} query heads are not 1 to {most_group} for each of K={K} kv heads")
     for name, table, axes in (
         ("page_table", page_table, "R M"),
         ("context_lens", context_lens, "R"),
@@ -219,4 +244,18 @@ def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkLis
     if found != wanted or num_workers % WORKERS_PER_CTA:
         raise ValueError(
             f"work has shapes {found}; a plan for R={R} requests and K={K} kv heads has {wanted}"
+        )
+
+
+def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:
+    check_batch(q, cache, page_table, context_lens, work, dtypes=_DTYPES, most_group=_MOST_GROUP)
+    S, H = cache.shape[3:]
+    if H % _COLUMN_MULTIPLE or H > _MOST_HEAD_DIM:
+        raise ValueError(
+            f"head_dim={H} is no multiple of {_COLUMN_MULTIPLE} up to {_MOST_HEAD_DIM}"
+        )
+    if S < mosaic.TILE_ROWS or (TILE_LEN % S and S % TILE_LEN):
+        raise ValueError(
+            f"page_size={S} must be at least {mosaic.TILE_ROWS} and divide {TILE_LEN}, "
+            "or be a multiple of it"
         )

@@ -27,10 +27,6 @@ _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30
 # Rows of a warpgroup's product, of which one kv head's query heads are the first.
 _ROWS = 64
-# The most whose scores of a whole tile, 64 tokens, fit into registers beside results. Of wider heads
-# tiles are half as long, and columns must come in units of a layout's 64 rows.
-NARROW_HEAD_DIM = 176
-_SHORT_TILE_LEN = TILE_LEN // 2
 # Up to it there are registers enough for results to leave in wide slices.
 _WIDE_SLICE_HEAD_DIM = 128
 _QUERY_SLOTS = 2
@@ -39,7 +35,7 @@ _OUT_COLUMNS = 64
 _PART_COLUMNS = 32
 # Barriers of one array have their phases in one 32-bit register.
 _MOST_STAGES = 32 // WORKERS_PER_CTA
-_BARRIER_BYTES = 2048
+_BARRIER_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +56,15 @@ class DecodeOptions:
             raise ValueError(f"window={self.window} is not at least 1; None sees all tokens")
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap={self.softcap} is not above 0; None leaves scores alone")
+
+    def powers(self, products: Any) -> Any:
+        """Scores of products of queries and keys, as powers of 2."""
+        if self.softcap is None:
+            return products * (self.scale * _LOG2_E)
+        # tanh(x) = 1 - 2 / (1 + e^2x); the GPU's own tanh is good to 11 bits only.
+        exponential = jnp.exp2(products * (2 * self.scale / self.softcap * _LOG2_E))
+        limit = self.softcap * _LOG2_E
+        return limit - (2 * limit) / (1.0 + exponential)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +95,8 @@ class _Decode:
         self._dtype = refs.cache.dtype
         _, _, self._num_kv_heads, self._page_size, self._head_dim = refs.cache.shape
         self._group = refs.q.shape[1]
-        self._tile_len = _SHORT_TILE_LEN if self._head_dim > NARROW_HEAD_DIM else TILE_LEN
         # Pages, or parts of one, in a tile.
-        self._pieces = max(1, self._tile_len // self._page_size)
+        self._pieces = max(1, TILE_LEN // self._page_size)
         # Queries lie so close that the product of one reads rows of the next, to no effect. The
         # race detector would rightly see a write to those, so interpreted ones lie apart.
         self._query_step = _ROWS if options.interpreted else self._group
@@ -107,7 +111,6 @@ class _Decode:
             workers=refs.workers,
             context_lens=refs.context_lens,
             num_kv_heads=self._num_kv_heads,
-            tiles_each=TILE_LEN // self._tile_len,
         )
 
     def _num_stages(self) -> int:
@@ -117,7 +120,7 @@ class _Decode:
         queries = query_rows * self._head_dim * itemsize
         out_row = self._out_columns * itemsize + self._part_columns * 4
         out = WORKERS_PER_CTA * _ROWS * out_row
-        tile = self._tile_len * self._head_dim * itemsize
+        tile = TILE_LEN * self._head_dim * itemsize
         if self._options.interpreted:
             return 3  # fewer than a test's tiles
         left = mosaic.SHARED_BYTES - queries - out - _BARRIER_BYTES
@@ -130,19 +133,19 @@ class _Decode:
 
             @pl.when(warpgroup == mosaic.MEMORY_WARPGROUP)
             def _() -> None:
-                plgpu.set_max_registers(mosaic.ATTENTION_MEMORY_REGISTERS, action="decrease")
+                plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
                 self._fetch(index, num_ctas, scratch_refs)
 
             @pl.when(warpgroup < WORKERS_PER_CTA)
             def _() -> None:
-                plgpu.set_max_registers(mosaic.ATTENTION_COMPUTE_REGISTERS, action="increase")
+                plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
                 self._compute(index, num_ctas, warpgroup, scratch_refs)
 
         pl.run_scoped(scope, collective_axes="warpgroup", **self._scratch())
 
     def _scratch(self) -> dict[str, Any]:
         workers, head_dim, dtype = WORKERS_PER_CTA, self._head_dim, self._dtype
-        wide = mosaic.swizzled(head_dim, dtype, most_columns=self._tile_len)
+        wide = mosaic.swizzled(head_dim, dtype)
 
         def slices(columns: int, dtype: Any) -> Any:
             shape = (workers, _ROWS, columns)
@@ -151,7 +154,7 @@ class _Decode:
         scratch = {
             "queries": plgpu.SMEM((self._query_rows, head_dim), dtype, transforms=wide),
             "tiles": plgpu.SMEM(
-                (workers, self._stages, self._tile_len, head_dim), dtype, transforms=wide
+                (workers, self._stages, TILE_LEN, head_dim), dtype, transforms=wide
             ),
             "out": slices(self._out_columns, dtype),
             "part": slices(self._part_columns, jnp.float32),
@@ -164,9 +167,9 @@ class _Decode:
             "tile_empty": plgpu.Barrier(num_barriers=workers * self._stages),
         }
         if self._options.interpreted:
-            shape = (workers, _ROWS, self._tile_len)
+            shape = (workers, _ROWS, TILE_LEN)
             scratch["weights"] = plgpu.SMEM(
-                shape, dtype, transforms=mosaic.swizzled(self._tile_len, dtype)
+                shape, dtype, transforms=mosaic.swizzled(TILE_LEN, dtype)
             )
         return scratch
 
@@ -179,7 +182,7 @@ class _Decode:
         def one_cta(i: Any, counts: Any) -> Any:
             first_worker = (index + i * num_ctas) * WORKERS_PER_CTA
             begins = [self._walk.begin(first_worker + slot)[0] for slot in workers]
-            num_tiles = jnp.maximum(*(begin.left for begin in begins)) * self._walk.tiles_each
+            num_tiles = jnp.maximum(*(begin.left for begin in begins))
 
             def step(_: Any, states: Any) -> Any:
                 return tuple(self._fetch_one(slot, states[slot], s) for slot in workers)
@@ -237,14 +240,14 @@ class _Decode:
 
     def _pages(self, item: Item, tile: Any) -> list[tuple[Any, Any]]:
         """Page and first token in it for each piece of a tile."""
-        table, tile_len, page_size = self._refs.page_table, self._tile_len, self._page_size
+        table, page_size = self._refs.page_table, self._page_size
         # Past the last page its like is fetched again: the number of arrivals stays the same.
         last = lax.div(item.length - 1, jnp.int32(page_size))
-        if page_size > tile_len:
+        if page_size > TILE_LEN:
             # Written so that the compiler sees what first tokens are multiples of.
-            num_tiles = jnp.int32(page_size // tile_len)
+            num_tiles = jnp.int32(page_size // TILE_LEN)
             number = jnp.minimum(lax.div(tile, num_tiles), last)
-            return [(table[item.request, number], lax.rem(tile, num_tiles) * tile_len)]
+            return [(table[item.request, number], lax.rem(tile, num_tiles) * TILE_LEN)]
         numbers = [jnp.minimum(tile * self._pieces + i, last) for i in range(self._pieces)]
         return [(table[item.request, number], 0) for number in numbers]
 
@@ -258,7 +261,7 @@ class _Decode:
         def _() -> None:
             plgpu.barrier_wait(s.tile_empty.at[barrier])
 
-        piece_len = self._tile_len // self._pieces
+        piece_len = TILE_LEN // self._pieces
         for i, (page, token) in enumerate(pages):
             plgpu.copy_gmem_to_smem(
                 self._refs.cache.at[page, part, head, pl.ds(token, piece_len)],
@@ -324,7 +327,7 @@ class _Decode:
     ) -> Any:
         """Adds the tile whose keys are number `count` in the worker's ring, its values the next."""
         mixed, top, total = running
-        first_token = tile * self._tile_len
+        first_token = tile * TILE_LEN
         keys, values = (lax.rem(count + i, jnp.int32(self._stages)) for i in range(2))
 
         plgpu.barrier_wait(s.tile_full.at[keys + slot * self._stages])
@@ -333,9 +336,9 @@ class _Decode:
             plgpu.wgmma(accumulator, query, s.tiles.at[slot, keys].transpose((1, 0)))
             return accumulator[...]
 
-        scores = pl.run_scoped(product, plgpu.ACC((_ROWS, self._tile_len), jnp.float32))
+        scores = pl.run_scoped(product, plgpu.ACC((_ROWS, TILE_LEN), jnp.float32))
         plgpu.barrier_arrive(s.tile_empty.at[keys + slot * self._stages])
-        scores = self._scaled(scores)
+        scores = self._options.powers(scores)
         seen = self._is_seen(item, first_token, scores.shape, 1)
         scores = jnp.where(seen, scores, _LOWEST)
         new_top = jnp.maximum(top, scores.max(axis=1))
@@ -350,15 +353,6 @@ class _Decode:
         plgpu.barrier_arrive(s.tile_empty.at[values + slot * self._stages])
         return mixed, new_top, total
 
-    def _scaled(self, scores: Any) -> Any:
-        """Scores for powers of 2."""
-        scale, softcap = self._options.scale, self._options.softcap
-        if softcap is None:
-            return scores * (scale * _LOG2_E)
-        # tanh(x) = 1 - 2 / (1 + e^2x); the GPU's own tanh is good to 11 bits only.
-        exponential = jnp.exp2(scores * (2 * scale / softcap * _LOG2_E))
-        return (softcap * _LOG2_E) - (2 * softcap * _LOG2_E) / (1.0 + exponential)
-
     def _is_seen(self, item: Item, first_token: Any, shape: tuple[int, int], axis: int) -> Any:
         iota = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
         is_seen = iota < item.length - first_token
@@ -368,23 +362,20 @@ class _Decode:
 
     def _zero_unseen(self, item: Item, first_token: Any, tile: Any) -> None:
         """A weight of 0 is not enough: 0 * NaN is NaN, and a page may hold an older owner's."""
-        has_unseen = first_token + self._tile_len > item.length
+        has_unseen = first_token + TILE_LEN > item.length
         if self._options.window is not None:
             has_unseen |= first_token < item.length - self._options.window
 
         @pl.when(has_unseen)
         def _() -> None:
             # Some columns at a time, in a loop that stays one: registers are short here.
-            is_short = self._tile_len < _ROWS
-            width = _ROWS if is_short else mosaic.swizzled_columns(self._head_dim, self._dtype)
+            width = mosaic.swizzled_columns(self._head_dim, self._dtype)
 
             @pl.loop(0, self._head_dim // width)
             def _(i: Any) -> None:
                 some = tile.at[:, pl.ds(i * width, width)]
-                if is_short:  # too short to be the rows of a layout
-                    some = some.transpose((1, 0))
                 values = some[...]
-                seen = self._is_seen(item, first_token, values.shape, int(is_short))
+                seen = self._is_seen(item, first_token, values.shape, 0)
                 some[...] = jnp.where(seen, values, jnp.zeros((), values.dtype))
 
             plgpu.commit_smem()

@@ -5,7 +5,6 @@ warpgroups per CTA of which the last one only moves memory.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +20,6 @@ MEMORY_WARPGROUP = COMPUTE_WARPGROUPS
 # Registers a thread: 2 x 232 + 40 for 128 threads each fit into the 65536 of an SM.
 COMPUTE_REGISTERS = 232
 MEMORY_REGISTERS = 40
-# The same of attention, whose pages cost the warpgroup that moves memory more of them.
-ATTENTION_COMPUTE_REGISTERS = COMPUTE_REGISTERS - 8
-ATTENTION_MEMORY_REGISTERS = MEMORY_REGISTERS + 8 * COMPUTE_WARPGROUPS
 # Shared memory that one CTA may have on Hopper, bytes (CUDA C programming guide, table of
 # compute capabilities).
 SHARED_BYTES = 232_448
@@ -33,22 +29,13 @@ _ROW_BYTES = 16
 TILE_ROWS = 8
 
 
-def swizzled(
-    num_columns: int, dtype: Any, *, most_columns: int | None = None
-) -> tuple[plgpu.Transform, ...]:
+def swizzled(num_columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
     """How WGMMA wants rows of so many columns laid out in shared memory.
-
-    Args:
-        num_columns: Of a row.
-        dtype: Of what is in it.
-        most_columns: Of the tiles that rows are cut into; a product sums over a multiple of them.
 
     Raises:
         ValueError: The row is no multiple of 32 bytes.
     """
     tile_columns = swizzled_columns(num_columns, dtype)
-    if most_columns is not None:
-        tile_columns = swizzled_columns(math.gcd(tile_columns, most_columns), dtype)
     tiling = plgpu.TilingTransform((TILE_ROWS, tile_columns))
     return (tiling, plgpu.SwizzleTransform(tile_columns * jnp.dtype(dtype).itemsize))
 

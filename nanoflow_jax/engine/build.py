@@ -5,7 +5,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -18,10 +18,14 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import (
     compiler,
     engine,
+    executors,
     implementations,
     inputs,
+    interface,
     kernel_choice,
+    plan_choice,
     programs,
+    replicas,
     runner,
 )
 from nanoflow_jax.grammar import grammars
@@ -72,8 +76,9 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a build chose, for people to read."""
+    """What a build chose, for people to read; of each replica, where there are several."""
 
+    num_replicas: int
     device: str
     dtype: str
     model_bytes: int
@@ -180,22 +185,44 @@ def _run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype
 
 def build_engine(
     config: config_lib.EngineConfig, source: ModelSource, reports: Reports | None = None
-) -> engine.Engine:
-    """Loads the model, makes the cache and compiles every program.
+) -> interface.TokenEngine:
+    """Loads the model, makes the cache and compiles every program, for each replica.
 
     Args:
         config: The knobs.
         source: The opened model.
-        reports: Called while it goes on.
+        reports: Called while it goes on; of the settings, which are those of each replica, once.
 
     Raises:
         ValueError: The knobs do not fit each other, the model or the memory.
     """
     reports = reports or Reports()
-    device = jax.devices()[0]
+    _use_compile_cache(config.compile.cache_dir)
+    groups = _device_groups(config.parallel)
+    first = _build_one(config, source, reports, groups[0])
+    if len(groups) == 1:
+        return first
+    engines: list[interface.TokenEngine] = [first]
+    quiet = dataclasses.replace(reports, settings=lambda settings: None)
+    try:
+        for devices in groups[1:]:
+            engines.append(_build_one(config, source, quiet, devices))
+    except BaseException:
+        for one in engines:
+            one.close()
+        raise
+    return replicas.Replicas(engines)
+
+
+def _build_one(
+    config: config_lib.EngineConfig,
+    source: ModelSource,
+    reports: Reports,
+    devices: Sequence[jax.Device],
+) -> engine.Engine:
+    device = devices[0]
     defaults = _CPU if device.platform == "cpu" else _GPU
     dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
-    _use_compile_cache(config.compile.cache_dir)
     context = context_len(config.model, source.config)
     asked = config.batch.dense_batch
     max_requests = config.batch.max_requests or min(
@@ -209,14 +236,28 @@ def build_engine(
         )
     bucket_list = _buckets(config.batch.buckets, max_requests, dense_batch)
     placement = loading.place_model(
-        source.config,
-        _devices(config.parallel.tensor_parallel),
-        split_experts=config.parallel.expert_parallel,
+        source.config, devices, split_experts=config.parallel.expert_parallel
     )
     page_size = min(config.cache.page_size or defaults.page_size, context)
-    served = kernel_choice.Served(config=source.config, dtype=dtype, page_size=page_size)
-    choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
-    _LOG.info("kernels: %s", choices)
+    served = kernel_choice.Served(
+        config=loading.share_of_one_device(source.config, placement),
+        dtype=dtype,
+        page_size=page_size,
+    )
+    machine = kernel_choice.machine_of(device)
+    shape = dataclasses.replace(source.config.layer_shape, num_devices=placement.num_devices)
+    plans = plan_choice.choose(
+        config.plans, bucket_list, shape, num_sms=kernel_choice.num_ctas(machine)
+    )
+    executor = executors.choose(
+        config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
+    )
+    choices = kernel_choice.choose(
+        config.kernels,
+        machine,
+        served,
+        caps_products=executors.caps_products(plans.values()),
+    )
     model = _load(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(
@@ -225,6 +266,7 @@ def build_engine(
         served,
         most_pages=max_requests * max_pages,
         page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
+        num_replicas=config.parallel.data_parallel,
     )
     sizes = programs.Sizes(
         max_requests=max_requests,
@@ -237,14 +279,16 @@ def build_engine(
         attention=implementations.attention(
             choices,
             layout=kv_layout,
-            group=source.config.group_size // placement.kv_copies,
-            windows=source.config.distinct_windows,
+            group=served.config.group_size,
+            windows=served.config.distinct_windows,
             tile_len=min(defaults.tile_len, dense_batch),
         ),
+        plans=plans,
     )
     reports.settings(
         Settings(
-            device=_device_name(placement),
+            num_replicas=config.parallel.data_parallel,
+            device=_device_name(device.device_kind, config.parallel),
             dtype=dtype.name,
             model_bytes=loading.model_bytes(source.config, dtype),
             cache_bytes=kv_layout.shape.cache_bytes
@@ -267,7 +311,7 @@ def build_engine(
         max_context_len=context,
         placement=placement,
         threads=config.compile.threads,
-        options={},
+        executor=executor,
         operations=implementations.operations(choices),
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
@@ -343,19 +387,23 @@ def _load(
     )
 
 
-def _devices(count: int) -> list[jax.Device]:
-    found = jax.devices()
-    if count > len(found):
+def _device_groups(section: config_lib.ParallelSection) -> list[list[jax.Device]]:
+    """The devices of each replica."""
+    found, size = jax.devices(), section.tensor_parallel
+    wanted = size * section.data_parallel
+    if wanted > len(found):
         raise ValueError(
-            f"--tensor_parallel={count} needs {count} devices and there are {len(found)}; on a CPU "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count} makes as many"
+            f"--tensor_parallel={size} and --data_parallel={section.data_parallel} need {wanted} "
+            f"devices and there are {len(found)}; on a CPU "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes as many"
         )
-    return found[:count]
+    return [found[i : i + size] for i in range(0, wanted, size)]
 
 
-def _device_name(placement: placement_lib.Placement) -> str:
-    kind = str(placement.mesh.devices.flat[0].device_kind)
-    return kind if placement.num_devices == 1 else f"{placement.num_devices} x {kind}"
+def _device_name(kind: str, section: config_lib.ParallelSection) -> str:
+    name = kind if section.tensor_parallel == 1 else f"{section.tensor_parallel} x {kind}"
+    replicas_of = "" if section.data_parallel == 1 else f"{section.data_parallel} replicas, each "
+    return replicas_of + name
 
 
 def _layout(
@@ -365,6 +413,7 @@ def _layout(
     *,
     most_pages: int,
     page_major: bool,
+    num_replicas: int,
 ) -> layout_lib.KvLayout:
     """The cache of one layer: as many pages as memory allows and all requests could use.
 
@@ -375,13 +424,14 @@ def _layout(
     shape = layout_lib.CacheShape(
         num_pages=1,
         page_size=served.page_size,
-        num_kv_heads=served.config.num_kv_heads * placement.kv_copies // num_devices,
+        num_kv_heads=served.config.num_kv_heads,
         head_dim=served.config.head_dim,
         dtype=served.dtype,
     )
     num_pages, page_bytes = section.num_pages, shape.page_bytes * served.config.num_layers
     # The host's memory is one, however many devices it plays.
-    free = _free_bytes(device) // (num_devices if device.platform == "cpu" else 1)
+    sharers = num_devices * num_replicas if device.platform == "cpu" else 1
+    free = _free_bytes(device) // sharers
     if not num_pages:
         share = _HOST_SHARE if device.platform == "cpu" else 1.0
         room = int(free * share * section.memory_fraction)

@@ -2,8 +2,9 @@
 
 Filters are a floor under the row's scaled logits. Tokens that tie at the floor all stay. The floor
 is found among the largest few entries of the row where they hold all that is kept, else by
-bisection over the int32 image of float32, which orders as the floats do: exact, in at most 32
-rounds, and no sort of the vocabulary.
+search over the int32 image of float32, which orders as the floats do: exact, and no sort of the
+vocabulary. A CPU halves, in at most 32 rounds that end early; a GPU, which would have to ask its
+host after each round whether to go on, tries 8 floors in each of 10 passes over the row.
 
 What is kept races (Gumbel-max): every token has its own random delay, and the largest sum of
 logit and noise wins. Inverting the running sum would need one random number instead of some
@@ -24,9 +25,15 @@ from nanoflow_jax.engine.logit_rows import WIDE, blocks, ones, row_sum, top
 
 FADED = -104.0  # exp() of anything lower is 0 in float32
 _HEAD = 64  # largest entries of a row looked at before any search
-_CPU_CELLS = 1 << 18  # logits searched at a time on a CPU: they stay in its second-level cache
+# Logits searched at a time: they stay in the second-level cache of a core, or of a GPU (16 MiB).
+_CPU_CELLS = 1 << 18
+_GPU_CELLS = 1 << 22
+_FLOORS_AT_ONCE = 8  # as many sums as XLA:GPU makes in one pass
+_PASSES = 10  # enough to cut [FADED, 0] into ninths until images are neighbours
 
 _Bracket = tuple[Array, Array, Array, Array]  # low, high, entries kept at low, and at high
+_Find = Callable[..., Array]  # `_bisect` or `_divide`
+_Weigh = Callable[[Array], Array]  # scaled logits to what is summed of those kept
 
 
 @jax.tree_util.register_dataclass
@@ -133,19 +140,23 @@ def _race(y: Float[Array, "R N"], keys: Key[Array, "R"], ids: Int[Array, "R N"])
 def search(x: Float[Array, "R V"], filters: Filters, wanted: Bool[Array, "R"]) -> Filters:
     """Raises the floors of the wanted rows to what their top_k and top_p ask, exactly."""
     num_rows, size = x.shape
-    group = min(max(_CPU_CELLS // size, 1), num_rows)
+
+    def in_groups_of(cells: int, find: _Find) -> Callable[..., Float[Array, "R"]]:
+        group = min(max(cells // size, 1), num_rows)
+        return functools.partial(_search_in_groups, group=group, find=find)
+
     floor = lax.platform_dependent(
         x,
         filters,
         wanted,
-        cpu=functools.partial(_search_in_groups, group=group),
-        default=functools.partial(_search_in_groups, group=num_rows),
+        cpu=in_groups_of(_CPU_CELLS, _bisect),
+        default=in_groups_of(_GPU_CELLS, _divide),
     )
     return dataclasses.replace(filters, floor=floor)
 
 
 def _search_in_groups(
-    x: Float[Array, "R V"], filters: Filters, wanted: Bool[Array, "R"], *, group: int
+    x: Float[Array, "R V"], filters: Filters, wanted: Bool[Array, "R"], *, group: int, find: _Find
 ) -> Float[Array, "R"]:
     num_rows = x.shape[0]
     # Wanted rows first; the filling is out of range: read as the last row, written nowhere.
@@ -155,42 +166,39 @@ def _search_in_groups(
     def search_group(i: Int[Array, ""], floor: Float[Array, "R"]) -> Float[Array, "R"]:
         rows = lax.dynamic_slice_in_dim(order, i * group, group)
         part, want = jax.tree.map(lambda a: a.at[rows].get(mode="clip"), (filters, wanted))
-        found = _floors(x.at[rows].get(mode="clip"), part)
+        found = _floors(x.at[rows].get(mode="clip"), part, find)
         return floor.at[rows].set(jnp.where(want, found, part.floor), mode="drop")
 
     num_groups = (wanted.astype(jnp.int32).sum() + group - 1) // group
     return lax.fori_loop(0, num_groups, search_group, filters.floor)
 
 
-def _floors(x: Float[Array, "G V"], filters: Filters) -> Float[Array, "G"]:
+def _floors(x: Float[Array, "G V"], filters: Filters, find: _Find) -> Float[Array, "G"]:
     """Floors that leave what top_k and then top_p leave."""
     y = blocks(filters.scaled(x), WIDE)
-    weights = jnp.exp(y)
-
-    def mass(keep: Bool[Array, "G N X"]) -> Float[Array, "G"]:
-        return row_sum(jnp.where(keep, weights, 0.0))
-
     top_k = filters.top_k.astype(jnp.float32)
-    floor = _bisect(y, filters.floor, filters.top_k > 0, lambda keep: row_sum(ones(keep)) >= top_k)
-    goal = filters.top_p * mass(y >= floor[:, None, None])
-    return _bisect(y, floor, filters.top_p < 1, lambda keep: mass(keep) >= goal)
+    floor = find(y, filters.floor, filters.top_k > 0, jnp.ones_like, top_k)
+    mass = row_sum(jnp.where(y >= floor[:, None, None], jnp.exp(y), 0.0))
+    return find(y, floor, filters.top_p < 1, jnp.exp, filters.top_p * mass)
 
 
 def _bisect(
     y: Float[Array, "G N X"],
     floor: Float[Array, "G"],
     wanted: Bool[Array, "G"],
-    reached: Callable[[Bool[Array, "G N X"]], Bool[Array, "G"]],
+    weigh: _Weigh,
+    goal: Float[Array, "G"],
 ) -> Float[Array, "G"]:
-    """Largest floor at which what is kept still reaches its goal; `floor` if that never does.
+    """Largest floor at which what is kept still weighs the goal; `floor` if it never does.
 
     Bisects [low, high): low reaches the goal and high does not. A row is done when only one
     entry lies between them, or, where several tie, when the two are neighbouring floats.
     """
+    weights = weigh(y)
 
     def test(low: Int[Array, "G"]) -> tuple[Bool[Array, "G"], Float[Array, "G"]]:
         keep = y >= _float_of(low)[:, None, None]
-        return reached(keep), row_sum(ones(keep))
+        return row_sum(jnp.where(keep, weights, 0.0)) >= goal, row_sum(ones(keep))
 
     def active(state: _Bracket) -> Bool[Array, "G"]:
         low, high, kept_low, kept_high = state
@@ -213,6 +221,44 @@ def _bisect(
     high = jnp.where(enough, _image_of(jnp.zeros_like(floor)) + 1, low)
     state = (low, high, kept, jnp.zeros_like(kept))
     return _float_of(lax.while_loop(lambda state: active(state).any(), halve, state)[0])
+
+
+def _divide(
+    y: Float[Array, "G N X"],
+    floor: Float[Array, "G"],
+    wanted: Bool[Array, "G"],
+    weigh: _Weigh,
+    goal: Float[Array, "G"],
+) -> Float[Array, "G"]:
+    """A floor that keeps what that of `_bisect` keeps: the largest at which the goal is reached.
+
+    Each pass cuts [low, low + width), whose low reaches the goal, into equal steps and goes on
+    with the last of them whose lower end reaches it too, until the width is 1.
+    """
+
+    def num_reached(
+        low: Int[Array, "G"], steps: list[Int[Array, "G"]], width: Int[Array, "G"]
+    ) -> Int[Array, "G"]:
+        kept = [y >= _float_of(low + step)[:, None, None] for step in steps]
+        parts = [jnp.where(keep, weigh(y), 0.0).sum(axis=2) for keep in kept]  # each [G, N]
+        reached = jnp.stack(parts).sum(axis=2) >= goal[None]  # [steps, G]
+        return (reached & (jnp.stack(steps) < width[None])).astype(jnp.int32).sum(axis=0)
+
+    def narrow(_: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, width = state
+        step = (width + _FLOORS_AT_ONCE) // (_FLOORS_AT_ONCE + 1)
+        steps = [(i + 1) * step for i in range(_FLOORS_AT_ONCE)]
+        above = num_reached(low, steps, width) * step
+        return low + above, jnp.minimum(step, width - above)
+
+    def find() -> Float[Array, "G"]:
+        low = _image_of(floor)
+        width = _image_of(jnp.zeros_like(floor)) + 1 - low
+        width *= num_reached(low, [jnp.zeros_like(low)], width)
+        low, _ = lax.fori_loop(0, _PASSES, narrow, (low, width))
+        return jnp.where(wanted, _float_of(low), floor)
+
+    return lax.cond(wanted.any(), find, lambda: floor)
 
 
 def _image_of(y: Float[Array, "G"]) -> Int[Array, "G"]:

@@ -1,7 +1,10 @@
 """From what was chosen to the objects that a step's programs and inputs are made with."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from jaxtyping import Array
 
 from nanoflow_jax import compat
 from nanoflow_jax.engine import attention_inputs
@@ -9,6 +12,8 @@ from nanoflow_jax.engine.kernel_choice import Choice, Choices, Maker, Operation
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.models import kernel_operations
 from nanoflow_jax.models import operations as operation_lib
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention_triton import decode_attention_triton
 
 
 def operations(choices: Choices) -> operation_lib.Operations:
@@ -48,17 +53,16 @@ def attention(
     prefill: attention_inputs.PrefillInputs = attention_inputs.PlainPrefillInputs(
         layout=layout, tile_len=tile_len
     )
-    if (chosen := choices[Operation.DECODE_ATTENTION]).maker is Maker.MOSAIC:
-        decode = attention_inputs.KernelDecodeInputs(
-            num_kv_heads=layout.shape.num_kv_heads,
-            windows=windows,
-            num_ctas=choices.num_ctas,
-            interpret=_interpret(chosen),
-        )
+    form = attention_inputs.KernelForm(
+        num_kv_heads=layout.shape.num_kv_heads,
+        group=group,
+        windows=windows,
+        num_ctas=choices.num_ctas,
+    )
+    if (chosen := choices[Operation.DECODE_ATTENTION]).maker is not Maker.PLAIN:
+        decode = attention_inputs.KernelDecodeInputs(form=form, attend=_decode_kernel(chosen))
     if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
-        prefill = attention_inputs.KernelPrefillInputs(
-            group=group, num_ctas=choices.num_ctas, interpret=_interpret(chosen)
-        )
+        prefill = attention_inputs.KernelPrefillInputs(form=form, interpret=_interpret(chosen))
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
 
 
@@ -66,6 +70,12 @@ def wants_page_major(choices: Choices) -> bool:
     """Whether the cache must lie as kernels read it."""
     attentions = (Operation.DECODE_ATTENTION, Operation.PREFILL_ATTENTION)
     return any(choices[operation].maker is not Maker.PLAIN for operation in attentions)
+
+
+def _decode_kernel(choice: Choice) -> Callable[..., Array]:
+    if choice.maker is Maker.TRITON:
+        return functools.partial(decode_attention_triton, interpret=choice.interpreted)
+    return functools.partial(decode_attention, interpret=_interpret(choice))
 
 
 def _interpret(choice: Choice) -> Any:

@@ -34,6 +34,7 @@ class Maker(enum.StrEnum):
 
     PLAIN = "plain"
     MOSAIC = "Mosaic kernel"
+    TRITON = "Triton kernel"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,13 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Served:
-    """What of a model a choice depends on."""
+    """What of a model a choice depends on.
+
+    Attributes:
+        config: The model, or the share of it that one device has.
+        dtype: What it runs in.
+        page_size: Tokens in a page of its cache.
+    """
 
     config: architecture.ModelConfig
     dtype: np.dtype[Any]
@@ -106,8 +113,9 @@ class Choices:
 
     @property
     def any_interpreted(self) -> bool:
-        """Whether a kernel is interpreted, which compiles programs of its own as it runs."""
-        return any(choice.interpreted for choice in self.by_operation.values())
+        """Whether a Mosaic kernel is interpreted, which compiles programs of its own as it runs."""
+        choices = self.by_operation.values()
+        return any(choice.interpreted and choice.maker is Maker.MOSAIC for choice in choices)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +155,12 @@ _KERNELS: Mapping[Operation, Sequence[_Kernel]] = {
             check=lambda s: kernel_attention.check_decode(s.config, s.dtype, s.page_size),
             **_HOPPER,
         ),
+        _Kernel(
+            maker=Maker.TRITON,
+            majors=(8,),
+            family="Ampere and Ada",
+            check=lambda s: kernel_attention.check_decode_triton(s.config, s.dtype, s.page_size),
+        ),
     ),
     Operation.PREFILL_ATTENTION: (
         _Kernel(
@@ -155,6 +169,8 @@ _KERNELS: Mapping[Operation, Sequence[_Kernel]] = {
         ),
     ),
 }
+# Compute capabilities that the Triton kernel is compiled for in tests, by their first number.
+_TRITON_MAJORS = (8, 9)
 # XLA has a thread for each core, or NPROC; the warpgroups of an interpreted CTA need one each.
 _LEAST_THREADS = 4
 # Enough to see shares of work; each is a few threads.
@@ -175,13 +191,25 @@ def machine_of(device: jax.Device) -> Machine:
     )
 
 
-def choose(section: config_lib.KernelsSection, machine: Machine, served: Served) -> Choices:
+def num_ctas(machine: Machine) -> int:
+    """CTAs of a kernel that nothing runs beside."""
+    return machine.num_sms or _INTERPRETED_CTAS
+
+
+def choose(
+    section: config_lib.KernelsSection,
+    machine: Machine,
+    served: Served,
+    *,
+    caps_products: bool = False,
+) -> Choices:
     """What each operation is made of, from the knobs, the device and the model.
 
     Args:
         section: The knobs.
         machine: Where it will run.
         served: What it will run.
+        caps_products: Whether a plan gives products a share of the SMs only.
 
     Raises:
         ValueError: A kernel is asked for that cannot run here.
@@ -190,7 +218,9 @@ def choose(section: config_lib.KernelsSection, machine: Machine, served: Served)
         operation: _choose(operation, KernelUse(getattr(section, operation)), machine, served)
         for operation in Operation
     }
-    return Choices(by_operation=found, num_ctas=machine.num_sms or _INTERPRETED_CTAS)
+    if caps_products and KernelUse(section.gemm) is KernelUse.AUTO:
+        found[Operation.GEMM] = _automatic(Operation.GEMM, machine, served, is_capped=True)
+    return Choices(by_operation=found, num_ctas=num_ctas(machine))
 
 
 def _choose(operation: Operation, use: KernelUse, machine: Machine, served: Served) -> Choice:
@@ -199,11 +229,14 @@ def _choose(operation: Operation, use: KernelUse, machine: Machine, served: Serv
     if use is KernelUse.AUTO:
         return _automatic(operation, machine, served)
     flag = f"--kernel_{operation}={use}"
-    if use is KernelUse.INTERPRET:
-        kernel = _KERNELS[operation][0]
-        _check_interpreted(flag, machine)
-    else:
+    interpreted = use in (KernelUse.INTERPRET, KernelUse.INTERPRET_TRITON)
+    if use is KernelUse.PALLAS:
         kernel = _made_for(operation, machine, flag)
+    else:
+        kernel = _made_by(
+            Maker.MOSAIC if use is KernelUse.INTERPRET else Maker.TRITON, operation, flag
+        )
+        (_check_interpreted if interpreted else _check_triton)(flag, kernel, machine)
     try:
         kernel.check(served)
     except ValueError as error:
@@ -211,10 +244,12 @@ def _choose(operation: Operation, use: KernelUse, machine: Machine, served: Serv
             f"{flag}: the kernel cannot serve this model: {error}; leave the flag out for the "
             "plain path"
         ) from error
-    return Choice(maker=kernel.maker, reason="as asked", interpreted=use is KernelUse.INTERPRET)
+    return Choice(maker=kernel.maker, reason="as asked", interpreted=interpreted)
 
 
-def _automatic(operation: Operation, machine: Machine, served: Served) -> Choice:
+def _automatic(
+    operation: Operation, machine: Machine, served: Served, *, is_capped: bool = False
+) -> Choice:
     if machine.compute_capability is None:
         return Choice(maker=Maker.PLAIN, reason=f"{machine.name} is no NVIDIA GPU")
     kernel = _find(operation, machine)
@@ -224,9 +259,10 @@ def _automatic(operation: Operation, machine: Machine, served: Served) -> Choice
         kernel.check(served)
     except ValueError as error:
         return Choice(maker=Maker.PLAIN, reason=str(error))
-    if kernel.held_back is not None:
+    if kernel.held_back is not None and not is_capped:
         return Choice(maker=Maker.PLAIN, reason=kernel.held_back)
-    return Choice(maker=kernel.maker, reason=kernel.family)
+    reason = f"{kernel.family}, capped by a plan" if is_capped else kernel.family
+    return Choice(maker=kernel.maker, reason=reason)
 
 
 def _find(operation: Operation, machine: Machine) -> _Kernel | None:
@@ -244,17 +280,38 @@ def _made_for(operation: Operation, machine: Machine, flag: str) -> _Kernel:
     return kernel
 
 
+def _made_by(maker: Maker, operation: Operation, flag: str) -> _Kernel:
+    for kernel in _KERNELS[operation]:
+        if kernel.maker is maker:
+            return kernel
+    raise ValueError(f"{flag}: there is no {maker} for it; leave the flag out")
+
+
 def _nothing_for(operation: Operation, machine: Machine) -> str:
     families = " or ".join(kernel.family for kernel in _KERNELS[operation])
-    found = machine.name
-    if machine.compute_capability is not None:
-        found += " of compute capability {}.{}".format(*machine.compute_capability)
-    return f"the kernel is made for {families}, and this is {found}"
+    return f"the kernel is made for {families}, and this is {_described(machine)}"
 
 
-def _check_interpreted(flag: str, machine: Machine) -> None:
+def _described(machine: Machine) -> str:
+    if machine.compute_capability is None:
+        return machine.name
+    return "{} of compute capability {}.{}".format(machine.name, *machine.compute_capability)
+
+
+def _check_triton(flag: str, kernel: _Kernel, machine: Machine) -> None:
+    major = (machine.compute_capability or (None,))[0]
+    if major not in _TRITON_MAJORS:
+        raise ValueError(
+            f"{flag}: the {kernel.maker} runs on {kernel.family} and on Hopper, and this is "
+            f"{_described(machine)}; leave the flag out"
+        )
+
+
+def _check_interpreted(flag: str, kernel: _Kernel, machine: Machine) -> None:
     if machine.compute_capability is not None:
         raise ValueError(f"{flag}: kernels are interpreted on a CPU only; set JAX_PLATFORMS=cpu")
+    if kernel.maker is Maker.TRITON:
+        return  # one XLA program on any jax
     try:
         check_interpreter(machine)
     except ValueError as error:

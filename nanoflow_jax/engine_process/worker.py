@@ -59,9 +59,9 @@ def _start(
         vocab_size=model.engine.limits.vocab_size,
         eos_ids=tuple(sorted(model.engine.limits.eos_ids)),
         max_context_len=settings.max_context_len,
-        max_requests=settings.max_requests,
+        max_requests=settings.max_requests * settings.num_replicas,
         dense_batch=settings.dense_batch,
-        num_pages=settings.num_pages,
+        num_pages=settings.num_pages * settings.num_replicas,
         page_size=settings.page_size,
         identity=fingerprint.of_model(start.config.model, model.source),
     )

@@ -1,7 +1,7 @@
 """Attention over pages by the kernels of `pallas_kernels`, and what they can do."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from nanoflow_jax.models.operations import Place
 from pallas_kernels import decode_attention as decode_lib
 from pallas_kernels import prefill_attention as prefill_lib
 from pallas_kernels import prefill_tiles, work_list
+from pallas_kernels.decode_attention_triton import decode_attention_triton
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,13 @@ class KernelDecode:
     Attributes:
         works: The plan for each window of the model, made on the host.
         num_ctas: Most SMs to use.
-        interpret: None on a GPU, or InterpretGPUParams.
+        attend: A kernel of `pallas_kernels` with the operands of its `decode_attention`, told
+            whether it is interpreted.
     """
 
     works: Mapping[int | None, work_list.WorkList]
     num_ctas: int
-    interpret: Any
+    attend: Callable[..., Array]
 
     def __call__(
         self,
@@ -41,7 +43,7 @@ class KernelDecode:
         place: Place,
     ) -> Float[Array, "R N H"]:
         """See `DecodeAttention`; any cap gives the same result."""
-        return decode_lib.decode_attention(
+        return self.attend(
             q,
             cache,
             page_table,
@@ -52,7 +54,6 @@ class KernelDecode:
             softcap=spec.softcap,
             num_ctas=place.num_ctas or self.num_ctas,
             token=place.token,
-            interpret=self.interpret,
         )
 
 
@@ -61,12 +62,12 @@ class KernelPrefill:
     """`PrefillAttention` by our kernel.
 
     Attributes:
-        tiles: Of the step's chunks.
+        tiles: Of the step's chunks, for each window of the model.
         num_ctas: Most SMs to use.
         interpret: None on a GPU, or InterpretGPUParams.
     """
 
-    tiles: prefill_tiles.PrefillTiles
+    tiles: Mapping[int | None, prefill_tiles.PrefillTiles]
     num_ctas: int
     interpret: Any
 
@@ -83,7 +84,7 @@ class KernelPrefill:
             q,
             cache,
             page_table,
-            self.tiles,
+            self.tiles[spec.window],
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,
@@ -95,22 +96,37 @@ class KernelPrefill:
 
 def check_decode(config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int) -> None:
     """Raises ValueError where the decode kernel cannot serve a model; the kernel says why."""
+    _try_decode(
+        lambda *batch, **form: _results(decode_lib.prepare_decode(*batch, **form)),
+        config,
+        dtype,
+        page_size,
+    )
+
+
+def check_decode_triton(
+    config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int
+) -> None:
+    """As `check_decode`, of the kernel for GPUs before Hopper."""
+    _try_decode(decode_attention_triton, config, dtype, page_size)
+
+
+def _try_decode(
+    decode: Callable[..., Any],
+    config: architecture.ModelConfig,
+    dtype: np.dtype[Any],
+    page_size: int,
+) -> None:
     lens = np.ones((1,), np.int32)
     work = work_list.plan_decode(lens, num_kv_heads=config.num_kv_heads, num_ctas=1)
     for window in config.distinct_windows:
+        form = {
+            "scale": config.query_scale,
+            "window": window,
+            "softcap": config.attention_softcap,
+        }
         jax.eval_shape(
-            lambda q, cache, table, lens, window=window: _results(
-                decode_lib.prepare_decode(
-                    q,
-                    cache,
-                    table,
-                    lens,
-                    work,
-                    scale=config.query_scale,
-                    window=window,
-                    softcap=config.attention_softcap,
-                )
-            ),
+            lambda q, cache, table, lens, form=form: decode(q, cache, table, lens, work, **form),
             *_operands(config, dtype, page_size),
             jax.ShapeDtypeStruct(lens.shape, lens.dtype),
         )

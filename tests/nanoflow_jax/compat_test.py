@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import kernel_runs
 import numpy as np
+import pytest
 
 from nanoflow_jax import compat
 from pallas_kernels.gemm import gemm
@@ -34,3 +35,18 @@ def test_an_interpreted_kernel_tells_of_races_until_the_interpreter_is_reset():
         np.testing.assert_array_equal(found, 64.0)
         assert not compat.races_found()
         compat.reset_interpreter()
+
+
+def test_kernels_of_a_gpu_that_is_not_there_cannot_be_seen():
+    if jax.devices()[0].platform == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="CUPTI"):
+        compat.device_kernels(lambda: None)
+
+
+def test_a_jax_without_the_triton_backend_is_told_of(monkeypatch):
+    monkeypatch.setattr(compat, "plt", None)
+    with pytest.raises(ValueError, match=r"jax .* has no Triton backend of Pallas; 0.12.0.1"):
+        compat.triton_call(
+            print, out_shape=(), grid=(1,), num_warps=4, num_stages=1, interpret=True
+        )

@@ -82,7 +82,8 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones(name):
 
 @pytest.mark.parametrize("name", ["cuda", None, config.Dtype.FLOAT32])
 def test_an_unknown_use_of_a_kernel_is_refused_with_the_known_ones(name):
-    with _raises(f"kernel_gemm={name!r} is not one of auto, plain, pallas, interpret"):
+    uses = "auto, plain, pallas, interpret, triton, interpret_triton"
+    with _raises(f"kernel_gemm={name!r} is not one of {uses}"):
         config.EngineConfig.from_knobs(kernel_gemm=name)
 
 

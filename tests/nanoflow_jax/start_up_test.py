@@ -5,6 +5,7 @@ from nanoflow_jax.engine import build, compiler, kernel_choice
 from nanoflow_jax.models import loading
 
 _SETTINGS = build.Settings(
+    num_replicas=1,
     device="cpu",
     dtype="float32",
     model_bytes=3_200_000_000,

@@ -136,15 +136,18 @@ def test_f5_memory_for_less_than_a_page_is_refused(monkeypatch):
         build_small(_CASE.path, **_KNOBS)
 
 
-def _layout(free, monkeypatch, *, page_major=False, num_devices=1, **knobs):
+def _layout(free, monkeypatch, *, page_major=False, num_devices=1, num_replicas=1, **knobs):
     monkeypatch.setattr(build, "_free_bytes", lambda device: free)
     opened = _open(model=str(_CASE.path))
+    placement = loading.place_model(opened.config, jax.devices()[:num_devices])
+    share = loading.share_of_one_device(opened.config, placement)
     return build._layout(
-        loading.place_model(opened.config, jax.devices()[:num_devices]),
+        placement,
         config.CacheSection(**knobs),
-        kernel_choice.Served(config=opened.config, dtype=np.dtype(np.float32), page_size=16),
+        kernel_choice.Served(config=share, dtype=np.dtype(np.float32), page_size=16),
         most_pages=50,
         page_major=page_major,
+        num_replicas=num_replicas,
     )
 
 
@@ -166,6 +169,8 @@ def test_two_devices_each_keep_half_of_the_heads_in_as_many_pages_as_one_host_ha
     page = 2 * 16 * 4 * 8 * 4 * 2
     found = _layout(80 * page, monkeypatch, memory_fraction=0.5, num_devices=2)
     assert (found.shape.num_kv_heads, found.shape.num_pages) == (2, 10)
+    found = _layout(80 * page, monkeypatch, memory_fraction=0.5, num_replicas=2)
+    assert (found.shape.num_kv_heads, found.shape.num_pages) == (4, 5)
 
 
 def test_f5_more_pages_than_there_is_memory_are_refused_with_the_most_that_fit(monkeypatch):

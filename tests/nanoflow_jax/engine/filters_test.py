@@ -1,5 +1,9 @@
 """Filters and races against searches by sorting, and exact distributions."""
 
+import dataclasses
+import re
+
+import deviceless
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -22,6 +26,7 @@ from nanoflow_jax.engine import filters
 from nanoflow_jax.engine.sampling import SamplerVariant
 
 SEARCH = jax.jit(filters.search)
+_floors = jax.jit(filters._floors, static_argnames="find")
 
 
 def test_a_race_never_takes_what_cannot_be_drawn():
@@ -106,13 +111,74 @@ def test_search_keeps_exactly_what_top_k_and_top_p_ask(
         assert top_p == 1 or mass - w[lowest].sum() < goal * (1 + 1e-5)
 
 
+def _kept(x, given, find):
+    floors = np.asarray(_floors(x, given, find))
+    y = np.asarray(given.scaled(x))
+    return y >= floors[:, None]
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from([None, 0, 2, 6]),
+    spread=st.sampled_from([0.01, 1.0, 4.0, 40.0]),
+    min_p=st.sampled_from([0.0, 1e-4, 0.05]),
+    top_k=st.sampled_from([0, 1, 2, 63, 150, 298, 299]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.3, 1e-9]),
+    scale=st.sampled_from([1e-6, 0.3, 1.0, 2.0, 1e9]),
+    num_banned=st.sampled_from([0, 1, 150, 299]),
+)
+def test_gpus_keep_what_cpus_keep(seed, bits, spread, min_p, top_k, top_p, scale, num_banned):
+    x = random_logits(seed, (6, 300), spread=spread, bits=bits)
+    x[:, np.random.default_rng(seed).permutation(300)[:num_banned]] = -np.inf
+    given = make_filters(x, min_p=min_p, top_k=top_k, top_p=top_p, scale=scale)
+    x = jnp.asarray(x)
+    wanted = _kept(x, given, filters._bisect)
+    np.testing.assert_array_equal(_kept(x, given, filters._divide), wanted)
+    assert wanted.any(axis=1).all()
+
+
+def test_a_floor_between_any_two_neighbours_is_found_by_dividing():
+    y = -np.sort(np.random.default_rng(4).uniform(0, 104, (1, 300)).astype(np.float32))
+    y[0, :5] = [0.0, -2e-38, -1e-30, -1e-8, -104.0]
+    y = np.sort(y)[:, ::-1].copy()
+    rows = np.arange(1, 301, dtype=np.int32)
+    given = dataclasses.replace(
+        make_filters(np.repeat(y, 300, axis=0), min_p=0.0, top_k=1, top_p=1.0, scale=1.0),
+        top_k=jnp.asarray(rows),
+    )
+    floors = _floors(jnp.asarray(np.repeat(y, 300, axis=0)), given, filters._divide)
+    np.testing.assert_array_equal(floors, y[0])
+
+
+@pytest.mark.timeout(120)
+def test_a_gpu_searches_a_few_rows_at_a_time_and_is_not_asked_whether_to_go_on():
+    num_rows, size = 256, 128_256
+    rows = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    counts = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+    program = deviceless.program(
+        filters.search,
+        jax.ShapeDtypeStruct((num_rows, size), jnp.float32),
+        filters.Filters(peak=rows, scale=rows, floor=rows, top_k=counts, top_p=rows),
+        jax.ShapeDtypeStruct((num_rows,), jnp.bool_),
+        # Graphs inside of branches inside of loops cannot be told apart in what XLA logs.
+        options={"xla_gpu_enable_command_buffer": ""},
+    )
+    text = program.hlo
+    assert text.count('"known_trip_count":{"n":"10"}') == 2
+    # Eight sums of a group's rows, cut into blocks, come of one kernel that reads the rows once.
+    sums = ", ".join(["f32[32,1002]{1,0}"] * 8)
+    assert re.sub(r"/\*.*?\*/", "", text).count(f"({sums}) fusion(") == 2
+    assert program.memory.temp_bytes < 2 * 32 * size * 4
+
+
+@pytest.mark.parametrize("find", [filters._bisect, filters._divide])
 @pytest.mark.parametrize("group", [1, 2, 4, 5])
-def test_rows_searched_together_do_not_change_their_floors(group):
+def test_rows_searched_together_do_not_change_their_floors(group, find):
     x = random_logits(3, (5, 300), spread=1.0)
     given = make_filters(x, min_p=0.0, top_k=150, top_p=0.8, scale=1.0)
     wanted = jnp.asarray([True, False, True, True, True])
-    one = filters._search_in_groups(jnp.asarray(x), given, wanted, group=1)
-    many = filters._search_in_groups(jnp.asarray(x), given, wanted, group=group)
+    one = filters._search_in_groups(jnp.asarray(x), given, wanted, group=1, find=find)
+    many = filters._search_in_groups(jnp.asarray(x), given, wanted, group=group, find=find)
     np.testing.assert_array_equal(many, one)
 
 

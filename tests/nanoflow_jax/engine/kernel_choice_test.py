@@ -50,8 +50,8 @@ def test_every_operation_has_a_knob_of_its_name():
     assert fields == [str(operation) for operation in Operation]
 
 
-@pytest.mark.parametrize("machine", [_CPU, _A100, _B200], ids=lambda machine: machine.name)
-def test_elsewhere_than_on_hopper_all_is_plain(machine):
+@pytest.mark.parametrize("machine", [_CPU, _B200], ids=lambda machine: machine.name)
+def test_elsewhere_than_on_hopper_and_before_it_all_is_plain(machine):
     found = _choose(machine, _served("mixtral-8x7b"))
     assert {choice.maker for choice in found.by_operation.values()} == {Maker.PLAIN}
     assert not any(choice.interpreted for choice in found.by_operation.values())
@@ -62,8 +62,9 @@ def test_elsewhere_than_on_hopper_all_is_plain(machine):
     [
         (_CPU, "cpu is no NVIDIA GPU"),
         (
-            _A100,
-            "the kernel is made for Hopper, and this is NVIDIA A100 of compute capability 8.0",
+            _B200,
+            "the kernel is made for Hopper or Ampere and Ada, and this is NVIDIA B200 of compute "
+            "capability 10.0",
         ),
     ],
 )
@@ -79,6 +80,73 @@ def test_hopper_takes_kernels_for_attention_and_experts_and_xla_for_products():
     assert found[Operation.GEMM].maker is Maker.PLAIN
     assert found[Operation.GEMM].reason.startswith("cuBLASLt until")
     assert found.num_ctas == 132
+    assert not found.any_interpreted
+
+
+def test_a_plan_that_caps_products_takes_our_kernel_unless_something_else_is_asked():
+    def chosen(machine, **knobs):
+        section = config.EngineConfig.from_knobs(**knobs).kernels
+        found = kernel_choice.choose(section, machine, _served(), caps_products=True)
+        return found[Operation.GEMM]
+
+    assert chosen(_H200).maker is Maker.MOSAIC
+    assert chosen(_H200).reason == "Hopper, capped by a plan"
+    assert chosen(_H200, kernel_gemm="plain").maker is Maker.PLAIN
+    assert chosen(_CPU).maker is Maker.PLAIN
+
+
+def test_ampere_takes_the_triton_kernel_for_decode_attention_and_xla_for_the_rest():
+    found = _choose(_A100, _served("mixtral-8x7b"))
+    assert found[Operation.DECODE_ATTENTION] == Choice(maker=Maker.TRITON, reason="Ampere and Ada")
+    others = [found[other] for other in Operation if other is not Operation.DECODE_ATTENTION]
+    assert {choice.maker for choice in others} == {Maker.PLAIN}
+    assert others[0].reason == (
+        "the kernel is made for Hopper, and this is NVIDIA A100 of compute capability 8.0"
+    )
+
+
+def test_a_jax_without_the_triton_backend_leaves_ampere_to_xla_and_says_so(monkeypatch):
+    monkeypatch.setattr(compat, "plt", None)
+    reason = f"jax {jax.__version__} has no Triton backend of Pallas; 0.12.0.1 still has it"
+    wanted = Choice(maker=Maker.PLAIN, reason=reason)
+    assert _choose(_A100)[Operation.DECODE_ATTENTION] == wanted
+    with _refuses(
+        "--kernel_decode_attention=triton: the kernel cannot serve this model: "
+        f"{reason}; leave the flag out for the plain path"
+    ):
+        _choose(_A100, kernel_decode_attention="triton")
+
+
+def test_hopper_takes_the_triton_kernel_where_it_is_asked_to():
+    found = _choose(_H200, kernel_decode_attention="triton")
+    assert found[Operation.DECODE_ATTENTION] == Choice(maker=Maker.TRITON, reason="as asked")
+
+
+@pytest.mark.parametrize(
+    ("machine", "device"),
+    [(_CPU, "cpu"), (_B200, "NVIDIA B200 of compute capability 10.0")],
+)
+def test_the_triton_kernel_is_refused_where_it_is_not_compiled_for_the_device(machine, device):
+    with _refuses(
+        "--kernel_decode_attention=triton: the Triton kernel runs on Ampere and Ada and on Hopper, "
+        f"and this is {device}; leave the flag out"
+    ):
+        _choose(machine, kernel_decode_attention="triton")
+
+
+@pytest.mark.parametrize("use", ["triton", "interpret_triton"])
+def test_an_operation_without_a_triton_kernel_says_so(use):
+    with _refuses(
+        f"--kernel_prefill_attention={use}: there is no Triton kernel for it; leave the flag out"
+    ):
+        _choose(_A100, kernel_prefill_attention=use)
+
+
+def test_any_jax_interprets_the_triton_kernel_without_compiling_as_it_runs():
+    machine = dataclasses.replace(_CPU, can_interpret=False, num_threads=1)
+    found = _choose(machine, kernel_decode_attention="interpret_triton")
+    wanted = Choice(maker=Maker.TRITON, reason="as asked", interpreted=True)
+    assert found[Operation.DECODE_ATTENTION] == wanted
     assert not found.any_interpreted
 
 

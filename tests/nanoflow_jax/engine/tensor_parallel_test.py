@@ -9,7 +9,7 @@ import random_folder
 from engine_runs import ask, build_small, run
 from same_tokens import check_same_tokens
 
-_SHAPE = {"max_requests": 6, "dense_batch": 20, "buckets": "6:6:0,20:6:6", "cache_page_size": 8}
+_SHAPE = {"max_requests": 6, "dense_batch": 20, "buckets": "20:6:6", "cache_page_size": 8}
 _EXPERTS = {
     "architectures": ["MixtralForCausalLM"],
     "num_local_experts": 8,
@@ -81,12 +81,17 @@ def test_eight_devices_give_the_tokens_and_logprobs_of_one(dense):
     _check_same(_answers(dense, tensor_parallel=8), _answers(dense))
 
 
-@pytest.mark.parametrize("split", ["expert_parallel", "noexpert_parallel"])
-def test_experts_on_eight_devices_give_the_tokens_of_one(sparse, split):
+def test_experts_on_eight_devices_whole_or_shared_give_the_tokens_of_one(sparse):
     wanted = _answers(sparse)
-    _check_same(
-        _answers(sparse, tensor_parallel=8, expert_parallel=split == "expert_parallel"), wanted
-    )
+    for whole in (True, False):
+        _check_same(_answers(sparse, tensor_parallel=8, expert_parallel=whole), wanted)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_sums_of_one_half_beside_products_of_the_other_give_the_tokens_of_one(kind, request):
+    folder = request.getfixturevalue(kind)
+    knobs = {"tensor_parallel": 4, "plan": "halves", "plan_granule": 5}
+    _check_same(_answers(folder, **knobs), _answers(folder))
 
 
 def test_each_device_holds_its_share_of_weights_and_pages(dense):
@@ -106,11 +111,11 @@ def test_each_device_holds_its_share_of_weights_and_pages(dense):
 
 def test_more_devices_than_there_are_is_refused(dense):
     message = (
-        "--tensor_parallel=16 needs 16 devices and there are 8; on a CPU "
-        "XLA_FLAGS=--xla_force_host_platform_device_count=16 makes as many"
+        "--tensor_parallel=4 and --data_parallel=3 need 12 devices and there are 8; on a CPU "
+        "XLA_FLAGS=--xla_force_host_platform_device_count=12 makes as many"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        build_small(dense, **_SHAPE, tensor_parallel=16)
+        build_small(dense, **_SHAPE, tensor_parallel=4, data_parallel=3)
 
 
 def test_a_number_of_devices_that_does_not_fit_is_refused_before_a_weight_is_read(dense):
