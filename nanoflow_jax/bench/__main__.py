@@ -27,6 +27,8 @@ from absl import flags as absl_flags
 
 from nanoflow_jax import config, console, flags, llm, start_up
 from nanoflow_jax.bench import (
+    ceilings,
+    clock,
     gpu_check,
     http_client,
     kernel_command,
@@ -135,6 +137,8 @@ def _throughput() -> int:
                 planned = throughput_result.plan(settings)
                 result.set_plan(planned, kernels=throughput_result.kernels(settings))
 
+        if result is not None and _is_on_gpu():
+            result.set_ceilings(before=ceilings.measure(clock.Clock()))
         start = time.perf_counter()
         engine = build.build_engine(engine_config, model, build.Reports(settings=chosen))
         compile_s = sum(engine.compile_seconds.values())
@@ -149,7 +153,14 @@ def _throughput() -> int:
                 if result is not None:
                     result.add_sample(throughput_result.sample(name, repeat, mix, run))
         say(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
+        engine.close()  # ceilings need its memory
+        if result is not None and _is_on_gpu():
+            result.set_ceilings(after=ceilings.measure(clock.Clock()))
         return 0 if result is None else _finish(result)
+
+
+def _is_on_gpu() -> bool:
+    return jax.devices()[0].platform == "gpu"
 
 
 def _finish(result: ResultWriter) -> int:

@@ -1,6 +1,5 @@
 """What kernels are compared with: XLA, cuBLASLt, cuDNN, and libraries that are installed."""
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -100,7 +99,9 @@ def grouped(setting: Setting, *, gated: bool) -> list[Variant]:
         Way(name="ragged_dot", function=run(jax.lax.ragged_dot), view=by_choice, slack=_GATED_SLACK)
     ]
     if _is_there(setting, "tokamax"):
-        product = importlib.import_module("tokamax").ragged_dot
+        import tokamax
+
+        product = tokamax.ragged_dot
         ways.append(Way(name="tokamax", function=run(product), view=by_choice, slack=_GATED_SLACK))
     return [Variant(way=way) for way in ways]
 
@@ -144,7 +145,9 @@ def attention(
     names = ["xla", *(["cudnn"] if setting.on_gpu else [])]
     ways = [Way(name=name, function=run(attend, lens=True, implementation=name)) for name in names]
     if _is_there(setting, "tokamax"):
-        attend = importlib.import_module("tokamax").dot_product_attention
+        import tokamax
+
+        attend = tokamax.dot_product_attention
         ways.append(Way(name="tokamax", function=run(attend, lens=False)))
     if _is_there(setting, "torch"):
         ways.append(peers.torch_attention(mask, is_causal=is_causal))

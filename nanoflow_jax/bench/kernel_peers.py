@@ -1,9 +1,9 @@
 """Attention and grouped products of other libraries, where they are installed.
 
-Their arrays are jax's own, handed over by DLPack; nothing is copied.
+Their arrays are jax's own, handed over by DLPack; nothing is copied. They are imported where they
+are used: most machines have none of them.
 """
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +24,9 @@ class _Pending:
 
     def block_until_ready(self) -> "_Pending":
         if self.tensor.is_cuda:
-            importlib.import_module("torch").cuda.synchronize()
+            import torch
+
+            torch.cuda.synchronize()
         return self
 
 
@@ -33,7 +35,8 @@ def _as_jax(_: Any, results: Sequence[Any]) -> tuple[jax.Array, ...]:
 
 
 def _tensors(operands: Any, names: Sequence[str]) -> list[Any]:
-    torch = importlib.import_module("torch")
+    import torch
+
     return [torch.from_dlpack(operands[name]) for name in names]
 
 
@@ -46,7 +49,8 @@ def torch_attention(mask: Any, *, is_causal: bool) -> Way:
     """
 
     def call(operands: Any) -> tuple[Any, ...]:
-        torch = importlib.import_module("torch")
+        import torch
+
         q, k, v = (x.transpose(1, 2) for x in _tensors(operands, ("q", "k", "v")))
         seen = mask(operands)
         form = {} if seen is None else {"attn_mask": torch.from_dlpack(seen)}
@@ -70,7 +74,8 @@ def flashinfer_prefill(page_size: int, chunk_len: int) -> Way:
     """BatchPrefillWithPagedKVCacheWrapper, over the same pages as ours."""
 
     def plan(wrapper: Any, pages: Any, q: Any, kv_heads: int) -> None:
-        torch = importlib.import_module("torch")
+        import torch
+
         starts = torch.arange(0, q.shape[0] + 1, chunk_len, dtype=torch.int32, device=q.device)
         form = {"causal": True, "q_data_type": q.dtype}
         wrapper.plan(starts, *pages, q.shape[1], kv_heads, q.shape[2], page_size, **form)
@@ -85,9 +90,11 @@ def _flashinfer(name: str, plan: Any, page_size: int) -> Way:
         q, cache = _tensors(operands["ours"], ("q", "cache"))
         key = id(operands["ours"]["page_table"])
         if key not in planned:
-            torch = importlib.import_module("torch")
+            import flashinfer
+            import torch
+
             space = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
-            planned[key] = getattr(importlib.import_module("flashinfer"), name)(space, "HND")
+            planned[key] = getattr(flashinfer, name)(space, "HND")
             table, lens = operands["ours"]["page_table"], operands["lens"]
             pages = [
                 torch.from_numpy(one).to(q.device) for one in page_lists(table, lens, page_size)
