@@ -12,7 +12,6 @@ request in the dense batch, on which the dependencies of prefill attention rely.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -112,7 +111,7 @@ class Dealer:
             for tokens, first, share in zip(cells, firsts, shares, strict=False)
         )
         self._lengths = np.asarray([c.length for c in cells])
-        self._place_decode = functools.cache(self._find_decode)
+        self._decode_tokens, self._decode_rows = self._find_decode()
         self.check()
 
     @property
@@ -127,19 +126,19 @@ class Dealer:
             num_decode: Decode rows.
             chunk_lens: Tokens of each chunk.
         """
-        tokens, rows = self._place_decode(num_decode)
         taken = np.bincount(self._deal[:num_decode], minlength=len(self._cells))
         room = self._lengths - taken
+        # A row's place does not depend on the rows after it.
         return Placement(
-            decode_tokens=tokens,
-            decode_rows=rows,
+            decode_tokens=self._decode_tokens[:num_decode],
+            decode_rows=self._decode_rows[:num_decode],
             pieces=self._place_chunks(chunk_lens, taken, room),
         )
 
-    def _find_decode(self, count: int) -> tuple[Int32[np.ndarray, "R"], Int32[np.ndarray, "R"]]:
-        """Tokens and table rows of the first decode rows. Steps mostly have as many as the last."""
-        cells = self._deal[:count]
-        within = np.zeros(count, np.int32)
+    def _find_decode(self) -> tuple[Int32[np.ndarray, "R"], Int32[np.ndarray, "R"]]:
+        """Token and table row of each decode row of a full step."""
+        cells = self._deal
+        within = np.zeros(len(cells), np.int32)
         for cell in range(len(self._cells)):
             is_here = cells == cell
             within[is_here] = np.arange(np.count_nonzero(is_here))
