@@ -118,7 +118,8 @@ def _program(*case):
     return deviceless.program(jax.jit(forward, donate_argnums=0, keep_unused=True), *shapes)
 
 
-_ATTENTION = ("decode_attention", "prefill_attention")
+# Of decode attention the second merges parts.
+_ATTENTION = ("decode_attention", "decode_attention", "prefill_attention")
 _KERNELS = {
     ("llama-3-8b",): _ATTENTION,
     ("llama-3-8b", "gemm"): ("norm_kqv", *_ATTENTION, "o", "up_gate", "down"),
