@@ -14,7 +14,7 @@ from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.overlap import analysis, report, step
 from nanoflow_jax.scheduler.buckets import Bucket
 
-_LAYERS = 3
+_LAYERS = 2
 _BUCKET = Bucket(tokens=2048, decode_rows=256, prefill_rows=16)
 _8B = dataclasses.replace(
     step.first_layers(huggingface.read_config(presets.load("llama-3-8b")), _LAYERS),
