@@ -23,6 +23,8 @@ except ImportError:  # deprecated since 0.11: "will be removed in a future versi
 _VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 # 0.10 interprets products only: no transposed shared memory, no casts of layouts.
 CAN_INTERPRET_MOSAIC = _VERSION >= (0, 11)
+# 0.10 finds no layout for registers that are loaded from transposed shared memory.
+CAN_LOAD_TRANSPOSED = _VERSION >= (0, 11)
 # The backend for GPUs older than Hopper; 0.12.0.1 still has it.
 HAS_PALLAS_TRITON = plt is not None
 

@@ -6,8 +6,8 @@ needs some 90 KB, and here pages are fetched into all shared memory that queries
 
 The kernel itself is in `decode_role`; the shares of its workers come from `work_list`. A segment
 that is not cut leaves the kernel as it is; of the others, parts leave in float32, which a second
-small kernel merges. Heads up to 176 leave all values in registers; those of 192 spill 16 bytes and
-those of 256 spill 500, and keep few tiles on their way: they are slow.
+small kernel merges. Heads of 192 and 256 are read in half tiles, to leave all values in registers;
+jax 0.10.2 cannot compile that, and spills 16 and 500 bytes. Other heads above 176 spill on any jax.
 
 Accuracy: products of the inputs as they are, summed in float32; running softmax to the base 2 in
 float32, with the GPU's exp2 (2 units of the last place); weights rounded to the cache's dtype

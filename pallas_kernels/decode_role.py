@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanoflow_jax import compat
 from pallas_kernels import mosaic
 from pallas_kernels.decode_walk import Item, Place, Walk
 from pallas_kernels.work_list import TILE_LEN, WORKERS_PER_CTA
@@ -27,6 +28,9 @@ _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30
 # Rows of a warpgroup's product, of which one kv head's query heads are the first.
 _ROWS = 64
+# Of wider heads tiles are half as long: else scores would not fit into registers beside results.
+_WHOLE_TILE_HEAD_DIM = 176
+_SHORT_TILE_LEN = TILE_LEN // 2
 # Up to it there are registers enough for results to leave in wide slices.
 _WIDE_SLICE_HEAD_DIM = 128
 _QUERY_SLOTS = 2
@@ -87,6 +91,12 @@ def decode_role(index: Any, num_ctas: Any, refs: DecodeRefs, options: DecodeOpti
     _Decode(refs, options).run(index, num_ctas)
 
 
+def _tile_len(head_dim: int) -> int:
+    """Tokens that are multiplied at a time."""
+    is_whole = head_dim <= _WHOLE_TILE_HEAD_DIM or head_dim % _ROWS
+    return TILE_LEN if is_whole or not compat.CAN_LOAD_TRANSPOSED else _SHORT_TILE_LEN
+
+
 class _Decode:
     """The kernel of one decode attention, as it is traced."""
 
@@ -95,22 +105,24 @@ class _Decode:
         self._dtype = refs.cache.dtype
         _, _, self._num_kv_heads, self._page_size, self._head_dim = refs.cache.shape
         self._group = refs.q.shape[1]
+        self._tile_len = _tile_len(self._head_dim)
         # Pages, or parts of one, in a tile.
-        self._pieces = max(1, TILE_LEN // self._page_size)
+        self._pieces = max(1, self._tile_len // self._page_size)
         # Queries lie so close that the product of one reads rows of the next, to no effect. The
         # race detector would rightly see a write to those, so interpreted ones lie apart.
         self._query_step = _ROWS if options.interpreted else self._group
         self._query_rows = _ROWS + (WORKERS_PER_CTA * _QUERY_SLOTS - 1) * self._query_step
-        is_narrow = self._head_dim <= _WIDE_SLICE_HEAD_DIM
-        most_columns = _OUT_COLUMNS if is_narrow else _PART_COLUMNS
-        self._out_columns = math.gcd(self._head_dim, most_columns)
-        self._part_columns = math.gcd(self._head_dim, _PART_COLUMNS)
+        # Wide ones have neither registers nor shared memory to spare.
+        narrower = 1 if self._head_dim <= _WIDE_SLICE_HEAD_DIM else 2
+        self._out_columns = math.gcd(self._head_dim, _OUT_COLUMNS // narrower)
+        self._part_columns = math.gcd(self._head_dim, _PART_COLUMNS // narrower)
         self._stages = self._num_stages()
         self._walk = Walk(
             live=refs.live,
             workers=refs.workers,
             context_lens=refs.context_lens,
             num_kv_heads=self._num_kv_heads,
+            tiles_each=TILE_LEN // self._tile_len,
         )
 
     def _num_stages(self) -> int:
@@ -120,7 +132,7 @@ class _Decode:
         queries = query_rows * self._head_dim * itemsize
         out_row = self._out_columns * itemsize + self._part_columns * 4
         out = WORKERS_PER_CTA * _ROWS * out_row
-        tile = TILE_LEN * self._head_dim * itemsize
+        tile = self._tile_len * self._head_dim * itemsize
         if self._options.interpreted:
             return 3  # fewer than a test's tiles
         left = mosaic.SHARED_BYTES - queries - out - _BARRIER_BYTES
@@ -145,7 +157,7 @@ class _Decode:
 
     def _scratch(self) -> dict[str, Any]:
         workers, head_dim, dtype = WORKERS_PER_CTA, self._head_dim, self._dtype
-        wide = mosaic.swizzled(head_dim, dtype)
+        wide = mosaic.swizzled(head_dim, dtype, most_columns=self._tile_len)
 
         def slices(columns: int, dtype: Any) -> Any:
             shape = (workers, _ROWS, columns)
@@ -154,7 +166,7 @@ class _Decode:
         scratch = {
             "queries": plgpu.SMEM((self._query_rows, head_dim), dtype, transforms=wide),
             "tiles": plgpu.SMEM(
-                (workers, self._stages, TILE_LEN, head_dim), dtype, transforms=wide
+                (workers, self._stages, self._tile_len, head_dim), dtype, transforms=wide
             ),
             "out": slices(self._out_columns, dtype),
             "part": slices(self._part_columns, jnp.float32),
@@ -167,9 +179,9 @@ class _Decode:
             "tile_empty": plgpu.Barrier(num_barriers=workers * self._stages),
         }
         if self._options.interpreted:
-            shape = (workers, _ROWS, TILE_LEN)
+            shape = (workers, _ROWS, self._tile_len)
             scratch["weights"] = plgpu.SMEM(
-                shape, dtype, transforms=mosaic.swizzled(TILE_LEN, dtype)
+                shape, dtype, transforms=mosaic.swizzled(self._tile_len, dtype)
             )
         return scratch
 
@@ -182,7 +194,7 @@ class _Decode:
         def one_cta(i: Any, counts: Any) -> Any:
             first_worker = (index + i * num_ctas) * WORKERS_PER_CTA
             begins = [self._walk.begin(first_worker + slot)[0] for slot in workers]
-            num_tiles = jnp.maximum(*(begin.left for begin in begins))
+            num_tiles = jnp.maximum(*(begin.left for begin in begins)) * self._walk.tiles_each
 
             def step(_: Any, states: Any) -> Any:
                 return tuple(self._fetch_one(slot, states[slot], s) for slot in workers)
@@ -240,14 +252,14 @@ class _Decode:
 
     def _pages(self, item: Item, tile: Any) -> list[tuple[Any, Any]]:
         """Page and first token in it for each piece of a tile."""
-        table, page_size = self._refs.page_table, self._page_size
+        table, tile_len, page_size = self._refs.page_table, self._tile_len, self._page_size
         # Past the last page its like is fetched again: the number of arrivals stays the same.
         last = lax.div(item.length - 1, jnp.int32(page_size))
-        if page_size > TILE_LEN:
+        if page_size > tile_len:
             # Written so that the compiler sees what first tokens are multiples of.
-            num_tiles = jnp.int32(page_size // TILE_LEN)
+            num_tiles = jnp.int32(page_size // tile_len)
             number = jnp.minimum(lax.div(tile, num_tiles), last)
-            return [(table[item.request, number], lax.rem(tile, num_tiles) * TILE_LEN)]
+            return [(table[item.request, number], lax.rem(tile, num_tiles) * tile_len)]
         numbers = [jnp.minimum(tile * self._pieces + i, last) for i in range(self._pieces)]
         return [(table[item.request, number], 0) for number in numbers]
 
@@ -261,7 +273,7 @@ class _Decode:
         def _() -> None:
             plgpu.barrier_wait(s.tile_empty.at[barrier])
 
-        piece_len = TILE_LEN // self._pieces
+        piece_len = self._tile_len // self._pieces
         for i, (page, token) in enumerate(pages):
             plgpu.copy_gmem_to_smem(
                 self._refs.cache.at[page, part, head, pl.ds(token, piece_len)],
@@ -327,7 +339,7 @@ class _Decode:
     ) -> Any:
         """Adds the tile whose keys are number `count` in the worker's ring, its values the next."""
         mixed, top, total = running
-        first_token = tile * TILE_LEN
+        first_token = tile * self._tile_len
         keys, values = (lax.rem(count + i, jnp.int32(self._stages)) for i in range(2))
 
         plgpu.barrier_wait(s.tile_full.at[keys + slot * self._stages])
@@ -336,7 +348,7 @@ class _Decode:
             plgpu.wgmma(accumulator, query, s.tiles.at[slot, keys].transpose((1, 0)))
             return accumulator[...]
 
-        scores = pl.run_scoped(product, plgpu.ACC((_ROWS, TILE_LEN), jnp.float32))
+        scores = pl.run_scoped(product, plgpu.ACC((_ROWS, self._tile_len), jnp.float32))
         plgpu.barrier_arrive(s.tile_empty.at[keys + slot * self._stages])
         scores = self._options.powers(scores)
         seen = self._is_seen(item, first_token, scores.shape, 1)
@@ -362,20 +374,23 @@ class _Decode:
 
     def _zero_unseen(self, item: Item, first_token: Any, tile: Any) -> None:
         """A weight of 0 is not enough: 0 * NaN is NaN, and a page may hold an older owner's."""
-        has_unseen = first_token + TILE_LEN > item.length
+        has_unseen = first_token + self._tile_len > item.length
         if self._options.window is not None:
             has_unseen |= first_token < item.length - self._options.window
 
         @pl.when(has_unseen)
         def _() -> None:
             # Some columns at a time, in a loop that stays one: registers are short here.
-            width = mosaic.swizzled_columns(self._head_dim, self._dtype)
+            is_short = self._tile_len < _ROWS
+            width = _ROWS if is_short else mosaic.swizzled_columns(self._head_dim, self._dtype)
 
             @pl.loop(0, self._head_dim // width)
             def _(i: Any) -> None:
                 some = tile.at[:, pl.ds(i * width, width)]
+                if is_short:  # too short to be the rows of a layout
+                    some = some.transpose((1, 0))
                 values = some[...]
-                seen = self._is_seen(item, first_token, values.shape, 0)
+                seen = self._is_seen(item, first_token, values.shape, int(is_short))
                 some[...] = jnp.where(seen, values, jnp.zeros((), values.dtype))
 
             plgpu.commit_smem()

@@ -58,12 +58,14 @@ class Walk:
         workers: Ref of its workers, [W, 5].
         context_lens: Ref, [R].
         num_kv_heads: K.
+        tiles_each: Tiles that the kernel makes of a tile of the plan.
     """
 
     live: Any
     workers: Any
     context_lens: Any
     num_kv_heads: int
+    tiles_each: int = 1
 
     def planned_ctas(self, index: Any, num_ctas: Any) -> Any:
         """How many CTAs of the plan CTA `index` stands for: index, index + num_ctas, ..."""
@@ -84,8 +86,8 @@ class Walk:
         return Item(
             request=request,
             head=lax.rem(place.segment, jnp.int32(self.num_kv_heads)),
-            first_tile=(first + place.offset),
-            num_tiles=num_tiles,
+            first_tile=(first + place.offset) * self.tiles_each,
+            num_tiles=num_tiles * self.tiles_each,
             is_whole=(place.offset == 0) & is_last,
             length=self.context_lens[request],
             after=Place(

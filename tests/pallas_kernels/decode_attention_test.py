@@ -9,6 +9,7 @@ import kernel_runs
 import numpy as np
 import pytest
 
+from nanoflow_jax import compat
 from nanoflow_jax.kv_cache import attention
 from nanoflow_jax.kv_cache.layout import CacheShape, PageMajorLayout
 from pallas_kernels import mosaic
@@ -158,6 +159,12 @@ def test_decode_attention_lowers_for_hopper(name):
     assert "mosaic_gpu_v2" in text
 
 
+# Wider heads, without spills where they can be read in half tiles.
+_WIDE = [
+    {"H": 192, "S": 128, "R": 2048},
+    {"H": 256, "S": 32, "N": 16},
+    {"H": 256, "S": 128, "N": 128},
+]
 # Of heads and pages each size once, with all that can be asked for.
 _COMPILED = [
     {"H": 64, "S": 16, "N": 128},
@@ -166,6 +173,7 @@ _COMPILED = [
     {"H": 128, "S": 16, "N": 64},
     {"H": 128, "S": 64},
     {"H": 176, "S": 64},
+    *(_WIDE if compat.CAN_LOAD_TRANSPOSED else []),
 ]
 
 
