@@ -120,6 +120,10 @@ def _result(model: build.ModelSource, mixes: Iterable[str]) -> Iterator[ResultWr
         yield result
 
 
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _throughput() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
@@ -132,7 +136,6 @@ def _throughput() -> int:
                 result.add_log(text)
 
         def chosen(settings: build.Settings) -> None:
-            print(settings, file=sys.stderr)
             if result is not None:
                 planned = throughput_result.plan(settings)
                 result.set_plan(planned, kernels=throughput_result.kernels(settings))
@@ -140,7 +143,8 @@ def _throughput() -> int:
         if result is not None and _is_on_gpu():
             result.set_ceilings(before=ceilings.measure(clock.Clock()))
         start = time.perf_counter()
-        engine = build.build_engine(engine_config, model, build.Reports(settings=chosen))
+        reports = start_up.reports(_tell, also_settings=chosen)
+        engine = build.build_engine(engine_config, model, reports)
         compile_s = sum(engine.compile_seconds.values())
         started_s = time.perf_counter() - start
         say(f"start {started_s:.1f} s, compile {compile_s:.1f} s, all programs added up")
@@ -208,7 +212,7 @@ def _serving() -> int:
 def _offline() -> llm.LLM:
     with _server() as server:
         server.stats()  # better missed now than after loading
-    reports = start_up.reports(lambda text: print(text, file=sys.stderr))
+    reports = start_up.reports(_tell)
     return llm.LLM.from_config(flags.engine_config(_FLAGS), reports)
 
 
