@@ -1,7 +1,8 @@
-"""What bounds a model on some devices, before anything is run.
+"""What bounds a model on some devices, before anything is run; and made-up requests to run.
 
 `python -m nanoflow_jax.search cost --model=llama-2-70b --device=a100-80g --devices=8
     --input_len=512 --output_len=512 [--plot=FILE.svg]`
+`python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 
 Exit codes: 0 done, 2 wrong flags or files, 130 interrupted.
 """
@@ -17,6 +18,7 @@ from nanoflow_jax import console
 from nanoflow_jax.cost import datasheets, serving
 from nanoflow_jax.models import architecture, huggingface, presets
 from nanoflow_jax.search import cost_plot, cost_report
+from nanoflow_jax.workload import traces
 
 _FLAGS = absl_flags.FLAGS
 _PRESET = "preset:"
@@ -58,8 +60,22 @@ def define(values: absl_flags.FlagValues) -> None:
         "trace",
         None,
         sorted(serving.TRACES),
-        "Lengths of a public trace, in place of these two.",
+        "A public trace: its mean lengths in place of these two, or its requests.",
         flag_values=values,
+    )
+    absl_flags.DEFINE_integer(
+        "requests", 1000, "How many to make up.", lower_bound=1, flag_values=values
+    )
+    absl_flags.DEFINE_float(
+        "rate",
+        None,
+        "Requests that come in a second; unset: all are there at once.",
+        lower_bound=1e-9,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_integer("seed", 0, "Of what is made up.", lower_bound=0, flag_values=values)
+    absl_flags.DEFINE_string(
+        "output", None, "Made-up requests go into this CSV file.", flag_values=values
     )
     absl_flags.DEFINE_float(
         "dense_batch",
@@ -145,7 +161,26 @@ def _draw(asked: cost_report.Question, found: cost_report.Answer) -> None:
         raise ValueError(f"--plot={_FLAGS.plot} cannot be written: {error.strerror}") from error
 
 
-_COMMANDS = {"cost": _cost}
+def _trace() -> int:
+    if not _FLAGS.output:
+        raise ValueError("--output names the CSV file that the requests go into")
+    workload = _workload()
+    name = _FLAGS.trace or f"{workload.input_len:g}/{workload.output_len:g}"
+    made = traces.generate(name, _FLAGS.requests, seed=_FLAGS.seed, rate=_FLAGS.rate)
+    try:
+        with pathlib.Path(_FLAGS.output).open("w", encoding="utf-8") as file:
+            traces.write_csv(made, file)
+    except OSError as error:
+        raise ValueError(f"--output={_FLAGS.output} cannot be written: {error.strerror}") from error
+    ahead, out = made.input_lens.mean(), made.output_lens.mean()
+    print(
+        f"{_FLAGS.requests:,} requests like {name}: {ahead:.1f} tokens in and {out:.1f} out on "
+        f"average, over {made.arrivals_s[-1]:,.1f} s"
+    )
+    return 0
+
+
+_COMMANDS = {"cost": _cost, "trace": _trace}
 
 
 def _run(arguments: list[str]) -> int:

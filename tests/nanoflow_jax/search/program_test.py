@@ -77,8 +77,11 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do: one of cost; got nothing"),
-        (["price"], "say what to do: one of cost; got price"),
+        ([], "say what to do: one of cost, trace; got nothing"),
+        (["price"], "say what to do: one of cost, trace; got price"),
+        (["trace"], "--output names the CSV file that the requests go into"),
+        (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
+        (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),
         (["cost"], "--model names the model to work it out for"),
         (["cost", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
         (["cost", "--model=llama-3-8b", "--device=tpu"], "accelerator 'tpu' is not known; take"),
@@ -113,3 +116,17 @@ def test_prompts_alone_are_worked_out_for_a_given_dense_batch(ask):
     assert code == 0
     assert "nothing is generated, so nothing stays cached" in text
     assert float(_line(text, "decode_attention")[1]) == 0.0
+
+
+def test_made_up_requests_are_written_and_summed_up(ask, tmp_path):
+    path = tmp_path / "requests.csv"
+    arguments = ("trace", "--trace=lmsys", "--requests=500", "--rate=10", f"--output={path}")
+    code, text, _ = ask(*arguments)
+    assert code == 0
+    assert text.startswith("500 requests like lmsys: ")
+    written = path.read_text()
+    assert len(written.splitlines()) == 501
+    ask(*arguments)
+    assert path.read_text() == written
+    ask(*arguments, "--seed=1")
+    assert path.read_text() != written
