@@ -144,12 +144,12 @@ class KernelPrefillInputs:
     Attributes:
         group: G, query heads for each KV head.
         num_ctas: Most SMs to use.
-        interpret: None on a GPU, or InterpretGPUParams.
+        attend: See `KernelPrefill`.
     """
 
     group: int
     num_ctas: int
-    interpret: Any
+    attend: Callable[..., Array]
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
         capacity = prefill_tiles.max_tiles(bucket.tokens, bucket.prefill_rows, group=self.group)
@@ -167,7 +167,7 @@ class KernelPrefillInputs:
             *(arrays[_tiles_name(name)] for name in prefill_tiles.PrefillTiles._fields)
         )
         return kernel_attention.KernelPrefill(
-            tiles=built, num_ctas=self.num_ctas, interpret=self.interpret
+            tiles=built, num_ctas=self.num_ctas, attend=self.attend
         )
 
     def _build(self, chunks: Any, capacity: int, num_tokens: int) -> prefill_tiles.PrefillTiles:

@@ -14,6 +14,8 @@ from nanoflow_jax.models import kernel_operations
 from nanoflow_jax.models import operations as operation_lib
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention_triton import decode_attention_triton
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention_triton import prefill_attention_triton
 
 
 def operations(choices: Choices) -> operation_lib.Operations:
@@ -60,9 +62,9 @@ def attention(
             num_ctas=choices.num_ctas,
             attend=_decode_kernel(chosen),
         )
-    if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
+    if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is not Maker.PLAIN:
         prefill = attention_inputs.KernelPrefillInputs(
-            group=group, num_ctas=choices.num_ctas, interpret=_interpret(chosen)
+            group=group, num_ctas=choices.num_ctas, attend=_prefill_kernel(chosen)
         )
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
 
@@ -77,6 +79,12 @@ def _decode_kernel(choice: Choice) -> Callable[..., Array]:
     if choice.maker is Maker.TRITON:
         return functools.partial(decode_attention_triton, interpret=choice.interpreted)
     return functools.partial(decode_attention, interpret=_interpret(choice))
+
+
+def _prefill_kernel(choice: Choice) -> Callable[..., Array]:
+    if choice.maker is Maker.TRITON:
+        return functools.partial(prefill_attention_triton, interpret=choice.interpreted)
+    return functools.partial(prefill_attention, interpret=_interpret(choice))
 
 
 def _interpret(choice: Choice) -> Any:

@@ -83,10 +83,11 @@ def test_hopper_takes_kernels_for_attention_and_experts_and_xla_for_products():
     assert not found.any_interpreted
 
 
-def test_ampere_takes_the_triton_kernel_for_decode_attention_and_xla_for_the_rest():
+def test_ampere_takes_triton_kernels_for_attention_and_xla_for_the_rest():
     found = _choose(_A100, _served("mixtral-8x7b"))
-    assert found[Operation.DECODE_ATTENTION] == Choice(maker=Maker.TRITON, reason="Ampere and Ada")
-    others = [found[other] for other in Operation if other is not Operation.DECODE_ATTENTION]
+    for operation in _ATTENTION:
+        assert found[operation] == Choice(maker=Maker.TRITON, reason="Ampere and Ada")
+    others = [found[other] for other in Operation if other not in _ATTENTION]
     assert {choice.maker for choice in others} == {Maker.PLAIN}
     assert others[0].reason == (
         "the kernel is made for Hopper, and this is NVIDIA A100 of compute capability 8.0"
@@ -124,10 +125,8 @@ def test_the_triton_kernel_is_refused_where_it_is_not_compiled_for_the_device(ma
 
 @pytest.mark.parametrize("use", ["triton", "interpret_triton"])
 def test_an_operation_without_a_triton_kernel_says_so(use):
-    with _refuses(
-        f"--kernel_prefill_attention={use}: there is no Triton kernel for it; leave the flag out"
-    ):
-        _choose(_A100, kernel_prefill_attention=use)
+    with _refuses(f"--kernel_gemm={use}: there is no Triton kernel for it; leave the flag out"):
+        _choose(_A100, kernel_gemm=use)
 
 
 def test_any_jax_interprets_the_triton_kernel_without_compiling_as_it_runs():
