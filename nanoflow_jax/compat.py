@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,8 @@ except ImportError:  # deprecated since 0.11: "will be removed in a future versi
 _VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 # 0.10 interprets products only: no transposed shared memory, no casts of layouts.
 CAN_INTERPRET_MOSAIC = _VERSION >= (0, 11)
+# 0.10 finds no layout for registers that are loaded from transposed shared memory.
+CAN_LOAD_TRANSPOSED = _VERSION >= (0, 11)
 # The backend for GPUs older than Hopper; 0.12.0.1 still has it.
 HAS_PALLAS_TRITON = plt is not None
 
@@ -32,6 +35,7 @@ def interpret_gpu_params(**options: Any) -> Any:
     Args:
         options: For instance detect_races=True, out_of_bounds_reads="uninitialized".
     """
+    _race_states()
     if hasattr(plgpu, "InterpretGPUParams"):
         return plgpu.InterpretGPUParams(**options)
     from jax._src.pallas.mosaic_gpu.interpret import params
@@ -48,17 +52,34 @@ def load_row(ref: Any, columns: Any, *, layout: Any) -> Any:
 
 
 def races_found() -> bool:
-    """Whether the last interpreted kernel, run with detect_races, had a race."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
-    return bool(interpret_pallas_call.get_races().races_found)
+    """Whether a kernel that was interpreted with detect_races since the reset had a race."""
+    return any(state.races_found for state in _race_states())
 
 
 def reset_interpreter() -> None:
-    """Forgets a kernel that failed while it was interpreted; without it later ones fail too."""
+    """Forgets races, and a kernel that failed; without it later kernels fail too."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
     interpret_pallas_call.reset_gpu_interpret_mode_state()
+    _race_states().clear()
+
+
+@functools.cache
+def _race_states() -> list[Any]:
+    """What the interpreter notes of races, a state for each kernel; jax keeps the last alone."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    has_own = hasattr(gpu_callbacks, "GPURaceDetectionState")
+    name = "GPURaceDetectionState" if has_own else "RaceDetectionState"
+    make = getattr(gpu_callbacks, name)
+    states: list[Any] = []
+
+    def noted(**options: Any) -> Any:
+        states.append(make(**options))
+        return states[-1]
+
+    setattr(gpu_callbacks, name, noted)
+    return states
 
 
 def abstract_gpu(kind: str, num_sms: int) -> contextlib.AbstractContextManager[Any]:
@@ -71,6 +92,32 @@ def abstract_gpu(kind: str, num_sms: int) -> contextlib.AbstractContextManager[A
     # An empty mesh: with an explicit axis the transforms of Mosaic refs fail on 0.11.2.
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=AbstractDevice(**fields))
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def device_kernels(launch: Callable[[], object]) -> list[tuple[str, float]]:
+    """Kernels that ran on the GPU, in their order, as CUPTI saw them.
+
+    Args:
+        launch: Starts work and waits for it.
+
+    Returns:
+        Name and seconds of each.
+
+    Raises:
+        RuntimeError: CUPTI cannot be used: there is no GPU, or another profiler uses it.
+    """
+    try:
+        from jax._src.lib import mosaic_gpu
+    except ImportError as error:
+        raise RuntimeError("jax has no CUDA plugin here, and with it no CUPTI") from error
+    extension: Any = mosaic_gpu._mosaic_gpu_ext
+    extension._cupti_init()
+    try:
+        launch()
+    finally:
+        # Not detached for good: it will be asked again.
+        timings = extension._cupti_get_timings(False)
+    return [(name, 1e-3 * milliseconds) for name, milliseconds in timings]
 
 
 def triton_call(

@@ -26,6 +26,14 @@ class KernelUse(enum.StrEnum):
     INTERPRET_TRITON = "interpret_triton"
 
 
+class Executor(enum.StrEnum):
+    """Who decides what of a plan runs beside what; `engine.executors` says how."""
+
+    AUTO = "auto"
+    SEQUENTIAL = "sequential"
+    GRAPH = "graph"
+
+
 def knob(
     default: Any, help_text: str, *, low: float | None = None, high: float | None = None
 ) -> Any:
@@ -187,6 +195,36 @@ class ParallelSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSection:
+    """How the layers of a step are cut into nano-batches and ordered."""
+
+    PREFIX = ""
+
+    plan: str = knob(
+        "one",
+        "How layers run. one: the whole dense batch, one operation after another; halves: "
+        "attention and collectives of one half beside products of the other; or a JSON file of "
+        "plans, one for each size of bucket, other buckets running as with one.",
+    )
+    plan_min_tokens: int = knob(
+        0, "Smallest bucket that --plan=halves cuts. 0: any that has tokens enough.", low=0
+    )
+    plan_granule: int = knob(
+        128, "Tokens of which nano-batches of --plan=halves are multiples.", low=1
+    )
+
+    executor: Executor = knob(
+        Executor.AUTO,
+        "Who runs a plan. graph: CUDA graphs whose parts wait only for what they read; "
+        "sequential: XLA's own order, one after another. auto: graph on a GPU where a plan cuts, "
+        "else sequential.",
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileSection:
     """Compilation before the first request."""
 
@@ -212,6 +250,7 @@ class EngineConfig:
     batch: BatchSection = dataclasses.field(default_factory=BatchSection)
     kernels: KernelsSection = dataclasses.field(default_factory=KernelsSection)
     parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
+    plans: PlanSection = dataclasses.field(default_factory=PlanSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
 
     @classmethod

@@ -5,8 +5,9 @@ is how many bytes are on their way to an SM: one that runs alone on 1/48 of the 
 needs some 90 KB, and here pages are fetched into all shared memory that queries leave free.
 
 The kernel itself is in `decode_role`; the shares of its workers come from `work_list`. A segment
-that one worker has to itself leaves the kernel as it is; of the others, parts leave in float32 and
-are merged by XLA. Heads of 256 are slow: two tiles a worker fit, and some registers are spilled.
+that is not cut leaves the kernel as it is; of the others, parts leave in float32, which a second
+small kernel merges. Heads of 192 and 256 are read in half tiles, to leave all values in registers;
+jax 0.10.2 cannot compile that, and spills 16 and 500 bytes. Other heads above 176 spill on any jax.
 
 Accuracy: products of the inputs as they are, summed in float32; running softmax to the base 2 in
 float32, with the GPU's exp2 (2 units of the last place); weights rounded to the cache's dtype
@@ -25,12 +26,11 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
 from pallas_kernels.decode_role import DecodeOptions, DecodeRefs, decode_role
-from pallas_kernels.work_list import PARTS_PER_WORKER, TILE_LEN, WORKERS_PER_CTA, WorkList
+from pallas_kernels.merge_parts import COLUMN_MULTIPLE, merge_runs
+from pallas_kernels.work_list import PARTS_PER_GROUP, TILE_LEN, WORKERS_PER_CTA, WorkList
 
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
-# Of a part in its group: less than any rounding, and enough for what is no number to be seen.
-_LEAST_SHARE = 1e-30
 _DTYPES = ("bfloat16", "float16")
 _MOST_GROUP = 16
 _MOST_HEAD_DIM = 256
@@ -47,12 +47,14 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    num_ctas: int = 132,
     token: Array | None = None,
     interpret: Any = None,
 ) -> Float[Array, "R N H"]:
     """One query per request against that request's cached tokens.
 
-    The grid has as many CTAs as the plan has room for: that is the most SMs it uses.
+    CTA i of n does what CTAs i, i + n, ... of the plan have to do: any number of them gives the
+    same bits.
 
     Args:
         q: The newest token of each request, of the cache's dtype.
@@ -63,6 +65,7 @@ def decode_attention(
         scale: Factor on q times k.
         window: Newest tokens a query sees, itself included; None sees all.
         softcap: Scores s become softcap * tanh(s / softcap); None leaves them.
+        num_ctas: Most SMs to use; no more than the plan has room for are.
         token: Read by nobody; orders this kernel after the one that makes it.
         interpret: None on a GPU, or InterpretGPUParams.
 
@@ -72,6 +75,7 @@ def decode_attention(
     Raises:
         ValueError: Shapes, dtypes or numbers do not fit each other or the kernel.
     """
+    mosaic.check_num_ctas(num_ctas)
     kernel = prepare_decode(
         q,
         cache,
@@ -81,9 +85,11 @@ def decode_attention(
         scale=scale,
         window=window,
         softcap=softcap,
-        interpreted=interpret is not None,
+        merge_ctas=num_ctas,
+        interpret=interpret,
     )
-    return mosaic.run(kernel, num_ctas=kernel.most_ctas, token=token, interpret=interpret)
+    num_ctas = min(num_ctas, kernel.most_ctas)
+    return mosaic.run(kernel, num_ctas=num_ctas, token=token, interpret=interpret)
 
 
 def prepare_decode(
@@ -96,64 +102,50 @@ def prepare_decode(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    interpreted: bool = False,
+    merge_ctas: int = 132,
+    interpret: Any = None,
 ) -> mosaic.Kernel:
     """The kernel of `decode_attention`, to run on a share of a grid; takes and refuses the same.
 
-    Its share must have as many CTAs as the work is planned for.
+    It is to be run with the same `interpret`; a merge of parts on at most merge_ctas CTAs follows.
     """
-    options = DecodeOptions(scale=scale, window=window, softcap=softcap, interpreted=interpreted)
+    options = DecodeOptions(
+        scale=scale, window=window, softcap=softcap, interpreted=interpret is not None
+    )
     _check(q, cache, page_table, context_lens, work)
     (R, N, H), K = q.shape, cache.shape[2]
-    group, num_parts = N // K, work.part_groups.shape[0]
+    group, num_parts = N // K, PARTS_PER_GROUP * work.groups.shape[0]
     padded = -(-group // mosaic.TILE_ROWS) * mosaic.TILE_ROWS
+    columns = -(-H // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     rows = jnp.pad(q.reshape(R * K, group, H), ((0, 0), (0, padded - group), (0, 0)))
     tables = (page_table, context_lens, work.live, work.workers)
 
     def finish(out: Any, parts: Any, part_weights: Any) -> Float[Array, "R N H"]:
-        written = (out[:, :group], parts[:, :group], part_weights[:, :group])
-        return finish_decode(*written, context_lens, work)
+        merged = merge_runs(
+            parts,
+            part_weights,
+            jnp.asarray(work.groups),
+            num_rows=group,
+            dtype=out.dtype,
+            num_ctas=merge_ctas,
+            interpret=interpret,
+        )
+        return finish_decode(out[:, :group], merged[:, :, :H], context_lens, work)
 
     return mosaic.Kernel(
         operands=[rows, cache, *(jnp.asarray(table) for table in tables)],
         results=(
             jax.ShapeDtypeStruct(rows.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_parts, padded, H), jnp.float32),
+            jax.ShapeDtypeStruct((num_parts, padded, columns), jnp.float32),
             jax.ShapeDtypeStruct((num_parts, padded), jnp.float32),
         ),
-        role=lambda index, _, *refs: decode_role(index, DecodeRefs(*refs), options),
+        role=lambda index, num_ctas, *refs: decode_role(
+            index, num_ctas, DecodeRefs(*refs), options
+        ),
         finish=finish,
         most_ctas=work.workers.shape[0] // WORKERS_PER_CTA,
         approx_math=True,
     )
-
-
-def finish_decode(
-    out: Float[Array, "W G H"],
-    parts: Float[Array, "C G H"],
-    part_weights: Float[Array, "C G"],
-    context_lens: Int32[Array, "R"],
-    work: WorkList,
-) -> Float[Array, "R N H"]:
-    """Attention from what the workers of a plan wrote.
-
-    Args:
-        out: A row for each (request, kv head), right where one worker had the whole segment.
-        parts: What workers wrote of segments that they share, in the places the plan says.
-        part_weights: As `merge_parts` has them.
-        context_lens: Cached tokens of each request.
-        work: The plan.
-    """
-    merged = merge_parts(
-        parts,
-        part_weights,
-        jnp.asarray(work.part_groups),
-        num_groups=work.group_rows.shape[0],
-    ).astype(out.dtype)
-    out = out.at[jnp.asarray(work.group_rows)].set(merged, mode="drop")
-    out = out.reshape(context_lens.shape[0], -1, out.shape[2])
-    # Nothing was written for rows without tokens.
-    return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
 
 
 def decode_attention_reference(
@@ -187,43 +179,19 @@ def decode_attention_reference(
     return jnp.where(length > 0, mixed.reshape(R, N, H), 0.0).astype(q.dtype)
 
 
-def merge_parts(
-    parts: Float[Array, "C G H"],
-    weights: Float[Array, "C G"],
-    part_groups: Int32[Array, "C"],
-    *,
-    num_groups: int,
-) -> Float[Array, "W G H"]:
-    """Means of parts, each weighing as much as the sum of its exponentials.
-
-    Few parts, whatever the batch: a product with who-is-in-which-group is cheap, and unlike a
-    scattered sum it always adds in one order.
-
-    Args:
-        parts: Results of softmax over a part of the keys.
-        weights: Logarithm to the base 2 of the sum of exponentials of each.
-        part_groups: Which group a part is in; num_groups for a part to leave out, which may hold
-            anything.
-        num_groups: W.
-
-    Returns:
-        Results of softmax over all keys of a group; zeros where it has no parts. What is no number
-        makes itself NaN in its own group, and nothing in another.
-    """
-    is_in = part_groups[None] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]  # [W, C]
-    is_sound = jnp.isfinite(parts) & jnp.isfinite(weights)[..., None]
-    weights = jnp.where((part_groups < num_groups)[:, None], weights, _LOWEST)
-    weights = jnp.where(jnp.isfinite(weights), weights, -_LOWEST)
-    top = jnp.max(jnp.where(is_in[..., None], weights[None], _LOWEST), axis=1)  # [W, G]
-    share = jnp.maximum(jnp.exp2(weights[None] - top[:, None]), _LEAST_SHARE)
-    share = jnp.where(is_in[..., None], share, 0.0)  # [W, C, G]
-    # One product for all sums. What is no number is counted instead: times 0 it is still none.
-    H = parts.shape[2]
-    sides = (jnp.where(is_sound, parts, 0.0), ~is_sound, jnp.ones_like(parts[..., :1]))
-    counted = jnp.concatenate([side.astype(jnp.float32) for side in sides], axis=-1)
-    sums = jnp.einsum("WCG,CGI->WGI", share, counted, precision="highest")
-    merged = sums[..., :H] / jnp.maximum(sums[..., 2 * H :], _LEAST_SHARE)
-    return jnp.where(sums[..., H : 2 * H] > 0, jnp.nan, merged)
+def finish_decode(
+    out: Float[Array, "RK G H"],
+    merged: Float[Array, "B G H"],
+    context_lens: Int32[Array, "R"],
+    work: WorkList,
+) -> Float[Array, "R N H"]:
+    """Results of all rows, from those of whole segments and those merged from parts."""
+    row_groups = jnp.asarray(work.row_groups)
+    is_merged = (row_groups < merged.shape[0])[:, None, None]
+    out = jnp.where(is_merged, merged.at[row_groups].get(mode="clip"), out)
+    out = out.reshape(context_lens.shape[0], -1, out.shape[2])
+    # Kernels write nothing for rows without tokens.
+    return jnp.where(context_lens[:, None, None] > 0, out, jnp.zeros((), out.dtype))
 
 
 def check_batch(
@@ -270,11 +238,13 @@ def check_batch(
                 f"{name} is {table.dtype}{table.shape}, not int32 [{axes.replace(' ', ', ')}] with "
                 f"R={R}"
             )
-    num_workers = work.workers.shape[0]
-    wanted = ((R, 3), (num_workers, 5), (PARTS_PER_WORKER * num_workers,), (num_workers,))
     found = tuple(field.shape for field in work)
+    num_workers, num_groups = found[1][0], found[2][0]
+    wanted = ((R, 4), (num_workers, 5), (num_groups, 2), (R * K,))
     if found != wanted or num_workers % WORKERS_PER_CTA:
-        raise ValueError(f"work has shapes {found}; a plan for R={R} requests has {wanted}")
+        raise ValueError(
+            f"work has shapes {found}; a plan for R={R} requests and K={K} kv heads has {wanted}"
+        )
 
 
 def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:

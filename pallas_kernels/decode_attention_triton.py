@@ -23,8 +23,10 @@ from nanoflow_jax import compat
 from pallas_kernels import triton_pages
 from pallas_kernels.decode_attention import check_batch, finish_decode
 from pallas_kernels.decode_role import DecodeOptions
+from pallas_kernels.decode_walk import Item, Walk
+from pallas_kernels.merge_parts import merge_runs_reference
 from pallas_kernels.triton_pages import Tile, padded
-from pallas_kernels.work_list import PARTS_PER_WORKER, TILE_LEN, WORKERS_PER_CTA, WorkList
+from pallas_kernels.work_list import PARTS_PER_GROUP, TILE_LEN, WORKERS_PER_CTA, WorkList
 
 _MOST_GROUP = 64
 _NUM_WARPS = 4
@@ -40,14 +42,14 @@ def decode_attention_triton(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    num_ctas: int = 132,
     token: Array | None = None,
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R N H"]:
     """One query per request against that request's cached tokens.
 
-    The reference is `decode_attention_reference`. The grid has as many CTAs as the plan has room
-    for: that is the most SMs it uses.
+    The reference is `decode_attention_reference`. Any number of CTAs gives the same bits.
 
     Args:
         q: The newest token of each request, of the cache's dtype.
@@ -58,6 +60,7 @@ def decode_attention_triton(
         scale: Factor on q times k.
         window: Newest tokens a query sees, itself included; None sees all.
         softcap: Scores s become softcap * tanh(s / softcap); None leaves them.
+        num_ctas: Most SMs to use; no more than the plan has room for are.
         token: Read by nobody; orders this kernel after the one that makes it.
         tile: How the kernel runs; from the sizes unless given.
         interpret: Whether to run on whatever is at hand instead of a GPU.
@@ -69,6 +72,8 @@ def decode_attention_triton(
         ValueError: Shapes, dtypes or numbers do not fit each other or the kernel, or this jax has
             no such backend.
     """
+    if num_ctas < 1:
+        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
     check_batch(
         q,
         cache,
@@ -85,7 +90,7 @@ def decode_attention_triton(
         head_dim=H, itemsize=q.dtype.itemsize, num_warps=_NUM_WARPS
     )
     options = DecodeOptions(scale=scale, window=window, softcap=softcap, interpreted=interpret)
-    group, num_parts = N // K, work.part_groups.shape[0]
+    group, num_parts = N // K, PARTS_PER_GROUP * work.groups.shape[0]
     operands = [q.reshape(R * K, group, H), cache, page_table, context_lens]
     operands += [jnp.asarray(table) for table in (work.live, work.workers)]
     given = operands if token is None else [*operands, token]
@@ -100,12 +105,15 @@ def decode_attention_triton(
             jax.ShapeDtypeStruct((num_parts, group, H), jnp.float32),
             jax.ShapeDtypeStruct((num_parts, group), jnp.float32),
         ),
-        grid=(work.workers.shape[0] // WORKERS_PER_CTA,),
+        grid=(min(num_ctas, work.workers.shape[0] // WORKERS_PER_CTA),),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         interpret=interpret,
     )(*given)
-    return finish_decode(out, parts, part_weights, context_lens, work)
+    merged = merge_runs_reference(
+        parts, part_weights, jnp.asarray(work.groups), num_rows=group, dtype=out.dtype
+    )
+    return finish_decode(out, merged, context_lens, work)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,52 +131,35 @@ class _Refs:
     part_weights: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Item:
-    """What one worker has of one segment: tiles [begin, end)."""
-
-    request: Any
-    head: Any
-    begin: Any
-    end: Any
-    is_whole: Any
-    part: Any
-
-
 def _kernel(refs: _Refs, options: DecodeOptions, tile: Tile) -> None:
-    first_worker = pl.program_id(0) * WORKERS_PER_CTA
-
-    def one_worker(number: Any, _: None) -> None:
-        worker = first_worker + number
-
-        def one_item(number: Any, _: None) -> None:
-            item = _item(refs, worker, number)
-            _store(refs, item, _attend(refs, item, options, tile))
-
-        lax.fori_loop(0, refs.workers[worker, 1], one_item, None)
-
-    lax.fori_loop(0, WORKERS_PER_CTA, one_worker, None)
-
-
-def _item(refs: _Refs, worker: Any, number: Any) -> _Item:
-    first, count, first_tile, last_end = (refs.workers[worker, i] for i in range(4))
-    num_kv_heads = refs.cache.shape[2]
-    segment = first + number
-    live = lax.div(segment, num_kv_heads)
-    request, segment_begin, segment_end = (refs.live[live, i] for i in range(3))
-    begin = jnp.where(number == 0, first_tile, segment_begin)
-    end = jnp.where(number == count - 1, last_end, segment_end)
-    return _Item(
-        request=request,
-        head=lax.rem(segment, num_kv_heads),
-        begin=begin,
-        end=end,
-        is_whole=(begin == segment_begin) & (end == segment_end),
-        part=worker * PARTS_PER_WORKER + jnp.minimum(number, 1),
+    index, num_ctas = pl.program_id(0), pl.num_programs(0)
+    walk = Walk(
+        live=refs.live,
+        workers=refs.workers,
+        context_lens=refs.context_lens,
+        num_kv_heads=refs.cache.shape[2],
     )
 
+    def one_worker(number: Any, _: None) -> None:
+        turn = lax.div(number, WORKERS_PER_CTA)
+        slot = lax.rem(number, WORKERS_PER_CTA)
+        place, num_items, part = walk.begin((index + turn * num_ctas) * WORKERS_PER_CTA + slot)
 
-def _attend(refs: _Refs, item: _Item, options: DecodeOptions, tile: Tile) -> Any:
+        def one_item(_: Any, state: Any) -> Any:
+            place, part = state
+            item = walk.item(place)
+            _store(refs, item, part, _attend(refs, item, options, tile))
+            return item.after, jnp.where(item.is_whole, part, part + 1)
+
+        lax.fori_loop(0, num_items, one_item, (place, part))
+
+    lax.fori_loop(0, walk.planned_ctas(index, num_ctas) * WORKERS_PER_CTA, one_worker, None)
+
+
+def _attend(
+    refs: _Refs, item: Item, options: DecodeOptions, tile: Tile
+) -> tuple[Float[Array, "G H"], Float[Array, "G"], Float[Array, "G"]]:
+    """See `triton_pages.attend`; over the tokens of an item."""
     _, group, H = refs.q.shape
     rows, columns = padded(group), padded(H)
     query = compat.plt.load(
@@ -176,22 +167,22 @@ def _attend(refs: _Refs, item: _Item, options: DecodeOptions, tile: Tile) -> Any
         mask=(rows < group)[:, None] & (columns < H)[None],
         other=0,
     )
-    length = refs.context_lens[item.request]
+    length = item.length
     oldest = 0 if options.window is None else jnp.maximum(length - options.window, 0)
     context = triton_pages.Context(
         cache=refs.cache,
         page_table=refs.page_table,
         row=item.request,
         head=item.head,
-        first=jnp.maximum(item.begin * TILE_LEN, oldest),
-        end=jnp.minimum(item.end * TILE_LEN, length),
+        first=jnp.maximum(item.first_tile * TILE_LEN, oldest),
+        end=jnp.minimum((item.first_tile + item.num_tiles) * TILE_LEN, length),
     )
     return triton_pages.attend(
         query, context, options, tile, sees=lambda key: jnp.full_like(key, True, dtype=jnp.bool_)
     )
 
 
-def _store(refs: _Refs, item: _Item, result: Any) -> None:
+def _store(refs: _Refs, item: Item, part: Any, result: Any) -> None:
     mixed, top, total = result
     _, group, H = refs.q.shape
     rows, columns = padded(group), padded(H)
@@ -204,12 +195,10 @@ def _store(refs: _Refs, item: _Item, result: Any) -> None:
         mask=is_real & item.is_whole,
     )
     compat.plt.store(
-        refs.parts.at[item.part, rows[:, None], columns[None]], mixed, mask=is_real & is_part
+        refs.parts.at[part, rows[:, None], columns[None]], mixed, mask=is_real & is_part
     )
-    compat.plt.store(
-        refs.part_weights.at[item.part, rows], top + jnp.log2(total), mask=is_row & is_part
-    )
+    compat.plt.store(refs.part_weights.at[part, rows], top + jnp.log2(total), mask=is_row & is_part)
 
 
-def _row(refs: _Refs, item: _Item) -> Any:
+def _row(refs: _Refs, item: Item) -> Any:
     return item.request * refs.cache.shape[2] + item.head

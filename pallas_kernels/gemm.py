@@ -99,8 +99,9 @@ def prepare_gemm(
     tile: GemmTile | None = None,
 ) -> mosaic.Kernel:
     """The kernel of `gemm`, to run on a share of a grid; takes and refuses the same."""
-    tile = tile or default_tile(x.dtype, x.shape[0])
     out_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
+    num_factors = 1 if w_up is None and not gated else 2
+    tile = tile or default_tile(x.dtype, x.shape[0], num_factors=num_factors, out_dtype=out_dtype)
     num_rows, num_columns = x.shape[0], w.shape[0] // 2 if gated else w.shape[0]
     _check(x, w, gated=gated, w_up=w_up)
     _check_epilogue((num_rows, num_columns), out_dtype, bias=bias, residual=residual)

@@ -15,6 +15,8 @@ _NUM_SLOTS = 2
 # Rows of one product of a warpgroup (WGMMA), and the most columns.
 _PRODUCT_ROWS = 64
 _MOST_COLUMNS = 256
+_STEP_BYTES = 128
+_BARRIER_BYTES = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,26 @@ def default_rows(num_rows: int) -> int:
     return _PRODUCT_ROWS if num_rows <= _PRODUCT_ROWS else 2 * _PRODUCT_ROWS
 
 
-def default_tile(dtype: Any, num_rows: int) -> GemmTile:
-    """Tile of `default_rows`, its steps one swizzled row of 128 bytes deep."""
-    depth = 128 if dtype == jnp.float8_e4m3fn else 64
-    return GemmTile(rows=default_rows(num_rows), depth=depth)
+def default_tile(
+    dtype: Any, num_rows: int, *, num_factors: int = 1, out_dtype: Any = jnp.bfloat16
+) -> GemmTile:
+    """Tile of `default_rows`, its steps one swizzled row of 128 bytes deep.
+
+    It has four stages, or as many as fit into shared memory beside slices on their way out.
+
+    Args:
+        dtype: Of the operands.
+        num_rows: That a weight multiplies.
+        num_factors: 2 in a gated layer.
+        out_dtype: Of the result.
+    """
+    depth = _STEP_BYTES // jnp.dtype(dtype).itemsize
+    tile = GemmTile(rows=default_rows(num_rows), depth=depth)
+    slots = mosaic.COMPUTE_WARPGROUPS * _NUM_SLOTS
+    slice_bytes = tile.warpgroup_rows * tile.slice_columns * jnp.dtype(out_dtype).itemsize
+    left = mosaic.SHARED_BYTES - _BARRIER_BYTES - slots * slice_bytes
+    stages = left // (_STEP_BYTES * (tile.rows + num_factors * tile.columns))
+    return dataclasses.replace(tile, stages=min(tile.stages, stages))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -68,13 +68,14 @@ def plan_groups(
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     expert = jnp.arange(num_experts + 1, dtype=flat.dtype)
-    starts = jnp.searchsorted(flat[order], expert).astype(jnp.int32)
+    # Not by bisection: a loop on the device, of a few kernels each turn.
+    starts = jnp.searchsorted(flat[order], expert, method="compare_all").astype(jnp.int32)
     counts = jnp.diff(starts)
     tiles = (counts + tile_rows - 1) // tile_rows
     tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
     capacity = max_row_tiles(flat.size, num_experts, tile_rows=tile_rows)
     tile = jnp.arange(capacity, dtype=jnp.int32)
-    tile_expert = jnp.searchsorted(tile_ends, tile, side="right").astype(jnp.int32)
+    tile_expert = jnp.searchsorted(tile_ends, tile, side="right", method="compare_all")
     # From an expert's place among sorted choices to its first row.
     shift = (tile_ends - tiles) * tile_rows - starts[:-1]
     rows = jnp.arange(flat.size, dtype=jnp.int32) + shift[flat[order]]
@@ -82,7 +83,7 @@ def plan_groups(
         sources=jnp.full(capacity * tile_rows, num_tokens, jnp.int32).at[rows].set(order // active),
         places=jnp.zeros_like(order).at[order].set(rows).reshape(experts.shape),
         counts=counts,
-        tile_expert=jnp.minimum(tile_expert, num_experts - 1),
+        tile_expert=jnp.minimum(tile_expert.astype(jnp.int32), num_experts - 1),
         num_tiles=tile_ends[-1:],
     )
 
@@ -165,7 +166,13 @@ def prepare_grouped_gemm(
 ) -> mosaic.Kernel:
     """The kernel of `grouped_gemm`, to run on a share of a grid; takes and refuses the same."""
     num_tiles = groups.tile_expert.shape[0]
-    chosen = tile or default_tile(x.dtype, groups.sources.shape[0] // num_tiles)
+    result_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
+    chosen = tile or default_tile(
+        x.dtype,
+        groups.sources.shape[0] // num_tiles,
+        num_factors=2 if gated else 1,
+        out_dtype=result_dtype,
+    )
     _check(x, w, groups, gated=gated, tile=chosen)
     num_experts, weight_rows, _ = w.shape
     check_scale("x_scale", x_scale, x.shape[:1])
@@ -199,7 +206,6 @@ def prepare_grouped_gemm(
         )
         gemm_role(index, num_workers, product, chosen)
 
-    result_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
     return mosaic.Kernel(
         operands=operands,
         results=(jax.ShapeDtypeStruct((x.shape[0], num_columns), result_dtype),),

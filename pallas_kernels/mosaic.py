@@ -5,6 +5,7 @@ warpgroups per CTA of which the last one only moves memory.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,13 +30,22 @@ _ROW_BYTES = 16
 TILE_ROWS = 8
 
 
-def swizzled(num_columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
+def swizzled(
+    num_columns: int, dtype: Any, *, most_columns: int | None = None
+) -> tuple[plgpu.Transform, ...]:
     """How WGMMA wants rows of so many columns laid out in shared memory.
+
+    Args:
+        num_columns: Of a row.
+        dtype: Of what is in it.
+        most_columns: Of the tiles that rows are cut into; a product sums over a multiple of them.
 
     Raises:
         ValueError: The row is no multiple of 32 bytes.
     """
     tile_columns = swizzled_columns(num_columns, dtype)
+    if most_columns is not None:
+        tile_columns = swizzled_columns(math.gcd(tile_columns, most_columns), dtype)
     tiling = plgpu.TilingTransform((TILE_ROWS, tile_columns))
     return (tiling, plgpu.SwizzleTransform(tile_columns * jnp.dtype(dtype).itemsize))
 

@@ -19,6 +19,7 @@ Source: FlashAttention-3 (Shah et al., arXiv 2407.08608), sections 3.1 and 3.2: 
 and two warpgroups that take turns; pages as in PagedAttention (Kwon et al., arXiv 2309.06180).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +28,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.decode_attention import merge_parts
-from pallas_kernels.prefill_role import ROWS, PrefillForm, PrefillRefs, prefill_role
-from pallas_kernels.prefill_tiles import GRANULE, PrefillTiles, tile_len
+from pallas_kernels.merge_parts import merge_parts
+from pallas_kernels.prefill_role import PrefillForm, PrefillRefs, prefill_role
+from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, PrefillTiles, tile_len
 
 _DTYPES = ("bfloat16", "float16")
 _HEAD_DIMS = (64, 128, 256)
@@ -105,7 +106,7 @@ def prepare_prefill(
     _check(q, cache, page_table, tiles, window=window, softcap=softcap)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = cache.shape[2:4]
-    capacity, num_parts = tiles.starts.shape[0], tiles.part_groups.shape[0]
+    capacity, num_parts = tiles.starts.shape[0], 2 * tiles.groups.shape[0]
     form = PrefillForm(
         head_dim=head_dim,
         page_size=page_size,
@@ -116,7 +117,7 @@ def prepare_prefill(
         window=window,
         softcap=softcap,
         in_place=aligned,
-        has_parts=num_parts > 0,
+        max_parts=num_parts,
         is_simulated=interpreted,
     )
     if num_tokens % GRANULE:
@@ -125,7 +126,7 @@ def prepare_prefill(
     num_rows = q.shape[0] if aligned else capacity * form.slots
     results = [jax.ShapeDtypeStruct((num_rows, num_heads, head_dim), q.dtype)]
     if num_parts:
-        shape = (num_parts, num_kv_heads, ROWS)
+        shape = (num_kv_heads * TILE_GRANULES * num_parts, GRANULE)
         results.append(jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32))
         results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
 
@@ -185,30 +186,32 @@ def prefill_attention_reference(
 
 def _with_parts(
     out: Float[Array, "U N H"],
-    parts: Float[Array, "B K rows H"],
-    weights: Float[Array, "B K rows"],
+    parts: Float[Array, "C G H"],
+    weights: Float[Array, "C G"],
     *,
     tiles: PrefillTiles,
     form: PrefillForm,
 ) -> Float[Array, "U N H"]:
     """The kernel's result, with that of the tiles whose keys are cut into parts."""
-    num_parts, num_kv_heads, _, head_dim = parts.shape
-    items = jnp.asarray(tiles.group_items)
-    merged = merge_parts(
-        parts.reshape(num_parts, -1, head_dim),
-        weights.reshape(num_parts, -1),
-        jnp.asarray(tiles.part_groups),
-        num_groups=items.size,
+    items, groups = jnp.asarray(tiles.group_items), jnp.asarray(tiles.groups)
+    number = jnp.arange(form.max_parts, dtype=jnp.int32)[:, None]
+    is_in = (number >= groups[:, 0][None]) & (number < groups[:, 1][None])  # [B, groups]
+    owner = jnp.where(is_in.any(axis=1), is_in.argmax(axis=1), items.size).astype(jnp.int32)
+    merge = functools.partial(merge_parts, part_groups=owner, num_groups=items.size)
+    merged = jax.vmap(merge)(  # of each granule
+        parts.reshape(-1, form.max_parts, GRANULE, form.head_dim),
+        weights.reshape(-1, form.max_parts, GRANULE),
     )
-    # Rows of a tile are octets of tokens, of each query head in turn.
+    # Granules of a tile are octets of tokens, of each query head in turn.
     octets = form.slots // GRANULE
-    merged = merged.reshape(-1, num_kv_heads, ROWS, head_dim)[:, :, : form.slots * form.group]
-    merged = merged.reshape(-1, num_kv_heads, octets, form.group, GRANULE, head_dim)
-    merged = merged.transpose(0, 2, 4, 1, 3, 5).reshape(-1, *out.shape[1:])
+    merged = merged.reshape(form.num_kv_heads, TILE_GRANULES, items.size, GRANULE, -1)
+    merged = merged[:, : octets * form.group]
+    merged = merged.reshape(form.num_kv_heads, octets, form.group, items.size, GRANULE, -1)
+    merged = merged.transpose(3, 1, 4, 0, 2, 5).reshape(-1, *out.shape[1:])
     slot = jnp.arange(form.slots, dtype=jnp.int32)[None]
-    starts = (
-        jnp.asarray(tiles.starts) if form.in_place else form.slots * jnp.arange(tiles.starts.size)
-    )
+    starts = form.slots * jnp.arange(tiles.starts.shape[0], dtype=jnp.int32)
+    if form.in_place:
+        starts = jnp.asarray(tiles.starts)
     counts = jnp.asarray(tiles.counts).at[items].get(mode="fill", fill_value=0)[:, None]
     places = starts.at[items].get(mode="clip")[:, None] + slot
     places = jnp.where(slot < counts, places, out.shape[0]).reshape(-1)
@@ -245,12 +248,12 @@ def check_chunks(
     if page_table.ndim != 2 or page_table.dtype != jnp.int32:
         raise ValueError(f"page_table is {page_table.dtype}{page_table.shape}, not int32 [R, M]")
     shapes = [field.shape for field in tiles]
-    capacity, room = tiles.starts.shape, tiles.part_groups.shape[0]
-    wanted = [capacity] * 4 + [(1,), q.shape[:1], (*capacity, 3), (room,), (room // 2,)]
+    capacity, num_groups = tiles.starts.shape, tiles.group_items.shape
+    wanted = [capacity] * 4 + [(1,), q.shape[:1], (*capacity, 3), (*num_groups, 2), num_groups]
     if shapes != wanted or tiles.starts.size == 0:
         raise ValueError(
-            f"tiles of shapes {shapes} are not [C] x 4, [1], [T] = {q.shape[:1]}, [C, 3], [B] and "
-            "[B // 2]"
+            f"tiles of shapes {shapes} are not [C] x 4, [1], [T] = {q.shape[:1]}, [C, 3], "
+            "[B // 2, 2] and [B // 2]"
         )
     if any(field.dtype != jnp.int32 for field in tiles):
         raise ValueError(f"tiles are {[str(field.dtype) for field in tiles]}, not int32")

@@ -76,7 +76,7 @@ def prefill_attention_triton(
     if num_ctas < 1:
         raise ValueError(f"num_ctas={num_ctas} is not at least 1")
     tile = tile or _default_tile(H, q.dtype)
-    if tiles.part_groups.size:
+    if tiles.groups.size:
         raise ValueError("the tiles have parts, which this kernel cannot merge; build them unsplit")
     options = DecodeOptions(scale=scale, window=window, softcap=softcap, interpreted=interpret)
     slots, capacity = tile_len(N // K), tiles.starts.shape[0]

@@ -13,8 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic
 from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, tile_len
 
-ROWS = TILE_GRANULES * GRANULE
-_HALF = ROWS // mosaic.COMPUTE_WARPGROUPS
+_ROWS = TILE_GRANULES * GRANULE
+_HALF = _ROWS // mosaic.COMPUTE_WARPGROUPS
 _HALF_GRANULES = TILE_GRANULES // mosaic.COMPUTE_WARPGROUPS
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
@@ -44,8 +44,8 @@ class PrefillRefs(NamedTuple):
     num_tiles: Any
     cuts: Any
     out: Any
-    parts: Any = None  # [B, K, rows, H] in float32
-    part_weights: Any = None  # [B, K, rows]
+    parts: Any = None  # [K * granules of a tile * B, rows of a granule, H] in float32
+    part_weights: Any = None  # [K * granules of a tile * B, rows of a granule]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class PrefillForm:
     Attributes:
         group: Query heads for each KV head.
         in_place: Whether results go where the queries came from; else tile by tile.
-        has_parts: Whether items may be parts of a tile's keys.
+        max_parts: B, items that may be parts of a tile's keys.
         is_simulated: Whether it is interpreted, where an accumulator cannot be carried and weights
             cannot be multiplied from registers.
     """
@@ -69,7 +69,7 @@ class PrefillForm:
     window: int | None
     softcap: float | None
     in_place: bool
-    has_parts: bool
+    max_parts: int
     is_simulated: bool
 
     @property
@@ -101,9 +101,9 @@ class PrefillForm:
     def stages(self) -> int:
         """Steps in shared memory."""
         row = self.head_dim * jnp.dtype(self.dtype).itemsize
-        left = mosaic.SHARED_BYTES - _BARRIER_BYTES - self.q_slots * ROWS * row
-        if self.has_parts:
-            left -= ROWS * (_PART_COLUMNS + 1) * 4
+        left = mosaic.SHARED_BYTES - _BARRIER_BYTES - self.q_slots * _ROWS * row
+        if self.max_parts:
+            left -= _ROWS * (_PART_COLUMNS + 1) * 4
         return min(_MOST_STAGES, left // (2 * self.step_len * row))
 
 
@@ -112,7 +112,7 @@ def prefill_role(index: Any, num_workers: Any, refs: PrefillRefs, form: PrefillF
     width = mosaic.swizzled(form.head_dim, form.dtype)
     step = (form.stages, form.step_len, form.head_dim)
     scratch: dict[str, Any] = {
-        "q": plgpu.SMEM((form.q_slots, ROWS, form.head_dim), form.dtype, transforms=width),
+        "q": plgpu.SMEM((form.q_slots, _ROWS, form.head_dim), form.dtype, transforms=width),
         "k": plgpu.SMEM(step, form.dtype, transforms=width),
         "v": plgpu.SMEM(step, form.dtype, transforms=width),
         "q_there": plgpu.Barrier(
@@ -126,7 +126,7 @@ def prefill_role(index: Any, num_workers: Any, refs: PrefillRefs, form: PrefillF
         "v_last": plgpu.Barrier(num_arrivals=form.num_pieces),
         "turn": plgpu.Barrier(num_arrivals=2),
     }
-    if form.has_parts:
+    if form.max_parts:
         scratch["part"] = plgpu.SMEM(
             (mosaic.COMPUTE_WARPGROUPS, _HALF, _PART_COLUMNS),
             jnp.float32,
@@ -218,7 +218,7 @@ class _Prefill:
             plgpu.barrier_wait(s.q_there.at[slot])
             acc, top, total = self._attend(item, slot, done)
             out = acc / lax.broadcast_in_dim(total, acc.shape, [0])
-            if self._form.has_parts:
+            if self._form.max_parts:
                 pl.when(item.is_whole)(lambda: self._store(item, slot, out))
                 is_part = jnp.logical_not(item.is_whole)
                 pl.when(is_part)(lambda: self._store_part(item, out, top + jnp.log2(total)))
@@ -448,20 +448,27 @@ class _Prefill:
 
     def _store_part(self, item: _Item, out: Any, weight: Any) -> None:
         """The result in float32, and the logarithm to the base 2 of its sum of exponentials."""
-        refs, s = self._refs, self._s
+        form, refs, s = self._form, self._refs, self._s
         warpgroup = lax.axis_index("warpgroup")
-        rows = pl.ds(warpgroup * _HALF, _HALF)
-        for column in range(0, self._form.head_dim, _PART_COLUMNS):
+        # Parts of one granule, which are merged, follow one another.
+        first = item.head * TILE_GRANULES + warpgroup * _HALF_GRANULES
+        granules = [
+            ((first + i) * form.max_parts + item.part, pl.ds(i * GRANULE, GRANULE))
+            for i in range(_HALF_GRANULES)
+        ]
+        for column in range(0, form.head_dim, _PART_COLUMNS):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             s.part[warpgroup] = out[:, column : column + _PART_COLUMNS]
             plgpu.commit_smem()
             columns = pl.ds(column, _PART_COLUMNS)
-            target = refs.parts.at[item.part, item.head, rows, columns]
-            plgpu.copy_smem_to_gmem(s.part.at[warpgroup], target)
+            for place, rows in granules:
+                plgpu.copy_smem_to_gmem(
+                    s.part.at[warpgroup, rows], refs.parts.at[place, :, columns]
+                )
         s.part_weight[warpgroup] = weight
         plgpu.commit_smem()
-        target = refs.part_weights.at[item.part, item.head, rows]
-        plgpu.copy_smem_to_gmem(s.part_weight.at[warpgroup], target)
+        for place, rows in granules:
+            plgpu.copy_smem_to_gmem(s.part_weight.at[warpgroup, rows], refs.part_weights.at[place])
 
 
 def _div(x: Any, y: int) -> Any:

@@ -54,8 +54,8 @@ class PrefillTiles(NamedTuple):
     sources: Int32[Any, "T"]
     # Number of the part in its tile, parts of that, number among all parts; 0 in an unused item.
     cuts: Int32[Any, "C 3"]
-    part_groups: Int32[Any, "B"]  # which group a part is merged with; B // 2 of an unused part
-    group_items: Int32[Any, "B//2"]  # item that is the first part of a group; C of none
+    groups: Int32[Any, "B//2 2"]  # [first, end) of the parts of each tile that is cut
+    group_items: Int32[Any, "B//2"]  # item that is the first of them; C of none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class KeySplit:
     Attributes:
         num_kv_heads: K, on this device.
         num_ctas: That will work. Any others get the same results, later.
-        max_parts: B, parts that the program was compiled for; `max_parts` is enough.
+        max_parts: B, parts that the program was compiled for, even; `max_parts` is enough.
         least_len: Fewest keys of a part.
         part_cost: What a part costs beside its keys, in keys of the same time. Its queries come and
             its result goes in float32: 96 KiB, as against 512 bytes for a key (head width 128).
@@ -91,11 +91,13 @@ class KeySplit:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise ValueError(f"{name}={getattr(self, name)} is not at least {number}")
+        if self.max_parts % 2:
+            raise ValueError(f"max_parts={self.max_parts} is odd; a tile has two or more")
 
 
 def max_parts(*, num_kv_heads: int, num_ctas: int) -> int:
     """Parts that give every CTA one."""
-    return max(2, -(-num_ctas // num_kv_heads))
+    return 2 * -(-num_ctas // (2 * num_kv_heads))
 
 
 def tile_len(group: int) -> int:
@@ -192,7 +194,7 @@ def build_prefill_tiles(
     num_items = len(tile)
     columns = np.zeros((4, capacity), np.int32)
     columns[:, :num_items] = np.stack([starts, counts, positions, row[chunk]])[:, tile]
-    cuts, part_groups, group_items = _cuts(
+    cuts, groups, group_items = _cuts(
         tile, part, parts, capacity=capacity, room=0 if split is None else split.max_parts
     )
     # A token's result is in the first part.
@@ -211,7 +213,7 @@ def build_prefill_tiles(
             num_tokens,
         ),
         cuts=cuts,
-        part_groups=part_groups,
+        groups=groups,
         group_items=group_items,
     )
 
@@ -260,21 +262,21 @@ def _cuts(
     *,
     capacity: int,
     room: int,
-) -> tuple[Int32[np.ndarray, "C 3"], Int32[np.ndarray, "B"], Int32[np.ndarray, "W"]]:
+) -> tuple[Int32[np.ndarray, "C 3"], Int32[np.ndarray, "W 2"], Int32[np.ndarray, "W"]]:
     """What an item is of its tile; which parts belong together, and where their result goes."""
     cuts = np.zeros((capacity, 3), np.int32)
-    part_groups = np.full(room, room // 2, np.int32)
+    groups = np.zeros((room // 2, 2), np.int32)
     group_items = np.full(room // 2, capacity, np.int32)
     is_cut = parts > 1
-    group = np.cumsum(is_cut) - 1
-    before = np.cumsum(parts * is_cut) - parts
-    place = np.where(is_cut[tile], before[tile] + part, 0)
-    cuts[: len(tile)] = np.stack([part, parts[tile], place], axis=1)
-    items = np.flatnonzero(is_cut[tile])
-    part_groups[place[items]] = group[tile[items]]
-    firsts = items[part[items] == 0]
-    group_items[group[tile[firsts]]] = firsts
-    return cuts, part_groups, group_items
+    ends = np.cumsum(parts * is_cut)
+    cuts[: len(tile)] = np.stack([part, parts[tile], np.where(is_cut, ends - parts, 0)[tile]], 1)
+    cuts[: len(tile), 2] += np.where(is_cut[tile], part, 0)
+    num_groups = is_cut.sum()
+    groups[:num_groups] = np.stack([ends - parts, ends], axis=1)[is_cut]
+    # The first part of each tile that is cut, in the order of tiles.
+    firsts = np.flatnonzero(is_cut[tile] & (part == 0))
+    group_items[:num_groups] = firsts[np.argsort(tile[firsts])]
+    return cuts, groups, group_items
 
 
 def _sources(

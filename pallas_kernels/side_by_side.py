@@ -5,7 +5,9 @@ attention the tensor cores, and each saturates what it is bound by with fewer SM
 CTAs [0, a) take the role of the first kernel, [a, a + b) that of the second, and so on. Registers
 (168 for each of 384 threads) let one CTA only live on an SM, so that the shares are exact; a CTA
 needs as much shared memory as the role that needs most, and a few barriers. The shares are an
-operand: one executable serves all splits, and a search over them compiles nothing.
+operand: one executable serves all splits, and a search over them compiles nothing. Two kernels
+spill no registers; a product, prefill and decode attention together spill 8 bytes (as jax 0.11.2
+compiles them; 44 by 0.10.2).
 
 Accuracy: as of the kernels. All take the fast exp if one does, so that a gated product beside an
 attention may differ in the last place from one that runs alone.
@@ -39,8 +41,7 @@ def side_by_side(
 
     Args:
         kernels: From `prepare_gemm`, `prepare_grouped_gemm`, `prepare_prefill` and
-            `prepare_decode`; the work of the last named must be planned for no more CTAs than it
-            gets.
+            `prepare_decode`.
         shares: CTAs of each kernel but the last, which has the rest; at least 1 each. A kernel
             leaves idle what it has no use for.
         num_ctas: Of all together; the SMs it uses.
@@ -78,6 +79,49 @@ def side_by_side(
     return tuple(
         kernel.finish(*own) for kernel, own in zip(kernels, _cut(made, results), strict=True)
     )
+
+
+def on_share(
+    kernel: mosaic.Kernel,
+    share: int | Int32[Array, ""],
+    *,
+    num_ctas: int = 132,
+    token: Array | None = None,
+    interpret: Any = None,
+) -> Any:
+    """Answer of one kernel on the first CTAs of a grid whose others end at once.
+
+    As much as a grid of that size; but one executable serves all sizes.
+
+    Args:
+        kernel: From a `prepare_` function but that of decode attention, whose plan says who works.
+        share: CTAs that work, at least 1.
+        num_ctas: Of the grid.
+        token: Read by nobody; orders this kernel after the one that makes it.
+        interpret: None on a GPU, or InterpretGPUParams.
+
+    Raises:
+        ValueError: The share is no part of the grid. One that only the device knows is not looked
+            at.
+    """
+    if isinstance(share, int) and not 1 <= share <= num_ctas:
+        raise ValueError(f"share={share} is outside [1, num_ctas={num_ctas}]")
+    num_operands = len(kernel.operands)
+
+    def body(*refs: Any) -> None:
+        read, share_ref, made = refs[:num_operands], refs[num_operands], refs[num_operands + 1 :]
+        _take_part(kernel, jnp.int32(0), share_ref[0], [*read, *made])
+
+    made = mosaic.call(
+        body,
+        out_type=tuple(kernel.results),
+        num_ctas=num_ctas,
+        operands=[*kernel.operands, jnp.asarray(share, jnp.int32).reshape(1)],
+        token=token,
+        approx_math=kernel.approx_math,
+        interpret=interpret,
+    )
+    return kernel.finish(*made)
 
 
 def _take_part(kernel: mosaic.Kernel, begin: Any, end: Any, refs: Sequence[Any]) -> None:

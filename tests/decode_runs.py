@@ -50,14 +50,9 @@ class Case:
         lens = jnp.asarray(self.lens, jnp.int32)
         return q, jnp.asarray(cache, self.dtype), jnp.asarray(table), lens
 
-    def plan(self, *, max_ctas=None):
-        return plan_decode(
-            self.lens,
-            num_kv_heads=self.K,
-            num_ctas=self.num_ctas,
-            max_ctas=max_ctas,
-            window=self.options.get("window"),
-        )
+    def plan(self, **options):
+        options = {"num_ctas": self.num_ctas, "window": self.options.get("window"), **options}
+        return plan_decode(self.lens, num_kv_heads=self.K, **options)
 
     @property
     def all_options(self):
@@ -74,7 +69,11 @@ CASES = {
     ),
     "a window over a long context": Case(lens=(5000, 3), K=2, num_ctas=2, options={"window": 100}),
     "soft-cap": Case(lens=(70, 130), N=2, H=80, options={"softcap": 1.5}),
-    "wide heads, float16": Case(lens=(100,), N=2, H=256, dtype="float16"),
+    "wide heads, float16": Case(lens=(32, 100), N=2, H=256, dtype="float16"),
+    "wide heads, a window in small pages": Case(
+        lens=(97, 64), S=16, H=256, num_ctas=2, options={"window": 30}
+    ),
+    "groups of five on three heads": Case(lens=(65, 7), N=15, K=3, S=32, num_ctas=2),
     "one context on many": Case(lens=(700,), N=8, num_ctas=3),
     "shared pages": Case(lens=(150, 140, 64), num_ctas=2, shared_pages=1),
     "no tokens at all": Case(lens=(0, 0), num_ctas=2),

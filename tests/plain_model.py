@@ -12,15 +12,26 @@ from nanoflow_jax.kv_cache import attention
 from nanoflow_jax.models import huggingface, loading
 
 
-def attend_whole(q, k, v, cache, spec):
-    """Attention of one request; the cache is its earlier keys and values, or None."""
-    if cache is not None:
-        k, v = (jnp.concatenate([old, new]) for old, new in zip(cache, (k, v), strict=True))
-    positions = jnp.arange(k.shape[0] - q.shape[0], k.shape[0], dtype=jnp.int32)
-    out = attention.attention_reference(
-        q, k, v, positions, scale=spec.scale, window=spec.window, softcap=spec.softcap
-    )
-    return out, (k, v)
+class WholeAttention:
+    """Attention of one request in one chunk; the cache is its keys and values, or None."""
+
+    def append(self, k, v, cache, tokens):
+        if cache is None:
+            return k, v
+        return tuple(jnp.concatenate([old, new]) for old, new in zip(cache, (k, v), strict=True))
+
+    def attend_decode(self, q, cache, spec, call):
+        return (None,)
+
+    def attend_prefill(self, q, cache, spec, call):
+        k, v = cache
+        positions = jnp.arange(k.shape[0] - q.shape[0], k.shape[0], dtype=jnp.int32)
+        return attention.attention_reference(
+            q, k, v, positions, scale=spec.scale, window=spec.window, softcap=spec.softcap
+        )
+
+    def joined(self, decoded, prefilled, tokens):
+        return prefilled
 
 
 class PlainModel:
@@ -42,7 +53,7 @@ class PlainModel:
         x = self.model.embed(tokens)
         positions = jnp.arange(self._length, dtype=jnp.int32)
         caches = [None] * self.model.config.num_layers
-        x, _ = self.model.run_layers(x, positions, caches, attend_whole)
+        x, _ = self.model.run_layers(x, positions, caches, WholeAttention())
         return self.model.head(x)
 
     def logits(self, tokens: list[int]) -> Float[np.ndarray, "T V"]:

@@ -66,6 +66,7 @@ def sample(number: int, **changes: Any) -> dict[str, Any]:
         "round": number,
         "requests": 2,
         "input_tokens": 60,
+        "asked_tokens": 100,
         "output_tokens": 100,
         "seconds": SECONDS[number],
         "steps": 50,

@@ -1,13 +1,14 @@
 """Benchmarks of an engine or of a server.
 
-`python -m nanoflow_jax.bench throughput --workload=FILE [--model=DIR ...]`
+`python -m nanoflow_jax.bench throughput --workload=FILE [--result_name=NAME --model=DIR ...]`
 `python -m nanoflow_jax.bench serving --workload=FILE --url=URL [--concurrency=64 --nostream]`
 `python -m nanoflow_jax.bench overhead --workload=FILE --url=URL [--model=DIR ...]`
 `python -m nanoflow_jax.bench soak --workload=FILE --url=URL --concurrency=200 [--model=DIR ...]`
 `python -m nanoflow_jax.bench gpu_check [--repeats=3 --seed=N]`
+`python -m nanoflow_jax.bench kernels [--device_check --shapes=llama-3-8b --kernels=gemm,fused]`
 
 overhead and soak run the workload offline too, so they take the knobs that the server was started
-with. gpu_check needs a GPU, or jax 0.11 to interpret its kernels.
+with. gpu_check and kernels need a GPU, or jax 0.11 to interpret their kernels.
 Exit codes: 0 done, 1 failed while measuring or found a fault, 2 wrong flags or files, 130
 interrupted.
 """
@@ -18,15 +19,28 @@ import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 from absl import flags as absl_flags
 
 from nanoflow_jax import config, console, flags, llm, start_up
-from nanoflow_jax.bench import gpu_check, http_client, overhead, serving, soak, throughput
+from nanoflow_jax.bench import (
+    ceilings,
+    clock,
+    gpu_check,
+    http_client,
+    kernel_command,
+    overhead,
+    serving,
+    soak,
+    throughput,
+    throughput_result,
+)
 from nanoflow_jax.engine import build
+from nanoflow_jax.results import provenance
+from nanoflow_jax.results.writer import ResultWriter
 from nanoflow_jax.workload import file as workload_file
 
 _FLAGS = absl_flags.FLAGS
@@ -50,7 +64,12 @@ def _define() -> None:
     absl_flags.DEFINE_integer("concurrency", 64, "Clients of the server.", lower_bound=1)
     absl_flags.DEFINE_boolean("stream", True, "Ask the server for tokens as they come.")
     absl_flags.DEFINE_string("api_key", "", "Key of the server.")
+    absl_flags.DEFINE_string(
+        "result_name", None, "Also write a result folder of this name; throughput only."
+    )
+    absl_flags.DEFINE_string("results", provenance.RESULTS, "Folder of all results.")
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
+    kernel_command.define(_FLAGS)
 
 
 def _mixes() -> dict[str, tuple[workload_file.WorkRequest, ...]]:
@@ -76,27 +95,90 @@ def _rows() -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda row: print(json.dumps(row), file=file)
 
 
+@contextlib.contextmanager
+def _result(model: build.ModelSource, mixes: Iterable[str]) -> Iterator[ResultWriter | None]:
+    """The result folder of --result_name, None without one."""
+    if not _FLAGS.result_name:
+        yield None
+        return
+    asked = throughput_result.Asked(
+        name=_FLAGS.result_name,
+        workload=pathlib.Path(_FLAGS.workload),
+        mixes=tuple(mixes),
+        repeats=_FLAGS.repeats,
+        engine=flags.engine_config(_FLAGS),
+        command=("python", "-m", "nanoflow_jax.bench", *sys.argv[1:]),
+    )
+    planned = throughput_result.planned(asked, model)
+    with ResultWriter(pathlib.Path(_FLAGS.results), planned) as result:
+        if not result.origin.is_clean:
+            print(
+                "note: this is no clean checkout of a commit: `python -m nanoflow_jax.evidence "
+                "verify` will refuse the result",
+                file=sys.stderr,
+            )
+        yield result
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _throughput() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
-    with _rows() as write:
+    model = build.open_model(engine_config.model)
+    with _rows() as write, _result(model, mixes) as result:
+
+        def say(text: str) -> None:
+            print(text, flush=True)
+            if result is not None:
+                result.add_log(text)
+
+        def chosen(settings: build.Settings) -> None:
+            if result is not None:
+                planned = throughput_result.plan(settings)
+                result.set_plan(planned, kernels=throughput_result.kernels(settings))
+
+        if result is not None and _is_on_gpu():
+            result.set_ceilings(before=ceilings.measure(clock.Clock()))
         start = time.perf_counter()
-        engine = build.build_engine(
-            engine_config,
-            build.open_model(engine_config.model),
-            build.Reports(settings=lambda s: print(s, file=sys.stderr)),
-        )
+        reports = start_up.reports(_tell, also_settings=chosen)
+        engine = build.build_engine(engine_config, model, reports)
         compile_s = sum(engine.compile_seconds.values())
         started_s = time.perf_counter() - start
-        print(f"start {started_s:.1f} s, compile {compile_s:.1f} s, all programs added up")
+        say(f"start {started_s:.1f} s, compile {compile_s:.1f} s, all programs added up")
         for name, mix in mixes.items():
             throughput.run(engine, mix[:2], name="warm-up")
             for repeat in range(_FLAGS.repeats):
-                result = throughput.run(engine, mix, name=f"{name}-{repeat}")
-                print(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(result)}")
-                write({"mix": name, **throughput.row(result)})
-        print(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
-    return 0
+                run = throughput.run(engine, mix, name=f"{name}-{repeat}")
+                say(f"{name} run {repeat + 1} of {_FLAGS.repeats}\n{throughput.report(run)}")
+                write({"mix": name, **throughput.row(run)})
+                if result is not None:
+                    result.add_sample(throughput_result.sample(name, repeat, mix, run))
+        say(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
+        engine.close()  # ceilings need its memory
+        if result is not None and _is_on_gpu():
+            result.set_ceilings(after=ceilings.measure(clock.Clock()))
+        return 0 if result is None else _finish(result)
+
+
+def _is_on_gpu() -> bool:
+    return jax.devices()[0].platform == "gpu"
+
+
+def _finish(result: ResultWriter) -> int:
+    """Ends a result folder and says what it comes to; the exit code."""
+    found = result.finish()
+    for figure in found.figures:
+        print(
+            f"{figure.name}: median {figure.median:.1f} {figure.unit}, {figure.low:.1f} to "
+            f"{figure.high:.1f} in {figure.count} runs"
+        )
+    print(f"result: {result.path}")
+    if found.message:
+        print(f"error: nothing may be claimed of it: {found.message}", file=sys.stderr)
+    return console.FAILED if found.message else 0
 
 
 @contextlib.contextmanager
@@ -130,7 +212,7 @@ def _serving() -> int:
 def _offline() -> llm.LLM:
     with _server() as server:
         server.stats()  # better missed now than after loading
-    reports = start_up.reports(lambda text: print(text, file=sys.stderr))
+    reports = start_up.reports(_tell)
     return llm.LLM.from_config(flags.engine_config(_FLAGS), reports)
 
 
@@ -197,12 +279,21 @@ def _gpu_check() -> int:
     return console.FAILED if failed else 0
 
 
+def _kernels() -> int:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    command = ("python", "-m", "nanoflow_jax.bench", *sys.argv[1:])
+    return kernel_command.run(_FLAGS, say=say, stream=sys.stderr, command=command)
+
+
 _BENCHMARKS = {
     "throughput": _throughput,
     "serving": _serving,
     "overhead": _overhead,
     "soak": _soak,
     "gpu_check": _gpu_check,
+    "kernels": _kernels,
 }
 
 

@@ -52,11 +52,10 @@ def run(*, seed: int, repeats: int) -> Iterator[Outcome]:
         ValueError: The kernels cannot run here.
     """
     on_gpu = jax.devices()[0].platform == "gpu"
-    if not on_gpu:
-        kernel_choice.check_interpreter(kernel_choice.machine_of(jax.devices()[0]))
     if on_gpu:
         interpret, sizes = None, kernel_cases.SERVED
     else:
+        kernel_choice.check_interpreter(kernel_choice.machine_of(jax.devices()[0]))
         interpret = compat.interpret_gpu_params(
             detect_races=True, out_of_bounds_reads="uninitialized"
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanoflow_jax.bench.draw import Draw
 from pallas_kernels import decode_attention as decode_lib
 from pallas_kernels import gemm as gemm_lib
 from pallas_kernels import grouped_gemm as grouped_lib
@@ -108,7 +109,7 @@ def cases(sizes: Sizes, seed: int) -> list[Case]:
         sizes: How large.
         seed: Of all random numbers.
     """
-    draw = _Draw(seed)
+    draw = Draw(seed)
     return [
         *_products(sizes, draw),
         *(_grouped(sizes, draw, rows) for rows in sizes.tokens),
@@ -119,39 +120,7 @@ def cases(sizes: Sizes, seed: int) -> list[Case]:
     ]
 
 
-class _Draw:
-    """Random arrays, made on the device."""
-
-    def __init__(self, seed: int) -> None:
-        self._key = jax.random.key(seed)
-        self.host = np.random.default_rng(seed)
-
-    def normal(self, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
-        self._key, key = jax.random.split(self._key)
-        return jax.random.normal(key, shape, jnp.float32).astype(dtype)
-
-    def pages(
-        self, lens: Sequence[int], *, heads: int, head_dim: int, page_size: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """A cache and a page table for such contexts: pages shuffled, NaN where nothing is."""
-        counts = [-(-length // page_size) for length in lens]
-        order = self.host.permutation(sum(counts) + 2)
-        table = np.full((len(lens), max([*counts, 1])), order[-1], np.int32)
-        written = np.zeros(len(order), np.int32)
-        taken = 0
-        for row, (length, count) in enumerate(zip(lens, counts, strict=True)):
-            own = order[taken : taken + count]
-            taken += count
-            table[row, :count] = own
-            written[own] = np.minimum(length - page_size * np.arange(count), page_size)
-        is_there = jnp.arange(page_size, dtype=jnp.int32)[None] < jnp.asarray(written)[:, None]
-        values = self.normal(len(order), 2, heads, page_size, head_dim)
-        nothing = jnp.asarray(jnp.nan, values.dtype)
-        cache = jnp.where(is_there[:, None, None, :, None], values, nothing)
-        return cache, jnp.asarray(table)
-
-
-def _products(sizes: Sizes, draw: _Draw) -> list[Case]:
+def _products(sizes: Sizes, draw: Draw) -> list[Case]:
     rows, ragged = sizes.tokens
     width, inner = sizes.hidden, sizes.intermediate
     float8 = jnp.float8_e4m3fn
@@ -211,7 +180,7 @@ def _product(name: str, fields: dict[str, Any], sizes: Sizes) -> Case:
     )
 
 
-def _grouped(sizes: Sizes, draw: _Draw, rows: int) -> Case:
+def _grouped(sizes: Sizes, draw: Draw, rows: int) -> Case:
     width, inner = sizes.hidden, sizes.intermediate
     num_experts, active = sizes.experts
     # The last expert gets no token.
@@ -242,13 +211,13 @@ def _grouped(sizes: Sizes, draw: _Draw, rows: int) -> Case:
     )
 
 
-def _contexts(sizes: Sizes, draw: _Draw) -> np.ndarray:
+def _contexts(sizes: Sizes, draw: Draw) -> np.ndarray:
     lens = draw.host.integers(1, sizes.longest + 1, sizes.requests)
     lens[0], lens[-1] = 0, sizes.longest
     return lens.astype(np.int32)
 
 
-def _decode_operands(sizes: Sizes, draw: _Draw, page_size: int) -> tuple[Any, ...]:
+def _decode_operands(sizes: Sizes, draw: Draw, page_size: int) -> tuple[Any, ...]:
     lens = _contexts(sizes, draw)
     heads, kv_heads = sizes.heads
     cache, table = draw.pages(
@@ -258,7 +227,7 @@ def _decode_operands(sizes: Sizes, draw: _Draw, page_size: int) -> tuple[Any, ..
     return q, cache, table, jnp.asarray(lens)
 
 
-def _decode(sizes: Sizes, draw: _Draw, page_size: int) -> Case:
+def _decode(sizes: Sizes, draw: Draw, page_size: int) -> Case:
     operands = _decode_operands(sizes, draw, page_size)
     lens = np.asarray(operands[-1])
     is_plain = page_size == sizes.page_sizes[0]
@@ -272,7 +241,7 @@ def _decode(sizes: Sizes, draw: _Draw, page_size: int) -> Case:
         )
         q, cache, table, context_lens = arrays
         made = decode_lib.decode_attention(
-            q, cache, table, context_lens, work, **form, interpret=interpret
+            q, cache, table, context_lens, work, **form, num_ctas=num_ctas, interpret=interpret
         )
         return (made,)
 
@@ -292,7 +261,7 @@ def _decode(sizes: Sizes, draw: _Draw, page_size: int) -> Case:
 
 
 def _prefill_operands(
-    sizes: Sizes, draw: _Draw, num_tokens: int
+    sizes: Sizes, draw: Draw, num_tokens: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arrays, and what is by name; where tokens are few, keys are cut into parts."""
     heads, kv_heads = sizes.heads
@@ -321,7 +290,7 @@ def _prefill_operands(
     return (q, cache, table), {"tiles": tiles, "scale": sizes.head_dim**-0.5}
 
 
-def _prefill(sizes: Sizes, draw: _Draw, num_tokens: int) -> Case:
+def _prefill(sizes: Sizes, draw: Draw, num_tokens: int) -> Case:
     operands, form = _prefill_operands(sizes, draw, num_tokens)
 
     def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
@@ -343,7 +312,7 @@ def _prefill(sizes: Sizes, draw: _Draw, num_tokens: int) -> Case:
     )
 
 
-def _fused(sizes: Sizes, draw: _Draw) -> Case:
+def _fused(sizes: Sizes, draw: Draw) -> Case:
     rows, width, inner = sizes.tokens[0], sizes.hidden, sizes.intermediate
     product = (draw.normal(rows, width), draw.normal(inner, width), draw.normal(inner, width))
 
@@ -359,7 +328,7 @@ def _fused(sizes: Sizes, draw: _Draw) -> Case:
     )
 
 
-def _pod(sizes: Sizes, draw: _Draw) -> Case:
+def _pod(sizes: Sizes, draw: Draw) -> Case:
     operands, form = _prefill_operands(sizes, draw, sizes.tokens[0])
 
     def prepare(arrays: Any, interpreted: bool) -> mosaic.Kernel:
@@ -379,7 +348,7 @@ def _beside_decode(
     reference: Callable[..., Any],
     *,
     sizes: Sizes,
-    draw: _Draw,
+    draw: Draw,
 ) -> Case:
     """A kernel, prepared from its operands, with some CTAs, and decode attention with the rest."""
     attention = _decode_operands(sizes, draw, sizes.page_sizes[0])
@@ -388,15 +357,13 @@ def _beside_decode(
     most, cut = sizes.num_ctas[-1], len(operands)
 
     def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
-        work = work_list.plan_decode(
-            lens, num_kv_heads=sizes.heads[1], num_ctas=most - num_ctas, max_ctas=most
-        )
-        interpreted = interpret is not None
+        # Planned for as many CTAs as never run it: the bits are to be the same.
+        work = work_list.plan_decode(lens, num_kv_heads=sizes.heads[1], num_ctas=most)
         q, cache, table, context_lens = arrays[cut:]
         decode = decode_lib.prepare_decode(
-            q, cache, table, context_lens, work, scale=scale, interpreted=interpreted
+            q, cache, table, context_lens, work, scale=scale, interpret=interpret
         )
-        kernels = [prepare(arrays[:cut], interpreted), decode]
+        kernels = [prepare(arrays[:cut], interpret is not None), decode]
         return side_by_side(kernels, (num_ctas,), num_ctas=most, interpret=interpret)
 
     def references(*arrays: Any) -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 """Offline throughput of a request mix: all requests at once, greedy, fixed output lengths."""
 
 import dataclasses
+import hashlib
+import json
 import resource
 import sys
 import time
@@ -26,6 +28,7 @@ class Throughput:
         steps: Steps launched.
         first_token_s: Per request, from its submission to its first token.
         per_token_s: Per request with at least two tokens, mean time between tokens.
+        tokens_sha256: Of the generated ids, request by request; None where only text was seen.
     """
 
     requests: int
@@ -35,6 +38,7 @@ class Throughput:
     steps: int
     first_token_s: tuple[float, ...]
     per_token_s: tuple[float, ...]
+    tokens_sha256: str | None = None
 
     @property
     def output_per_s(self) -> float:
@@ -73,22 +77,29 @@ def run(
             )
         )
     arrivals: dict[str, list[float]] = {}
+    tokens: dict[str, list[int]] = {}
     while engine.has_work:
         updates = engine.step()
         now = time.perf_counter() - start
         for update in updates:
             arrivals.setdefault(update.request_id, []).append(now)
+            tokens.setdefault(update.request_id, []).extend(update.token_ids)
     seconds = time.perf_counter() - start
     times = list(arrivals.values())
     return Throughput(
         requests=len(mix),
         input_tokens=sum(len(work.prompt_ids) for work in mix),
-        output_tokens=sum(len(t) for t in times),
+        output_tokens=sum(len(ids) for ids in tokens.values()),
         seconds=seconds,
         steps=engine.counters.steps - first_steps,
         first_token_s=tuple(t[0] for t in times),
         per_token_s=tuple((t[-1] - t[0]) / (len(t) - 1) for t in times if len(t) > 1),
+        tokens_sha256=_digest([tokens.get(f"{name}-{i}", []) for i in range(len(mix))]),
     )
+
+
+def _digest(tokens: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def report(result: Throughput) -> str:

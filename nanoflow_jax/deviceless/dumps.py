@@ -23,9 +23,14 @@ _PTXAS = re.compile(
 )
 _GRAPH = re.compile(r"Execution graph: .*\n((?:node .*\n)*)")
 _NODE = re.compile(r"node (\d+) \(priority=\d+\): in=\[(.*?)\] out=\[")
+# A message is cut off after 15000 bytes (absl, log/internal/log_message.cc, kLogMessageBufferSize);
+# a node takes a few hundred at most.
+_CUT_BYTES = 14_000
 _COMMAND_BUFFER = "kCommandBuffer"
 # What they stand around is started, not they.
 _AROUND = (_COMMAND_BUFFER, "kAsyncStart", "kAsyncDone")
+# A call of which some operands are parts of arrays: it stands alone inside, in a graph of its own.
+_SLICED = "kDynamicSliceFusion"
 
 
 class DumpError(RuntimeError):
@@ -38,6 +43,7 @@ class _Thunk:
     id: int
     kind: str
     rest: str
+    is_sliced: bool = False
 
 
 def read_program(folder: pathlib.Path, log: str) -> Program:
@@ -79,10 +85,23 @@ def _dumped(dump: pathlib.Path, name: str) -> str | None:
 def _read_thunks(dump: pathlib.Path) -> list[_Thunk]:
     # Not written where no pass of thunks changed anything.
     text = _dumped(dump, "thunk_sequence_after_thunk_passes") or _dumped(dump, "thunk_sequence")
-    return [
+    thunks = [
         _Thunk(len(found["indent"]), int(found["id"]), found["kind"], found["rest"])
         for found in _THUNK.finditer(text or "")
     ]
+    return list(_calls_in_place_of_slices(thunks))
+
+
+def _calls_in_place_of_slices(thunks: list[_Thunk]) -> Iterator[_Thunk]:
+    """The thunks, of each sliced call one: what it calls, where the slicing stands."""
+    called = None
+    for thunk, after in itertools.zip_longest(thunks, thunks[1:]):
+        if thunk is called:
+            continue
+        if thunk.kind == _SLICED:
+            called = after
+            thunk = dataclasses.replace(thunk, kind=after.kind, is_sliced=True)
+        yield thunk
 
 
 def _read_names(dump: pathlib.Path) -> dict[int, str]:
@@ -103,21 +122,41 @@ def _launch(thunk: _Thunk, name: str, scopes: Mapping[str, str]) -> Launch:
 def _graphs(
     thunks: Iterable[_Thunk], names: Mapping[int, str], scopes: Mapping[str, str], log: str
 ) -> Iterator[Graph]:
-    edges = [_NODE.findall(nodes) for nodes in _GRAPH.findall(log)]
+    messages = _GRAPH.findall(log)
+    edges = [_NODE.findall(nodes) for nodes in messages]
     buffers = list(_command_buffers(thunks))
-    found, wanted = ([len(one) for one in each] for each in (edges, buffers))
-    if found != wanted:
+    found, wanted = [len(one) for one in edges], list(_graph_sizes(buffers))
+    is_cut = [len(message) > _CUT_BYTES for message in messages]
+    if len(found) != len(wanted) or any(
+        size > full or (size < full and not cut)
+        for size, full, cut in zip(found, wanted, is_cut, strict=True)
+    ):
         raise DumpError(
             f"the compiler's log tells of graphs of {found} nodes, its list of launches of {wanted}"
         )
-    for nodes, buffer in zip(edges, buffers, strict=True):
+    ends = itertools.accumulate(1 + _num_sliced(buffer) for buffer in buffers)
+    for nodes, buffer in zip([edges[end - 1] for end in ends], buffers, strict=True):
         yield Graph(
-            nodes=tuple(_launch(one, names.get(one.id, ""), scopes) for one in buffer),
+            nodes=tuple(
+                _launch(one, names.get(one.id, ""), scopes) for one in buffer[: len(nodes)]
+            ),
+            num_nodes=len(buffer),
             parents=tuple(
                 tuple(int(number) for number in re.findall(r"id: (\d+)", parents))
                 for _, parents in nodes
             ),
         )
+
+
+def _num_sliced(buffer: list[_Thunk]) -> int:
+    return sum(thunk.is_sliced for thunk in buffer)
+
+
+def _graph_sizes(buffers: Iterable[list[_Thunk]]) -> Iterator[int]:
+    """Nodes of the graphs that the log should tell of: those of sliced calls before their own."""
+    for buffer in buffers:
+        yield from [1] * _num_sliced(buffer)
+        yield len(buffer)
 
 
 def _command_buffers(thunks: Iterable[_Thunk]) -> Iterator[list[_Thunk]]:

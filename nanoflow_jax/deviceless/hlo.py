@@ -9,6 +9,7 @@ _LINE = re.compile(
     r"^\s*(?:ROOT )?%(?P<name>\S+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\((?P<rest>.*)$"
 )
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLS = re.compile(r"calls=%([^\s,]+)")
 _SCOPE = re.compile(r'metadata=\{[^}]*?op_name="([^"]*)"')
 
 
@@ -16,14 +17,14 @@ def read_entry(text: str) -> tuple[Instruction, ...]:
     """Instructions of the entry computation, in order."""
     lines = text[text.index("\nENTRY ") :].split("\n")[2:]
     end = next(index for index, line in enumerate(lines) if line.startswith("}"))
-    return tuple(_read(line) for line in lines[:end])
+    return tuple(_read(line, text) for line in lines[:end])
 
 
-def _read(line: str) -> Instruction:
+def _read(line: str, text: str) -> Instruction:
     found = _LINE.match(line)
     assert found, line[:200]
     operands = found["rest"].split(")", 1)[0]
-    scope = _SCOPE.search(line)
+    scope = _SCOPE.search(line) or _SCOPE.search(_call_inside(line, text))
     arrays = _ARRAY.findall(found["shape"])
     return Instruction(
         name=found["name"],
@@ -33,6 +34,18 @@ def _read(line: str) -> Instruction:
         operands=tuple(re.findall(r"%([^\s,()]+)", operands)),
         scope=scope[1] if scope else "",
     )
+
+
+def _call_inside(line: str, text: str) -> str:
+    """Line of the custom call in what an instruction calls; empty if there is none.
+
+    XLA fuses a call with the slices that make its operands, and names the whole no more.
+    """
+    if not (called := _CALLS.search(line)):
+        return ""
+    begin = text.find(f"\n%{called[1]} (")
+    inside = text[begin : text.find("\n}", begin)].split("\n")
+    return next((one for one in inside if " custom-call(" in one), "")
 
 
 def array_bytes(kind: str, sizes: str) -> int:

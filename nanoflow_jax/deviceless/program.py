@@ -50,16 +50,18 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One CUDA graph.
+    """One CUDA graph, or as much of its beginning as the compiler tells of: some hundred nodes.
 
     Attributes:
-        nodes: In an order in which they could run.
+        nodes: In an order in which they could run; none waits for one that is left out.
+        num_nodes: Those left out too.
         parents: Of each node, the nodes that must have ended before; edges implied by others may
             be left out.
     """
 
     nodes: tuple[Launch, ...]
     parents: tuple[tuple[int, ...], ...]
+    num_nodes: int
 
     @property
     def num_edges(self) -> int:
@@ -183,6 +185,7 @@ class Program:
                 Graph(
                     nodes=tuple(_made(Launch, one) for one in graph["nodes"]),
                     parents=tuple(map(tuple, graph["parents"])),
+                    num_nodes=graph["num_nodes"],
                 )
                 for graph in fields["graphs"]
             ),

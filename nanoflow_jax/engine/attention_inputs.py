@@ -4,7 +4,8 @@ Both ends of each implementation stand together, so that they cannot drift apart
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,9 @@ class DecodeInputs(Protocol):
 
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         """The attention, in a program."""
+
+    def capped(self, num_ctas: int | None) -> "DecodeInputs":
+        """The same for at most so many SMs; None for as many as now."""
 
 
 class PrefillInputs(Protocol):
@@ -62,6 +66,9 @@ class PlainDecodeInputs:
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         return paged_attention.PlainDecode(layout=self.layout)
 
+    def capped(self, num_ctas: int | None) -> DecodeInputs:
+        return self  # XLA cannot be held to a number
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainPrefillInputs:
@@ -89,95 +96,167 @@ class PlainPrefillInputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelDecodeInputs:
-    """Shares of the decode kernel's workers, for each window of the model.
+class KernelForm:
+    """What plans for our attention kernels depend on.
 
     Attributes:
-        num_kv_heads: K.
-        windows: Of the model's layers, each once.
+        num_kv_heads: K, on one device.
+        group: G, query heads for each of them.
+        windows: Of the model's layers, each once; each has a plan of its own.
         num_ctas: That will work.
-        attend: See `KernelDecode`.
     """
 
     num_kv_heads: int
+    group: int
     windows: Sequence[int | None]
     num_ctas: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelDecodeInputs:
+    """Shares of the decode kernel's workers.
+
+    Attributes:
+        form: What they depend on.
+        attend: See `KernelDecode`.
+    """
+
+    form: KernelForm
     attend: Callable[..., Array]
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
-        # A plan without requests says what unused entries hold.
-        empty = self._plan(np.zeros(bucket.decode_rows, np.int32), None)
-        return {
-            _work_name(i, name): _field_of(array)
-            for i in range(len(self.windows))
-            for name, array in empty._asdict().items()
-        }
+        empty = np.zeros(bucket.decode_rows, np.int32)
+        return _plan_fields("decode_work", (self._plan(empty, w) for w in self.form.windows))
 
     def write(self, views: Views, context_lens: Int32[np.ndarray, "R"]) -> None:
-        for i, window in enumerate(self.windows):
-            for name, array in self._plan(context_lens, window)._asdict().items():
-                views[_work_name(i, name)][:] = array
+        plans = (self._plan(context_lens, window) for window in self.form.windows)
+        _write_plans(views, "decode_work", plans)
 
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
-        works = {
-            window: work_list.WorkList(
-                *(arrays[_work_name(i, name)] for name in work_list.WorkList._fields)
-            )
-            for i, window in enumerate(self.windows)
-        }
-        return kernel_attention.KernelDecode(works=works, attend=self.attend)
+        works = _read_plans(arrays, "decode_work", work_list.WorkList, self.form.windows)
+        return kernel_attention.KernelDecode(
+            works=works, num_ctas=self.form.num_ctas, attend=self.attend
+        )
+
+    def capped(self, num_ctas: int | None) -> DecodeInputs:
+        if num_ctas is None:
+            return self
+        return dataclasses.replace(self, form=dataclasses.replace(self.form, num_ctas=num_ctas))
 
     def _plan(self, context_lens: Any, window: int | None) -> work_list.WorkList:
         return work_list.plan_decode(
-            context_lens, num_kv_heads=self.num_kv_heads, num_ctas=self.num_ctas, window=window
+            context_lens,
+            num_kv_heads=self.form.num_kv_heads,
+            num_ctas=self.form.num_ctas,
+            window=window,
         )
-
-
-def _work_name(window_index: int, field: str) -> str:
-    return f"decode_work_{window_index}_{field}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelPrefillInputs:
-    """Tiles of the prefill kernel, the same for all windows: they say only what costs most.
+    """Items of a prefill kernel.
 
     Attributes:
-        group: G, query heads for each KV head.
-        num_ctas: Most SMs to use.
+        form: What they depend on.
         attend: See `KernelPrefill`.
+        cuts_keys: Whether it can merge parts of a tile's keys.
     """
 
-    group: int
-    num_ctas: int
+    form: KernelForm
     attend: Callable[..., Array]
+    cuts_keys: bool
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
-        capacity = prefill_tiles.max_tiles(bucket.tokens, bucket.prefill_rows, group=self.group)
-        empty = self._build((), capacity, bucket.tokens)
-        return {_tiles_name(name): _field_of(array) for name, array in empty._asdict().items()}
+        form, capacity = self.form, self._most_tiles(bucket)
+        split = self._split(bucket)
+        if split is not None:
+            capacity += split.max_parts
+        plans = (self._build((), split, window, capacity, bucket.tokens) for window in form.windows)
+        return _plan_fields("prefill_items", plans)
 
     def write(self, views: Views, chunks: Sequence[tiles.Chunk]) -> None:
-        capacity = len(views[_tiles_name("starts")])
-        built = self._build(chunks, capacity, len(views[_tiles_name("sources")]))
-        for name, array in built._asdict().items():
-            views[_tiles_name(name)][:] = array
+        name = functools.partial(_field_name, "prefill_items", 0)
+        num_parts = 2 * len(views[name("group_items")])  # a tile that is cut has at least two
+        split = self._key_split(num_parts) if num_parts else None
+        capacity, num_tokens = len(views[name("starts")]), len(views[name("sources")])
+        plans = (
+            self._build(chunks, split, window, capacity, num_tokens) for window in self.form.windows
+        )
+        _write_plans(views, "prefill_items", plans)
 
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.PrefillAttention:
-        built = prefill_tiles.PrefillTiles(
-            *(arrays[_tiles_name(name)] for name in prefill_tiles.PrefillTiles._fields)
-        )
+        plans = _read_plans(arrays, "prefill_items", prefill_tiles.PrefillTiles, self.form.windows)
         return kernel_attention.KernelPrefill(
-            tiles=built, num_ctas=self.num_ctas, attend=self.attend
+            tiles=plans, num_ctas=self.form.num_ctas, attend=self.attend
         )
 
-    def _build(self, chunks: Any, capacity: int, num_tokens: int) -> prefill_tiles.PrefillTiles:
+    def _most_tiles(self, bucket: buckets.Bucket) -> int:
+        return prefill_tiles.max_tiles(bucket.tokens, bucket.prefill_rows, group=self.form.group)
+
+    def _split(self, bucket: buckets.Bucket) -> prefill_tiles.KeySplit | None:
+        """None, and no merge in the program, where whole tiles keep all CTAs busy."""
+        if not self.cuts_keys:
+            return None
+        whole = bucket.tokens // prefill_tiles.tile_len(self.form.group)
+        if whole * self.form.num_kv_heads >= self.form.num_ctas:
+            return None
+        return self._key_split(
+            prefill_tiles.max_parts(
+                num_kv_heads=self.form.num_kv_heads, num_ctas=self.form.num_ctas
+            )
+        )
+
+    def _key_split(self, max_parts: int) -> prefill_tiles.KeySplit:
+        return prefill_tiles.KeySplit(
+            num_kv_heads=self.form.num_kv_heads,
+            num_ctas=self.form.num_ctas,
+            max_parts=max_parts,
+        )
+
+    def _build(
+        self,
+        chunks: Any,
+        split: prefill_tiles.KeySplit | None,
+        window: int | None,
+        capacity: int,
+        num_tokens: int,
+    ) -> prefill_tiles.PrefillTiles:
         return prefill_tiles.build_prefill_tiles(
-            chunks, group=self.group, capacity=capacity, num_tokens=num_tokens
+            chunks,
+            group=self.form.group,
+            capacity=capacity,
+            num_tokens=num_tokens,
+            window=window,
+            split=split,
         )
 
 
-def _tiles_name(field: str) -> str:
-    return f"prefill_tiles_{field}"
+def _field_name(plan: str, window_index: int, part: str) -> str:
+    return f"{plan}_{window_index}_{part}"
+
+
+def _plan_fields(name: str, empty_plans: Iterable[Any]) -> Fields:
+    """Fields that hold plans, one for each window; where nobody writes to them, empty ones."""
+    return {
+        _field_name(name, i, part): _field_of(array)
+        for i, plan in enumerate(empty_plans)
+        for part, array in plan._asdict().items()
+    }
+
+
+def _write_plans(views: Views, name: str, plans: Iterable[Any]) -> None:
+    for i, plan in enumerate(plans):
+        for part, array in plan._asdict().items():
+            views[_field_name(name, i, part)][:] = array
+
+
+def _read_plans(
+    arrays: Mapping[str, Array], name: str, kind: Any, windows: Sequence[int | None]
+) -> dict[int | None, Any]:
+    return {
+        window: kind(*(arrays[_field_name(name, i, part)] for part in kind._fields))
+        for i, window in enumerate(windows)
+    }
 
 
 def _field_of(array: Int32[np.ndarray, "..."]) -> packing.Field:
@@ -196,8 +275,3 @@ class AttentionInputs:
 
     decode: DecodeInputs
     prefill: PrefillInputs
-
-    def fields(self, bucket: buckets.Bucket) -> Fields:
-        """What lies in the vector of a bucket's forward."""
-        found = self.decode.fields(bucket) if bucket.decode_rows else {}
-        return found | (self.prefill.fields(bucket) if bucket.prefill_rows else {})

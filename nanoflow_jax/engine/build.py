@@ -18,10 +18,12 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import (
     compiler,
     engine,
+    executors,
     implementations,
     inputs,
     interface,
     kernel_choice,
+    plan_choice,
     programs,
     replicas,
     runner,
@@ -237,9 +239,25 @@ def _build_one(
         source.config, devices, split_experts=config.parallel.expert_parallel
     )
     page_size = min(config.cache.page_size or defaults.page_size, context)
-    served = kernel_choice.Served(config=source.config, dtype=dtype, page_size=page_size)
-    choices = kernel_choice.choose(config.kernels, kernel_choice.machine_of(device), served)
-    _LOG.info("kernels: %s", choices)
+    served = kernel_choice.Served(
+        config=loading.share_of_one_device(source.config, placement),
+        dtype=dtype,
+        page_size=page_size,
+    )
+    machine = kernel_choice.machine_of(device)
+    shape = dataclasses.replace(source.config.layer_shape, num_devices=placement.num_devices)
+    plans = plan_choice.choose(
+        config.plans, bucket_list, shape, num_sms=kernel_choice.num_ctas(machine)
+    )
+    executor = executors.choose(
+        config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
+    )
+    choices = kernel_choice.choose(
+        config.kernels,
+        machine,
+        served,
+        caps_products=executors.caps_products(plans.values()),
+    )
     model = _load(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(
@@ -261,10 +279,11 @@ def _build_one(
         attention=implementations.attention(
             choices,
             layout=kv_layout,
-            group=source.config.group_size // placement.kv_copies,
-            windows=source.config.distinct_windows,
+            group=served.config.group_size,
+            windows=served.config.distinct_windows,
             tile_len=min(defaults.tile_len, dense_batch),
         ),
+        plans=plans,
     )
     reports.settings(
         Settings(
@@ -292,7 +311,7 @@ def _build_one(
         max_context_len=context,
         placement=placement,
         threads=config.compile.threads,
-        options={},
+        executor=executor,
         operations=implementations.operations(choices),
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
@@ -405,7 +424,7 @@ def _layout(
     shape = layout_lib.CacheShape(
         num_pages=1,
         page_size=served.page_size,
-        num_kv_heads=served.config.num_kv_heads * placement.kv_copies // num_devices,
+        num_kv_heads=served.config.num_kv_heads,
         head_dim=served.config.head_dim,
         dtype=served.dtype,
     )

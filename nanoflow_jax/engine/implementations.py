@@ -55,17 +55,16 @@ def attention(
     prefill: attention_inputs.PrefillInputs = attention_inputs.PlainPrefillInputs(
         layout=layout, tile_len=tile_len
     )
+    form = attention_inputs.KernelForm(
+        num_kv_heads=layout.shape.num_kv_heads,
+        group=group,
+        windows=windows,
+        num_ctas=choices.num_ctas,
+    )
     if (chosen := choices[Operation.DECODE_ATTENTION]).maker is not Maker.PLAIN:
-        decode = attention_inputs.KernelDecodeInputs(
-            num_kv_heads=layout.shape.num_kv_heads,
-            windows=windows,
-            num_ctas=choices.num_ctas,
-            attend=_decode_kernel(chosen),
-        )
+        decode = attention_inputs.KernelDecodeInputs(form=form, attend=_decode_kernel(chosen))
     if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is not Maker.PLAIN:
-        prefill = attention_inputs.KernelPrefillInputs(
-            group=group, num_ctas=choices.num_ctas, attend=_prefill_kernel(chosen)
-        )
+        prefill = _kernel_prefill(chosen, form)
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
 
 
@@ -81,10 +80,15 @@ def _decode_kernel(choice: Choice) -> Callable[..., Array]:
     return functools.partial(decode_attention, interpret=_interpret(choice))
 
 
-def _prefill_kernel(choice: Choice) -> Callable[..., Array]:
+def _kernel_prefill(
+    choice: Choice, form: attention_inputs.KernelForm
+) -> attention_inputs.KernelPrefillInputs:
+    """The kernel, and plans that it can run."""
     if choice.maker is Maker.TRITON:
-        return functools.partial(prefill_attention_triton, interpret=choice.interpreted)
-    return functools.partial(prefill_attention, interpret=_interpret(choice))
+        attend = functools.partial(prefill_attention_triton, interpret=choice.interpreted)
+        return attention_inputs.KernelPrefillInputs(form=form, attend=attend, cuts_keys=False)
+    attend = functools.partial(prefill_attention, interpret=_interpret(choice))
+    return attention_inputs.KernelPrefillInputs(form=form, attend=attend, cuts_keys=True)
 
 
 def _interpret(choice: Choice) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 from nanoflow_jax.engine import programs, runner, sampling
 from nanoflow_jax.engine.sequence import Sequence as TokenSequence
 from nanoflow_jax.kv_cache import tiles
+from nanoflow_jax.nanobatch import dealing
 from nanoflow_jax.scheduler import step_plan
 
 _VARIANT_ORDER = (
@@ -24,6 +25,7 @@ class InputBuilder:
         self._sizes = sizes
         self._page_size = page_size
         self._max_context_len = max_context_len
+        self._bucket_plan = functools.cache(sizes.bucket_plan)
         self._forward_packing = functools.cache(functools.partial(programs.forward_packing, sizes))
         self._sample_packing = functools.cache(functools.partial(programs.sample_packing, sizes))
 
@@ -36,15 +38,18 @@ class InputBuilder:
             plan: What to run.
             sequences: The requests in it, by the scheduler's id.
         """
+        placement = self._bucket_plan(plan.bucket).dealer.place(
+            len(plan.decode), [row.length for row in plan.chunks]
+        )
         return runner.ForwardInputs(
             bucket=plan.bucket,
-            vector=self._forward(plan, sequences),
+            vector=self._forward(plan, placement, sequences),
             resets=[
                 self._reset(row, sequences[row.request_id])
                 for row in plan.rows
                 if row.is_first and row.penalty_slot is not None
             ],
-            prompt_slices=self._prompt_slices(plan, sequences),
+            prompt_slices=self._prompt_slices(plan, placement, sequences),
         )
 
     def build_sample(
@@ -68,53 +73,58 @@ class InputBuilder:
         )
 
     def _forward(
-        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
-    ) -> runner.Vector:
-        vector, views = self._forward_packing(plan.bucket).new()
-        count = len(plan.decode)
-        starts = np.fromiter((row.start for row in plan.decode), np.int32, count)
-        views["positions"][:count] = starts
-        views["offsets"][:count] = starts % self._page_size
-        views["decode_lens"][:count] = starts + 1
-        for i, row in enumerate(plan.decode):
-            tokens = sequences[row.request_id].token_ids
-            if row.start < len(tokens):
-                views["token_ids"][i] = tokens[row.start]
-            else:  # sampled by the step in flight: its value is on the device only
-                views["token_slots"][i] = row.slot
-            views["pages"][i] = row.pages[row.start // self._page_size]
-            views["decode_pages"][i, : len(row.pages)] = row.pages
-        views["logit_tokens"][:count] = np.arange(count)
-        if plan.bucket.decode_rows:
-            self._sizes.attention.decode.write(views, views["decode_lens"])
-        self._write_chunks(plan, sequences, views)
-        return vector
-
-    def _write_chunks(
         self,
         plan: step_plan.StepPlan,
+        placement: dealing.Placement,
+        sequences: Mapping[str, TokenSequence],
+    ) -> runner.Vector:
+        vector, views = self._forward_packing(plan.bucket).new()
+        count, places = len(plan.decode), placement.decode_tokens
+        starts = np.fromiter((row.start for row in plan.decode), np.int32, count)
+        views["positions"][places] = starts
+        views["offsets"][places] = starts % self._page_size
+        views["decode_lens"][placement.decode_rows] = starts + 1
+        for row, place, table_row in zip(
+            plan.decode, places.tolist(), placement.decode_rows.tolist(), strict=True
+        ):
+            tokens = sequences[row.request_id].token_ids
+            if row.start < len(tokens):
+                views["token_ids"][place] = tokens[row.start]
+            else:  # sampled by the step in flight: its value is on the device only
+                views["token_slots"][place] = row.slot
+            views["pages"][place] = row.pages[row.start // self._page_size]
+            views["decode_pages"][table_row, : len(row.pages)] = row.pages
+        views["logit_tokens"][:count] = places
+        pieces = self._write_pieces(plan, placement, sequences, views)
+        self._bucket_plan(plan.bucket).write(views, pieces)
+        return vector
+
+    def _write_pieces(
+        self,
+        plan: step_plan.StepPlan,
+        placement: dealing.Placement,
         sequences: Mapping[str, TokenSequence],
         views: Mapping[str, np.ndarray],
-    ) -> None:
-        if not plan.bucket.prefill_rows:
-            return
-        first, logit_row, chunks = len(plan.decode), len(plan.decode), []
-        for i, row in enumerate(plan.chunks):
-            span = slice(first, first + row.length)
-            positions = np.arange(row.start, row.start + row.length, dtype=np.int32)
-            tokens = sequences[row.request_id].token_ids
-            views["token_ids"][span] = tokens[row.start : row.start + row.length]
+    ) -> list[tiles.Chunk]:
+        logit_row, found = len(plan.decode), []
+        for piece in placement.pieces:
+            row = plan.chunks[piece.chunk]
+            start, end = row.start + piece.offset, row.start + piece.offset + piece.length
+            span = slice(piece.start, piece.start + piece.length)
+            positions = np.arange(start, end, dtype=np.int32)
+            views["token_ids"][span] = sequences[row.request_id].token_ids[start:end]
             views["positions"][span] = positions
             pages = np.asarray(row.pages, np.int32)
             views["pages"][span] = pages[positions // self._page_size]
             views["offsets"][span] = positions % self._page_size
-            views["prefill_pages"][i, : len(pages)] = pages
-            chunks.append(tiles.Chunk(start=first, length=row.length, position=row.start, row=i))
-            if row.samples:
+            views["prefill_pages"][piece.chunk, : len(pages)] = pages
+            found.append(
+                tiles.Chunk(start=piece.start, length=piece.length, position=start, row=piece.chunk)
+            )
+            if row.samples and end == row.start + row.length:
                 views["logit_tokens"][logit_row] = span.stop - 1
                 logit_row += 1
-            first = span.stop
-        self._sizes.attention.prefill.write(views, chunks)
+        return found
 
     def _sample(
         self,
@@ -178,21 +188,24 @@ class InputBuilder:
         return vector
 
     def _prompt_slices(
-        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
+        self,
+        plan: step_plan.StepPlan,
+        placement: dealing.Placement,
+        sequences: Mapping[str, TokenSequence],
     ) -> list[runner.PromptSlice]:
         """Slices of the prompt positions whose next token is a prompt token, not yet reported."""
-        found, first, most = [], len(plan.decode), programs.PROMPT_LOGPROB_ROWS
-        for row in plan.chunks:
+        found, most = [], programs.PROMPT_LOGPROB_ROWS
+        for index, row in enumerate(plan.chunks):
             sequence = sequences[row.request_id]
-            flat, first = first, first + row.length
             if sequence.params.prompt_logprobs is None:
                 continue
+            places = placement.chunk_tokens(index)
             begin = max(row.start, sequence.prompt_logprobs_done)
             end = min(row.start + row.length, sequence.prompt_len - 1)
             for start in range(begin, end, most):
                 count = min(most, end - start)
                 vector = np.zeros(2 * most, np.int32)
-                vector[:count] = np.arange(start, start + count) - row.start + flat
+                vector[:count] = places[start - row.start : start - row.start + count]
                 vector[most : most + count] = sequence.token_ids[start + 1 : start + count + 1]
                 found.append(
                     runner.PromptSlice(request_id=row.request_id, count=count, vector=vector)

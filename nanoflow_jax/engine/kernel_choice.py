@@ -60,7 +60,13 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Served:
-    """What of a model a choice depends on."""
+    """What of a model a choice depends on.
+
+    Attributes:
+        config: The model, or the share of it that one device has.
+        dtype: What it runs in.
+        page_size: Tokens in a page of its cache.
+    """
 
     config: architecture.ModelConfig
     dtype: np.dtype[Any]
@@ -192,13 +198,25 @@ def machine_of(device: jax.Device) -> Machine:
     )
 
 
-def choose(section: config_lib.KernelsSection, machine: Machine, served: Served) -> Choices:
+def num_ctas(machine: Machine) -> int:
+    """CTAs of a kernel that nothing runs beside."""
+    return machine.num_sms or _INTERPRETED_CTAS
+
+
+def choose(
+    section: config_lib.KernelsSection,
+    machine: Machine,
+    served: Served,
+    *,
+    caps_products: bool = False,
+) -> Choices:
     """What each operation is made of, from the knobs, the device and the model.
 
     Args:
         section: The knobs.
         machine: Where it will run.
         served: What it will run.
+        caps_products: Whether a plan gives products a share of the SMs only.
 
     Raises:
         ValueError: A kernel is asked for that cannot run here.
@@ -207,7 +225,9 @@ def choose(section: config_lib.KernelsSection, machine: Machine, served: Served)
         operation: _choose(operation, KernelUse(getattr(section, operation)), machine, served)
         for operation in Operation
     }
-    return Choices(by_operation=found, num_ctas=machine.num_sms or _INTERPRETED_CTAS)
+    if caps_products and KernelUse(section.gemm) is KernelUse.AUTO:
+        found[Operation.GEMM] = _automatic(Operation.GEMM, machine, served, is_capped=True)
+    return Choices(by_operation=found, num_ctas=num_ctas(machine))
 
 
 def _choose(operation: Operation, use: KernelUse, machine: Machine, served: Served) -> Choice:
@@ -234,7 +254,9 @@ def _choose(operation: Operation, use: KernelUse, machine: Machine, served: Serv
     return Choice(maker=kernel.maker, reason="as asked", interpreted=interpreted)
 
 
-def _automatic(operation: Operation, machine: Machine, served: Served) -> Choice:
+def _automatic(
+    operation: Operation, machine: Machine, served: Served, *, is_capped: bool = False
+) -> Choice:
     if machine.compute_capability is None:
         return Choice(maker=Maker.PLAIN, reason=f"{machine.name} is no NVIDIA GPU")
     kernel = _find(operation, machine)
@@ -244,9 +266,10 @@ def _automatic(operation: Operation, machine: Machine, served: Served) -> Choice
         kernel.check(served)
     except ValueError as error:
         return Choice(maker=Maker.PLAIN, reason=str(error))
-    if kernel.held_back is not None:
+    if kernel.held_back is not None and not is_capped:
         return Choice(maker=Maker.PLAIN, reason=kernel.held_back)
-    return Choice(maker=kernel.maker, reason=kernel.family)
+    reason = f"{kernel.family}, capped by a plan" if is_capped else kernel.family
+    return Choice(maker=kernel.maker, reason=reason)
 
 
 def _find(operation: Operation, machine: Machine) -> _Kernel | None:

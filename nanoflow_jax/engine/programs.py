@@ -6,7 +6,7 @@ put the host between the two. Decode input tokens never leave the device: sample
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import request
-from nanoflow_jax.engine import attention_inputs, packing, sampling
+from nanoflow_jax.engine import attention_inputs, bucket_plan, packing, sampling
 from nanoflow_jax.kv_cache import layout
 from nanoflow_jax.models import operations as operation_lib
-from nanoflow_jax.models import paged_attention, transformer
+from nanoflow_jax.models import transformer
+from nanoflow_jax.nanobatch import builders
+from nanoflow_jax.nanobatch.operations import LayerShape
+from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.parallel import collectives, mesh
 from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
@@ -44,6 +47,7 @@ class Sizes:
         vocab_size: V.
         penalty_requests: Rows of the penalty table.
         attention: What the host plans of attention.
+        plans: How the layers of a bucket run; one nano-batch where nothing is said.
         num_devices: Devices that share the model; each draws for as many rows as the others.
     """
 
@@ -54,6 +58,7 @@ class Sizes:
     vocab_size: int
     penalty_requests: int
     attention: attention_inputs.AttentionInputs
+    plans: Mapping[buckets.Bucket, Plan] = dataclasses.field(default_factory=dict)
     num_devices: int = 1
 
     @property
@@ -69,6 +74,13 @@ class Sizes:
     def padded_rows(self, bucket: buckets.Bucket) -> int:
         """Rows of the sample program that follows a bucket's forward."""
         return min(n for n in self.sample_rows if n >= self.logit_rows(bucket))
+
+    def bucket_plan(self, bucket: buckets.Bucket) -> bucket_plan.BucketPlan:
+        """How a bucket's forward runs."""
+        plan = self.plans.get(bucket)
+        if plan is None:  # a plan for sparse layers runs dense ones too
+            plan = builders.one(LayerShape(is_sparse=True), num_tokens=bucket.tokens)
+        return bucket_plan.BucketPlan(bucket, plan, self.attention)
 
 
 def forward_packing(sizes: Sizes, bucket: buckets.Bucket) -> packing.Packing:
@@ -87,7 +99,7 @@ def forward_packing(sizes: Sizes, bucket: buckets.Bucket) -> packing.Packing:
     }
     if bucket.prefill_rows:
         fields["prefill_pages"] = field(shape=(bucket.prefill_rows, pages))
-    return packing.Packing(fields | sizes.attention.fields(bucket))
+    return packing.Packing(fields | sizes.bucket_plan(bucket).fields())
 
 
 def sample_packing(sizes: Sizes, *, rows: int, variant: sampling.SamplerVariant) -> packing.Packing:
@@ -162,9 +174,11 @@ def build_forward(
     bucket: buckets.Bucket,
     operations: operation_lib.Operations,
     shares: Shares,
+    keep_lanes: bool = False,
 ) -> Callable[..., ForwardResult]:
     """The forward program of one bucket: (caches, last_tokens, weights, vector) -> result."""
     pack = forward_packing(sizes, bucket)
+    planned = sizes.bucket_plan(bucket)
     group = shares.placement.group
     operations = dataclasses.replace(operations, group=group)
 
@@ -179,10 +193,14 @@ def build_forward(
         slots = inputs["token_slots"]
         sampled = last_tokens.at[slots].get(mode="clip")
         token_ids = jnp.where(slots < sizes.max_requests, sampled, inputs["token_ids"])
-        attend = _attention(inputs, layout, bucket, sizes.attention)
-        x = model.embed(token_ids, group)
         x, new_caches = model.run_layers(
-            x, inputs["positions"], caches, attend, operations=operations
+            model.embed(token_ids, group),
+            inputs["positions"],
+            caches,
+            planned.read(inputs, layout),
+            operations=operations,
+            plan=planned.plan,
+            keep_lanes=keep_lanes,
         )
         tokens, spare = inputs["logit_tokens"], sizes.padded_rows(bucket)
         if group.num_devices > 1:  # each draws for equally many rows
@@ -209,27 +227,6 @@ def _partitions(shares: Shares, *, has_hidden: bool) -> Any:
     """How a forward's result lies on the devices, in its form."""
     parts: Any = {"logits": PartitionSpec(mesh.AXIS), "caches": shares.caches}
     return ForwardResult(**parts, hidden=PartitionSpec() if has_hidden else None)  # type: ignore[arg-type]
-
-
-def _attention(
-    inputs: dict[str, Array],
-    kv_layout: layout.KvLayout,
-    bucket: buckets.Bucket,
-    attention: attention_inputs.AttentionInputs,
-) -> paged_attention.PagedAttention:
-    has_chunks = bucket.prefill_rows > 0
-    return paged_attention.PagedAttention(
-        layout=kv_layout,
-        batch=paged_attention.PagedBatch(
-            pages=inputs["pages"],
-            offsets=inputs["offsets"],
-            decode_pages=inputs["decode_pages"],
-            decode_lens=inputs["decode_lens"],
-            prefill_pages=inputs["prefill_pages"] if has_chunks else None,
-        ),
-        decode=attention.decode.read(inputs) if bucket.decode_rows else None,
-        prefill=attention.prefill.read(inputs) if has_chunks else None,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Holds weights, caches and compiled programs; launches steps and collects what they sampled."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Int32
 
-from nanoflow_jax.engine import compiler, programs, sampling
+from nanoflow_jax import config as config_lib
+from nanoflow_jax.engine import compiler, executors, programs, sampling
 from nanoflow_jax.kv_cache import layout
 from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import transformer
@@ -114,7 +115,7 @@ class Runner:
         max_context_len: int,
         placement: placement_lib.Placement,
         threads: int,
-        options: Mapping[str, Any],
+        executor: config_lib.Executor,
         operations: operation_lib.Operations,
         watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
@@ -127,7 +128,8 @@ class Runner:
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._allocate()
         forwards = [
-            self._forward_job(graph, treedef, bucket, operations, options) for bucket in bucket_list
+            self._forward_job(graph, treedef, bucket, operations, executor)
+            for bucket in bucket_list
         ]
         others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)
         self._programs = compiler.compile_all(forwards + others, threads=threads, progress=progress)
@@ -161,7 +163,7 @@ class Runner:
         treedef: Any,
         bucket: buckets.Bucket,
         operations: operation_lib.Operations,
-        options: Mapping[str, Any],
+        executor: config_lib.Executor,
     ) -> compiler.Job:
         size = programs.forward_packing(self._sizes, bucket).size
         return compiler.Job(
@@ -174,6 +176,7 @@ class Runner:
                 bucket=bucket,
                 operations=operations,
                 shares=self._shares,
+                keep_lanes=executors.keeps_lanes(executor),
             ),
             arguments=(
                 _abstract(self._caches),
@@ -182,7 +185,7 @@ class Runner:
                 _vector(size),
             ),
             donated=(0,),
-            options=options,
+            options=executors.compiler_options(executor),
         )
 
     def _other_jobs(

@@ -77,6 +77,8 @@ def by_hand(text: str) -> list[str]:
 def block(name: str, verdicts: Sequence[Verdict]) -> str:
     """The figures of the newest verified result of that name, for each device.
 
+    Only what was measured: how fast a kernel is interpreted tells nothing of a GPU.
+
     Raises:
         ValueError: There is none.
     """
@@ -85,7 +87,7 @@ def block(name: str, verdicts: Sequence[Verdict]) -> str:
         if verdict.result is None or not verdict.is_claim:
             continue
         found = verdict.result.manifest
-        if found.run.name != name or not found.figures:
+        if found.run.name != name or verdict.result.kind.level(found.run) < Level.ONE_RUN:
             continue
         before = newest.get(found.run.device.folder)
         if before is None or before.path.name < verdict.path.name:
@@ -109,13 +111,13 @@ def _rows(verdict: Verdict, among: Sequence[Verdict]) -> Iterator[list[str]]:
     assert verdict.result is not None
     run = verdict.result.manifest.run
     levels = verify.levels(verdict, among)
-    for figure in verdict.result.manifest.figures:
+    for figure in filter(verdict.result.kind.is_headline, verdict.result.manifest.figures):
         level = levels[figure.name]
         yield [
             f"{run.device.name}, {run.device.count}" if run.device.count > 1 else run.device.name,
             figure.name,
-            f"{tables.number(figure.median)} {figure.unit}",
-            f"{tables.number(figure.low)} - {tables.number(figure.high)}",
+            tables.quantity(figure.median, figure.unit),
+            tables.span(figure.low, figure.high, figure.unit),
             str(figure.count),
             tables.share(figure),
             f"{level.words}: {', '.join(_links(figure, verdict, level, among))}",

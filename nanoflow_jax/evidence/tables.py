@@ -7,6 +7,15 @@ from nanoflow_jax.results import verify
 from nanoflow_jax.results.figures import Figure
 from nanoflow_jax.results.verify import Verdict
 
+_LARGE = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+_SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
+_SCALED: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
+    "bytes/s": ("B/s", _LARGE),
+    "FLOP/s": ("FLOP/s", _LARGE),
+    "operations/s": ("FLOP/s", _LARGE),
+    "s": ("s", _SMALL),
+}
+
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows as lines whose columns stand under each other."""
@@ -35,9 +44,9 @@ def figures(verdicts: Sequence[Verdict]) -> str:
             (
                 name(verdict.path),
                 one.name,
-                f"{number(one.median)} {one.unit}",
-                number(one.low),
-                number(one.high),
+                quantity(one.median, one.unit),
+                quantity(one.low, one.unit),
+                quantity(one.high, one.unit),
                 str(one.count),
                 share(one),
                 f"E{levels[one.name]:d}",
@@ -50,6 +59,26 @@ def figures(verdicts: Sequence[Verdict]) -> str:
 def name(folder: Path) -> str:
     """A result's folder without the root of all results."""
     return "/".join(folder.parts[-2:])
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value with its unit, in four digits: `3.905 TB/s`, `12.3 ms`, `412.3 tokens/s`."""
+    factor, shown = _scaled(value, unit)
+    return f"{number(value / factor)} {shown}"
+
+
+def span(low: float, high: float, unit: str) -> str:
+    """Two values in the unit that suits the larger: `3.8 - 4.1 TB/s`."""
+    factor, shown = _scaled(high, unit)
+    return f"{number(low / factor)} - {number(high / factor)} {shown}"
+
+
+def _scaled(value: float, unit: str) -> tuple[float, str]:
+    short, scales = _SCALED.get(unit, (unit, ()))
+    for factor, prefix in scales:
+        if abs(value) >= factor:
+            return factor, f"{prefix}{short}"
+    return 1.0, short
 
 
 def number(value: float) -> str:
@@ -78,6 +107,6 @@ def _row(verdict: Verdict, among: Sequence[Verdict]) -> tuple[str, ...]:
     said = verdict.complaints[0] if verdict.complaints else found.message
     if not said and found.figures:
         first = found.figures[0]
-        said = f"{first.name} {number(first.median)} {first.unit}"
+        said = f"{first.name} {quantity(first.median, first.unit)}"
         said += f", and {len(found.figures) - 1} more" if len(found.figures) > 1 else ""
     return (name(verdict.path), verdict.word, level(verdict, among), found.run.kind, commit, said)

@@ -3,6 +3,8 @@
 import dataclasses
 import enum
 
+from nanoflow_jax.nanobatch import operations
+
 DEFAULT_ROPE_THETA = 10000.0
 
 
@@ -119,6 +121,11 @@ class ModelConfig:
 
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.sparse_layers[layer]
+
+    @property
+    def layer_shape(self) -> operations.LayerShape:
+        """Of a layer that has all operations which any layer has."""
+        return operations.LayerShape(is_sparse=any(map(self.is_sparse, range(self.num_layers))))
 
     @property
     def num_parameters(self) -> int:

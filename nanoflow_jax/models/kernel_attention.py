@@ -23,12 +23,14 @@ class KernelDecode:
     """`DecodeAttention` by our kernel.
 
     Attributes:
-        works: The plan for each window of the model, made on the host for a number of CTAs.
+        works: The plan for each window of the model, made on the host.
+        num_ctas: Most SMs to use.
         attend: A kernel of `pallas_kernels` with the operands of its `decode_attention`, told
             whether it is interpreted.
     """
 
     works: Mapping[int | None, work_list.WorkList]
+    num_ctas: int
     attend: Callable[..., Array]
 
     def __call__(
@@ -41,27 +43,17 @@ class KernelDecode:
         *,
         place: Place,
     ) -> Float[Array, "R N H"]:
-        """See `DecodeAttention`.
-
-        Raises:
-            ValueError: The place's cap is not what the work is planned for.
-        """
-        work = self.works[spec.window]
-        planned = work.workers.shape[0] // work_list.WORKERS_PER_CTA
-        if place.num_ctas not in (None, planned):
-            raise ValueError(
-                f"decode attention is planned for {planned} CTAs and was asked to run on "
-                f"{place.num_ctas}; plan it for as many"
-            )
+        """See `DecodeAttention`; any cap gives the same result."""
         return self.attend(
             q,
             cache,
             page_table,
             context_lens,
-            work,
+            self.works[spec.window],
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,
+            num_ctas=place.num_ctas or self.num_ctas,
             token=place.token,
         )
 
@@ -71,13 +63,13 @@ class KernelPrefill:
     """`PrefillAttention` by our kernel.
 
     Attributes:
-        tiles: Of the step's chunks.
+        tiles: Of the step's chunks, for each window of the model.
         num_ctas: Most SMs to use.
         attend: A kernel of `pallas_kernels` with the operands of its `prefill_attention`, told
             whether it is interpreted.
     """
 
-    tiles: prefill_tiles.PrefillTiles
+    tiles: Mapping[int | None, prefill_tiles.PrefillTiles]
     num_ctas: int
     attend: Callable[..., Array]
 
@@ -94,7 +86,7 @@ class KernelPrefill:
             q,
             cache,
             page_table,
-            self.tiles,
+            self.tiles[spec.window],
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,

@@ -178,6 +178,29 @@ class Attention(nnx.Module):
             weight = self.o[...].reshape(self._config.hidden_size, -1)
             return _added(x, heads, weight, self.o_bias, self.post_norm, operations)
 
+    def project(
+        self, attended: Float[Array, "T N H"], operations: Operations = PLAIN
+    ) -> Float[Array, "T D"]:
+        """What this device has of the sum that `add` takes."""
+        with jax.named_scope("o"):
+            weight = self.o[...].reshape(self._config.hidden_size, -1)
+            return operations.product(attended.reshape(attended.shape[0], -1), weight)
+
+    def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Adds the sum of all devices' `project` to the residual stream, as `output` does."""
+        return _add(x, summed, self.o_bias, self.post_norm)
+
+
+def _add(
+    x: Float[Array, "T D"],
+    summed: Float[Array, "T D"],
+    bias: nnx.Param[Array] | None,
+    post_norm: RmsNorm | None,
+) -> Float[Array, "T D"]:
+    """The residual stream and a sum that is whole, bias and norm not yet in it."""
+    out = summed if bias is None else summed + bias[...][None]
+    return x + (out if post_norm is None else post_norm(out))
+
 
 def _added(
     x: Float[Array, "T D"],
@@ -221,11 +244,8 @@ class FeedForward(nnx.Module):
         )
         self._activation = c.activation
 
-    def prepare(
-        self, x: Float[Array, "T D"], operations: Operations = PLAIN
-    ) -> Float[Array, "T D"]:
-        """What `expand` takes; asks nothing of the operations, unlike a mixture of experts."""
-        del operations
+    def normalise(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What `expand` takes."""
         with jax.named_scope("norm"):
             return self.norm(x)
 
@@ -249,10 +269,21 @@ class FeedForward(nnx.Module):
         with jax.named_scope("down"):
             return _added(x, hidden, self.down[...], self.down_bias, self.post_norm, operations)
 
+    def project(
+        self, hidden: Float[Array, "T F"], operations: Operations = PLAIN
+    ) -> Float[Array, "T D"]:
+        """What this device has of the sum that `add` takes."""
+        with jax.named_scope("down"):
+            return operations.product(hidden, self.down[...])
+
+    def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Adds the sum of all devices' `project` to the residual stream, as `contract` does."""
+        return _add(x, summed, self.down_bias, self.post_norm)
+
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
-        return self.contract(x, self.expand(self.prepare(x, operations), operations), operations)
+        return self.contract(x, self.expand(self.normalise(x), operations), operations)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,6 +299,9 @@ class Routed:
     rows: Float[Array, "R D"]
     groups: Any
     shares: Float[Array, "T A"]
+
+
+jax.tree_util.register_dataclass(Routed)
 
 
 class SparseFeedForward(nnx.Module):
@@ -302,10 +336,13 @@ class SparseFeedForward(nnx.Module):
         self._moe = c.moe
         self._activation = c.activation
 
-    def prepare(self, x: Float[Array, "T D"], operations: Operations = PLAIN) -> Routed:
-        """What `expand` takes."""
+    def normalise(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What `route` takes."""
         with jax.named_scope("norm"):
-            normed = self.norm(x)
+            return self.norm(x)
+
+    def route(self, normed: Float[Array, "T D"], operations: Operations = PLAIN) -> Routed:
+        """What `expand` takes."""
         with jax.named_scope("route"):
             shares, experts = self._route(normed)
             held = self.gate_up[...].shape[0]
@@ -334,15 +371,24 @@ class SparseFeedForward(nnx.Module):
         self, x: Float[Array, "T D"], hidden: Routed, operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
         """Adds the result to the residual stream."""
+        partial = self.project(hidden, operations)
+        with jax.named_scope("down"):
+            return self.add(x, operations.group.sum(partial))
+
+    def project(self, hidden: Routed, operations: Operations = PLAIN) -> Float[Array, "T D"]:
+        """What this device has of the sum that `add` takes."""
         with jax.named_scope("down"):
             out = operations.expert_product(hidden.rows, self.down[...], hidden.groups)
-            out = operations.experts.combine(out, hidden.groups, hidden.shares)
-            return x + operations.group.sum(out)
+            return operations.experts.combine(out, hidden.groups, hidden.shares)
+
+    def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Adds the sum of all devices' `project` to the residual stream, as `contract` does."""
+        return x + summed
 
     def __call__(
         self, x: Float[Array, "T D"], operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
-        hidden = self.expand(self.prepare(x, operations), operations)
+        hidden = self.expand(self.route(self.normalise(x), operations), operations)
         return self.contract(x, hidden, operations)
 
     def _route(self, normed: Float[Array, "T D"]) -> tuple[Float[Array, "T A"], Int[Array, "T A"]]:

@@ -48,6 +48,22 @@ def place_model(
     return placement_lib.place(widths, devices, split_experts=split_experts)
 
 
+def share_of_one_device(
+    config: architecture.ModelConfig, placement: placement_lib.Placement
+) -> architecture.ModelConfig:
+    """A model as a layer on one of its devices sees it; whole experts are all still counted."""
+    count, moe = placement.num_devices, config.moe
+    if moe is not None and not placement.split_experts:
+        moe = dataclasses.replace(moe, intermediate_size=moe.intermediate_size // count)
+    return dataclasses.replace(
+        config,
+        num_heads=config.num_heads // count,
+        num_kv_heads=config.num_kv_heads * placement.kv_copies // count,
+        intermediate_size=config.intermediate_size // count,
+        moe=moe,
+    )
+
+
 def load_model(
     source: checkpoint_folder.ModelFolder,
     config: architecture.ModelConfig,

@@ -5,7 +5,7 @@ decided in `engine.kernel_choice`.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from nanoflow_jax.models import architecture
 from nanoflow_jax.parallel import collectives
+
+_Tree = TypeVar("_Tree")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -202,8 +204,8 @@ def activated_product(
     return activate(pair[:, 0], activation) * pair[:, 1]
 
 
-def after(x: Array, token: Array | None) -> Array:
-    """X, once there is the token: XLA keeps the order of what it makes from either."""
+def after(x: _Tree, token: Array | None) -> _Tree:
+    """X, once there is the token: XLA keeps the order of what it makes of both."""
     return x if token is None else jax.lax.optimization_barrier((x, token))[0]
 
 

@@ -1,6 +1,7 @@
 """Attention of a dense batch over paged caches: append, then decode rows and prompt chunks."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -9,7 +10,10 @@ from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax.kv_cache import attention, layout, tiles
 from nanoflow_jax.models import transformer
-from nanoflow_jax.models.operations import ANYWHERE, Place, after
+from nanoflow_jax.models.operations import Place, after
+from nanoflow_jax.nanobatch import dealing
+from nanoflow_jax.nanobatch.executor import Call
+from nanoflow_jax.nanobatch.plan import TokenRange
 
 
 class DecodeAttention(Protocol):
@@ -107,9 +111,11 @@ class PlainPrefill:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedBatch:
-    """Where the tokens of one dense batch lie; decode rows come first.
+    """Where the tokens of one dense batch lie.
 
     Attributes:
+        cells: In each of them decode rows come first; their rows of the two arrays below lie
+            together.
         pages: Page that takes each token's key and value; P drops it (padding).
         offsets: Place in that page.
         decode_pages: Pages of each decode row's context.
@@ -117,84 +123,103 @@ class PagedBatch:
         prefill_pages: Pages of each chunk's context; None in a program without chunks.
     """
 
+    cells: tuple[dealing.Cell, ...]
     pages: Int32[Array, "T"]
     offsets: Int32[Array, "T"]
     decode_pages: Int32[Array, "R M"]
     decode_lens: Int32[Array, "R"]
     prefill_pages: Int32[Array, "Q M"] | None
 
+    def cells_in(self, tokens: TokenRange) -> tuple[dealing.Cell, ...]:
+        """Cells of some tokens, which no cell reaches over."""
+        return tuple(cell for cell in self.cells if cell.tokens.overlaps(tokens))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedAttention:
-    """The serving `AttentionPath`, and the operations it consists of.
+    """The serving `AttentionPath`.
 
     Attributes:
         layout: Of the caches.
         batch: Where the tokens lie.
-        decode: What decode rows attend with; None in a program without them.
-        prefill: What chunks attend with; None in a program without them.
+        decode: What decode rows attend with, by the key of the nano-operation.
+        prefill: What chunks attend with, likewise; empty in a program without chunks.
     """
 
     layout: layout.KvLayout
     batch: PagedBatch
-    decode: DecodeAttention | None
-    prefill: PrefillAttention | None
+    decode: Mapping[str, DecodeAttention]
+    prefill: Mapping[str, PrefillAttention]
 
-    def __call__(
+    def append(
         self,
-        q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
         cache: Any,
-        spec: transformer.AttentionSpec,
-    ) -> tuple[Float[Array, "T N H"], Any]:
-        """Appends the new keys and values, then attends to all that are cached."""
-        cache = self.append(k, v, cache)
-        decoded = self.attend_decode(q, cache, spec)
-        return self.joined(decoded, self.attend_prefill(q, cache, spec)), cache
-
-    def append(self, k: Float[Array, "T K H"], v: Float[Array, "T K H"], cache: Any) -> Any:
-        """The cache with the new keys and values in it."""
+        tokens: TokenRange,
+    ) -> Any:
+        """See `AttentionPath`, as the rest."""
+        some = slice(*tokens)
         with jax.named_scope("append"):
-            return self.layout.append(cache, k, v, self.batch.pages, self.batch.offsets)
+            return self.layout.append(cache, k, v, self.batch.pages[some], self.batch.offsets[some])
 
     def attend_decode(
-        self,
-        q: Float[Array, "T N H"],
-        cache: Any,
-        spec: transformer.AttentionSpec,
-        place: Place = ANYWHERE,
-    ) -> Float[Array, "R N H"] | None:
-        """Attention of the decode rows; None in a program without them."""
-        b = self.batch
-        if self.decode is None:
-            return None
+        self, q: Float[Array, "T N H"], cache: Any, spec: transformer.AttentionSpec, call: Call
+    ) -> tuple[Float[Array, "R N H"] | None, ...]:
+        cells = self.batch.cells_in(call.tokens)
+        rows = slice(cells[0].first_decode_row, cells[-1].end_decode_row)
+        if rows.start == rows.stop:
+            return (None,) * len(cells)
+        starts = [cell.tokens.start - call.tokens.start for cell in cells]
         with jax.named_scope("decode_attention"):
-            q = q[: b.decode_lens.shape[0]]
-            return self.decode(q, cache, b.decode_pages, b.decode_lens, spec, place=place)
+            out = self.decode[call.key](
+                _concatenate(
+                    [q[at : at + cell.decode_rows] for at, cell in zip(starts, cells, strict=True)]
+                ),
+                cache,
+                self.batch.decode_pages[rows],
+                self.batch.decode_lens[rows],
+                spec,
+                place=Place(num_ctas=call.num_ctas, token=call.token),
+            )
+        return tuple(
+            out[cell.first_decode_row - rows.start : cell.end_decode_row - rows.start]
+            if cell.decode_rows
+            else None
+            for cell in cells
+        )
 
     def attend_prefill(
-        self,
-        q: Float[Array, "T N H"],
-        cache: Any,
-        spec: transformer.AttentionSpec,
-        place: Place = ANYWHERE,
+        self, q: Float[Array, "T N H"], cache: Any, spec: transformer.AttentionSpec, call: Call
     ) -> Float[Array, "T N H"] | None:
-        """Attention of the chunks, zeros for other tokens; None in a program without them."""
-        if self.prefill is None or self.batch.prefill_pages is None:
+        if self.batch.prefill_pages is None:
             return None
         with jax.named_scope("prefill_attention"):
-            return self.prefill(q, cache, self.batch.prefill_pages, spec, place=place)
+            return self.prefill[call.key](
+                q,
+                cache,
+                self.batch.prefill_pages,
+                spec,
+                place=Place(num_ctas=call.num_ctas, token=call.token),
+            )
 
     def joined(
-        self, decoded: Float[Array, "R N H"] | None, prefilled: Float[Array, "T N H"] | None
+        self,
+        decoded: tuple[Float[Array, "R N H"] | None, ...],
+        prefilled: Float[Array, "T N H"] | None,
+        tokens: TokenRange,
     ) -> Float[Array, "T N H"]:
-        """What both attentions give, of which at least one is there."""
-        if prefilled is None:
-            assert decoded is not None
-            return decoded
-        if decoded is None:
-            return prefilled
-        # Each is zero where the other has a token.
-        rows = decoded.shape[0]
-        return jnp.concatenate([prefilled[:rows] + decoded, prefilled[rows:]])
+        if prefilled is None:  # a program of decode rows alone, which fill their cells
+            return _concatenate([rows for rows in decoded if rows is not None])
+        parts = []
+        for cell, rows in zip(self.batch.cells_in(tokens), decoded, strict=True):
+            start, stop = (border - tokens.start for border in cell.tokens)
+            if rows is not None:
+                # Each is zero where the other has a token.
+                parts.append(prefilled[start : start + cell.decode_rows] + rows)
+            parts.append(prefilled[start + cell.decode_rows : stop])
+        return _concatenate(parts)
+
+
+def _concatenate(parts: Sequence[Float[Array, "R N H"]]) -> Float[Array, "R N H"]:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)

@@ -15,7 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanoflow_jax.models import architecture, layers
-from nanoflow_jax.models.operations import PLAIN, Operations
+from nanoflow_jax.models.operations import PLAIN, Operations, Place, after
+from nanoflow_jax.nanobatch import builders, executor
+from nanoflow_jax.nanobatch import operations as nano_operations
+from nanoflow_jax.nanobatch.executor import Call
+from nanoflow_jax.nanobatch.plan import Plan, TokenRange
 from nanoflow_jax.parallel import collectives
 
 
@@ -29,16 +33,37 @@ class AttentionSpec:
 
 
 class AttentionPath(Protocol):
-    """Caches this layer's new keys and values and attends to all that are cached."""
+    """The operations of attention: caches a layer's new keys and values, attends to all cached.
 
-    def __call__(
+    Each method is about some tokens of the dense batch and gets and gives their rows alone.
+    """
+
+    def append(
         self,
-        q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
         cache: Any,
-        spec: AttentionSpec,
-    ) -> tuple[Float[Array, "T N H"], Any]: ...
+        tokens: TokenRange,
+    ) -> Any:
+        """The cache with new keys and values in it."""
+
+    def attend_decode(
+        self, q: Float[Array, "T N H"], cache: Any, spec: AttentionSpec, call: Call
+    ) -> tuple[Float[Array, "R N H"] | None, ...]:
+        """Attention of the decode rows of each cell; None where it has none."""
+
+    def attend_prefill(
+        self, q: Float[Array, "T N H"], cache: Any, spec: AttentionSpec, call: Call
+    ) -> Float[Array, "T N H"] | None:
+        """Attention of tokens of chunks, zeros for others; None in a program without chunks."""
+
+    def joined(
+        self,
+        decoded: tuple[Float[Array, "R N H"] | None, ...],
+        prefilled: Float[Array, "T N H"] | None,
+        tokens: TokenRange,
+    ) -> Float[Array, "T N H"]:
+        """What both attentions give for the same tokens."""
 
 
 class Layer(nnx.Module):
@@ -54,21 +79,6 @@ class Layer(nnx.Module):
             window=config.windows[layer],
             softcap=config.attention_softcap,
         )
-
-    def __call__(
-        self,
-        x: Float[Array, "T D"],
-        angles: tuple[Float[Array, "T h"], Float[Array, "T h"]],
-        cache: Any,
-        attend: AttentionPath,
-        operations: Operations = PLAIN,
-    ) -> tuple[Float[Array, "T D"], Any]:
-        q, k, v = self.attention.norm_kqv(x, operations)
-        with jax.named_scope("rope"):
-            q, k = layers.rotate(q, *angles), layers.rotate(k, *angles)
-        attended, cache = attend(q, k, v, cache, self.spec)
-        x = self.attention.output(x, attended, operations)
-        return self.feed_forward(x, operations), cache
 
 
 class Transformer(nnx.Module):
@@ -113,6 +123,8 @@ class Transformer(nnx.Module):
         *,
         start: int = 0,
         operations: Operations = PLAIN,
+        plan: Plan | None = None,
+        keep_lanes: bool = False,
     ) -> tuple[Float[Array, "T D"], list[Any]]:
         """Runs layers [start, start + len(caches)).
 
@@ -123,16 +135,39 @@ class Transformer(nnx.Module):
             attend: Appends to a cache and attends.
             start: First layer.
             operations: What the rest of a layer is made of.
+            plan: How to split and order it all; None splits nothing.
+            keep_lanes: See `executor.run`.
 
         Returns:
             Hidden states leaving the last of them, and the updated caches.
+
+        Raises:
+            ValueError: The plan is for another number of tokens or devices, or needs weights that
+                lie otherwise.
         """
-        angles = layers.rope_angles(positions, head_dim=self.config.head_dim, rope=self.config.rope)
-        updated = []
-        for offset, cache in enumerate(caches):
-            x, cache = self.layers[start + offset](x, angles, cache, attend, operations)
-            updated.append(cache)
-        return x, updated
+        c = self.config
+        if plan is None:
+            plan = builders.one(c.layer_shape, num_tokens=x.shape[0])
+        if plan.num_tokens != x.shape[0]:
+            raise ValueError(
+                f"plan {plan.name!r} is for {plan.num_tokens} tokens and the dense batch has "
+                f"{x.shape[0]}; give each bucket a plan of its own size"
+            )
+        _check_devices(plan, operations.group.num_devices)
+        chosen = [self.layers[start + i] for i in range(len(caches))]
+        angles = layers.rope_angles(positions, head_dim=c.head_dim, rope=c.rope)
+        return executor.run(
+            plan,
+            [self._graph(start + i, plan) for i in range(len(chosen))],
+            x,
+            caches,
+            _LayerOperations(chosen, angles, attend, operations),
+            keep_lanes=keep_lanes,
+        )
+
+    def _graph(self, layer: int, plan: Plan) -> nano_operations.LayerGraph:
+        is_sparse = self.config.is_sparse(layer)
+        return nano_operations.layer_graph(dataclasses.replace(plan.shape, is_sparse=is_sparse))
 
     def head(
         self, x: Float[Array, "R D"], group: collectives.Group = collectives.ALONE
@@ -155,6 +190,93 @@ class Transformer(nnx.Module):
             logits = group.columns_to_rows(logits)[:, : self.config.vocab_size]
             cap = self.config.logits_softcap
             return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _check_devices(plan: Plan, num_devices: int) -> None:
+    """Refuses what these devices cannot run; in a plan for one, an operation sums by itself."""
+    if plan.shape.num_devices not in (1, num_devices):
+        raise ValueError(
+            f"plan {plan.name!r} spreads a layer over {plan.shape.num_devices} devices and the "
+            f"model is on {num_devices}; take a plan for {num_devices} or for 1"
+        )
+    for nano in plan.order:
+        choice = plan.graph.by_name[nano.operation].choice
+        if choice is not None and choice.way == "gather":
+            raise ValueError(
+                f"plan {plan.name!r} runs {nano.operation} on weights split by columns, and those "
+                f"of {choice.product} are split along the summed axis; take its way 'reduce'"
+            )
+
+
+class _LayerOperations:
+    """Runs operations of layers by their names in `nanobatch.operations`."""
+
+    def __init__(
+        self,
+        chosen: Sequence[Layer],
+        angles: tuple[Float[Array, "T h"], Float[Array, "T h"]],
+        attend: AttentionPath,
+        operations: Operations,
+    ) -> None:
+        self._layers = chosen
+        self._angles = angles
+        self._attend = attend
+        self._operations = operations
+
+    def __call__(self, call: Call, *reads: Any) -> Any:
+        layer = self._layers[call.layer]
+        place = Place(num_ctas=call.num_ctas, token=call.token)
+        # What XLA makes by itself takes no operand that it does not read.
+        first, *rest = reads
+        match call.operation:
+            case "norm_kqv":
+                return layer.attention.norm_kqv(first, self._operations.at(place))
+            case "rope":
+                return self._rotate(after(first, call.token), call.tokens)
+            case "append":
+                value, (rotated, cache) = after(first[2], call.token), rest
+                return self._attend.append(rotated[1], value, cache, call.tokens)
+            case "decode_attention":
+                return self._attend.attend_decode(first[0], rest[0], layer.spec, call)
+            case "prefill_attention":
+                return self._attend.attend_prefill(first[0], rest[0], layer.spec, call)
+            case "o":
+                *x, decoded, prefilled = reads
+                attended = self._attend.joined(decoded, prefilled, call.tokens)
+                operations = self._operations.at(place)
+                if not x:
+                    return layer.attention.project(attended, operations)
+                return layer.attention.output(x[0], attended, operations)
+            case "o_reduce":
+                return layer.attention.add(first, self._sum(rest[0], call))
+            case "norm":
+                return layer.feed_forward.normalise(after(first, call.token))
+            case "route":
+                return layer.feed_forward.route(
+                    after(first, call.token), self._operations.at(place)
+                )
+            case "up_gate":
+                return layer.feed_forward.expand(first, self._operations.at(place))
+            case "down":
+                if not rest:
+                    return layer.feed_forward.project(first, self._operations.at(place))
+                return layer.feed_forward.contract(first, rest[0], self._operations.at(place))
+            case "down_reduce":
+                return layer.feed_forward.add(first, self._sum(rest[0], call))
+        raise AssertionError(f"nothing runs {call.operation}")
+
+    def _sum(self, partial: Float[Array, "T D"], call: Call) -> Float[Array, "T D"]:
+        with jax.named_scope(call.operation):
+            return self._operations.group.sum(after(partial, call.token))
+
+    def _rotate(
+        self,
+        qkv: tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]],
+        tokens: TokenRange,
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"]]:
+        with jax.named_scope("rope"):
+            angles = [part[slice(*tokens)] for part in self._angles]
+            return layers.rotate(qkv[0], *angles), layers.rotate(qkv[1], *angles)
 
 
 def parameter_specs(config: architecture.ModelConfig) -> list[layers.ParamSpec]:

@@ -14,8 +14,20 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SAMPLES = "samples.jsonl.gz"
 TOKENS = "tokens.json"
-# All that a folder may hold besides the manifest: eight files at most.
-FILES = (SAMPLES, "kernels.csv.gz", "ctas.npz", "program.tar.gz", "smi.csv", TOKENS, "log.txt")
+CURVES = "curves.svg"
+LOG = "log.txt"
+DRIVER = "smi.csv"
+# All that a folder may hold besides the manifest; no kind has all of them.
+FILES = (
+    SAMPLES,
+    "kernels.csv.gz",
+    "ctas.npz",
+    "program.tar.gz",
+    DRIVER,
+    TOKENS,
+    CURVES,
+    LOG,
+)
 _NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9]+)*")
 
 
@@ -113,6 +125,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         run: What was to be done.
         origin: By which code.
         date: Day of its beginning, in UTC, as YYYY-MM-DD.
+        load: Programs that wanted a processor, on average over the minute before; above the number
+            of cores the machine was busy with other things. None if it was not noted.
         status: "running" until the run has ended, by itself or with a message.
         message: Why it failed; empty if it did not.
         num_samples: How many were taken.
@@ -126,6 +140,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     run: Run
     origin: Origin
     date: str
+    load: float | None = None
     status: Literal["running", "done", "failed"] = "running"
     message: str = ""
     num_samples: int = 0
@@ -155,24 +170,29 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     data = read_bytes(path)
-    manifest = decode(data, Manifest, path=path)
+    manifest: Manifest = decode(data, Manifest, path=path)
     if manifest.format != FORMAT:
         raise ResultError(f"{path}: format {manifest.format} is not {FORMAT}")
-    if data != encode(manifest):
+    # Not from the types: those of tomorrow may have a field more.
+    if data != _signed(decode(data, dict, path=path)):
         raise ResultError(f"{path}: it was changed after it was written: its digest differs")
     return manifest
 
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of the file; the same for the same content."""
-    unsigned = _encode(msgspec.structs.replace(manifest, digest=""))
-    return _encode(msgspec.structs.replace(manifest, digest=hashlib.sha256(unsigned).hexdigest()))
-
-
-def _encode(manifest: Manifest) -> bytes:
     # Through the types and back, so that an integer for a float is written as what will be read.
     typed = msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
-    return msgspec.json.format(msgspec.json.encode(typed), indent=1) + b"\n"
+    return _signed(msgspec.to_builtins(typed))
+
+
+def _signed(fields: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(_bytes({**fields, "digest": ""})).hexdigest()
+    return _bytes({**fields, "digest": digest})
+
+
+def _bytes(fields: dict[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
 
 
 def read_bytes(path: Path) -> bytes:

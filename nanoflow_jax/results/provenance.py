@@ -31,7 +31,8 @@ _PACKAGES = (
     "tokamax",
     "flashinfer-python",
 )
-_VARIABLES = re.compile(r"(JAX|XLA)_\w+|NPROC|CUDA_VISIBLE_DEVICES")
+# Places on a machine are left out.
+_VARIABLES = re.compile(r"(JAX|XLA)_(?!\w*DIR$)\w+|NPROC|CUDA_VISIBLE_DEVICES")
 _KERNELS = "pallas_kernels"
 RESULTS = "configs/results"  # the committed results, which are written while the tree is clean
 

@@ -13,6 +13,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         round: Which run of it.
         requests: How many.
         input_tokens: Of all prompts.
+        asked_tokens: That were to be generated.
         output_tokens: Generated.
         seconds: From the first submission to the last token.
         steps: Launched.
@@ -25,6 +26,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     round: int
     requests: int
     input_tokens: int
+    asked_tokens: int
     output_tokens: int
     seconds: float
     steps: int
@@ -51,15 +53,26 @@ def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
 
 
 def _complaints(evidence: kind.Evidence) -> list[str]:
-    return [
+    differing = [
         f"runs of {case} gave different tokens"
         for case, runs in _cases(evidence).items()
         if len({run.tokens_sha256 for run in runs}) > 1
     ]
+    short = [
+        f"run {run.round} of {run.case} gave {run.output_tokens} tokens of {run.asked_tokens}"
+        for run in evidence.samples
+        if run.output_tokens != run.asked_tokens
+    ]
+    return differing + short
 
 
 def _is_gpu(run: manifest.Run) -> bool:
     return run.device.platform == "gpu"
+
+
+def _level(run: manifest.Run) -> kind.Level:
+    """Of kernels that were interpreted counts what they gave, not how fast."""
+    return kind.Level.CPU_NUMERICS if run.plan.get("interpreted") else kind.Level.ONE_RUN
 
 
 KIND = kind.Kind(
@@ -67,7 +80,7 @@ KIND = kind.Kind(
     sample=Sample,
     files=lambda run: frozenset({manifest.SAMPLES}),
     needs_ceilings=_is_gpu,
-    level=lambda run: kind.Level.ONE_RUN,
+    level=_level,
     figures=_figures,
     complaints=_complaints,
 )

@@ -1,10 +1,11 @@
 """Writes a result folder while a benchmark runs; what was written survives kill -9."""
 
 import datetime
+import fcntl
 import gzip
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,37 +37,46 @@ class ResultWriter:
 
     Attributes:
         path: The folder.
+        origin: The code that runs.
     """
 
-    def __init__(self, root: Path, run: Run, *, project: Path = provenance.PROJECT) -> None:
-        """Makes the folder.
+    def __init__(
+        self, root: Path, run: Run, *, project: Path = provenance.PROJECT, resume: bool = False
+    ) -> None:
+        """Makes the folder, or goes on with one.
 
         Args:
             root: Of all results, such as configs/results.
             run: What will be done.
             project: The checkout whose code runs.
+            resume: Go on with the run in this folder, which was cut off, as by kill -9. Its samples
+                stay; ceilings are to be set anew.
 
         Raises:
             ValueError: The folder is there already, the name is none of a folder, or there is no
-                such kind or kernel.
+                such kind or kernel. To go on: the run has ended, still goes on, or was to do
+                something else, or by other code.
         """
         run.check()
         self._kind = kinds.find(run.kind)
-        today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        origin = provenance.collect(run.kernels, project=project)
-        self._manifest = Manifest(run=run, origin=origin, date=today)
+        self._project = project
+        self.origin = provenance.collect(run.kernels, project=project)
+        load = round(os.getloadavg()[0], 2)
+        self._manifest = Manifest(run=run, origin=self.origin, date=_today(), load=load)
         self._before: Mapping[str, float] | None = None
         self._after: Mapping[str, float] | None = None
         self.path = root / self._manifest.folder
-        try:
-            self.path.mkdir(parents=True)
-        except FileExistsError as error:
-            raise ValueError(
-                f"{self.path} is there already; give the result another name, or delete it"
-            ) from error
-        self._manifest = manifest.write(self._manifest, self.path)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._samples: int | None = os.open(self.path / _OPEN_SAMPLES, flags, 0o644)
+        if resume:
+            self._manifest = _same(manifest.read(self.path), self._manifest, self.path)
+        else:
+            try:
+                self.path.mkdir(parents=True)
+            except FileExistsError as error:
+                raise ValueError(
+                    f"{self.path} is there already; give the result another name, or delete it"
+                ) from error
+            self._manifest = manifest.write(self._manifest, self.path)
+        self._samples: int | None = _open_samples(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +91,7 @@ class ResultWriter:
             said = (
                 f"{type(error).__name__}: {error}" if error is not None else "it was not finished"
             )
-            self.fail(said)
+            self.fail(said.removesuffix(": "))
 
     def add_sample(self, sample: Mapping[str, Any]) -> None:
         """Appends a sample; it is in the file once this returns.
@@ -102,6 +112,14 @@ class ResultWriter:
         while data:
             data = data[os.write(self._samples, data) :]
 
+    def samples(self) -> tuple[Any, ...]:
+        """All samples so far, of the kind's type, those from before it was cut off among them."""
+        lines = manifest.read_bytes(self.path / _OPEN_SAMPLES).splitlines()
+        return tuple(
+            manifest.decode(line, self._kind.sample, path=self.path / _OPEN_SAMPLES)
+            for line in lines
+        )
+
     def set_ceilings(
         self,
         *,
@@ -111,6 +129,28 @@ class ResultWriter:
         """Notes what the device reached at most, before the first sample or after the last."""
         self._before = before if before is not None else self._before
         self._after = after if after is not None else self._after
+
+    def set_plan(self, plan: Mapping[str, Any], *, kernels: Iterable[str] = ()) -> None:
+        """Notes what is run, where it is known only once an engine has been built.
+
+        Args:
+            plan: As in `Run`.
+            kernels: Modules of pallas_kernels that are used beside those of the `Run`.
+
+        Raises:
+            ValueError: There is no such kernel.
+        """
+        run = self._manifest.run
+        used = tuple(sorted({*run.kernels, *kernels}))
+        sources = provenance.kernel_sources(used, project=self._project)
+        self.origin = msgspec.structs.replace(self.origin, kernel_sources=sources)
+        run = msgspec.structs.replace(run, plan=dict(plan), kernels=used)
+        self._manifest = msgspec.structs.replace(self._manifest, run=run, origin=self.origin)
+
+    def add_log(self, text: str) -> None:
+        """Appends a line to log.txt; it is in the file once this returns."""
+        with open(self.path / manifest.LOG, "a", encoding="utf-8") as log:
+            log.write(f"{text}\n")
 
     def add_file(self, name: str, data: bytes) -> None:
         """Adds one of `manifest.FILES`, whole; not the samples.
@@ -153,6 +193,41 @@ class ResultWriter:
             found = msgspec.structs.replace(found, ceilings=ceilings)
         self._manifest = _seal(self.path, found, message)
         return self._manifest
+
+
+def folder_of(root: Path, run: Run) -> Path:
+    """Where the result of a run that begins today lies."""
+    return root / run.device.folder / f"{_today()}-{run.name}"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def _same(found: Manifest, wanted: Manifest, path: Path) -> Manifest:
+    """The manifest of a run to go on with, if that is what is wanted; commands may differ."""
+    if found.status != "running":
+        raise ValueError(f"{path}: the run has ended: its status is {found.status}")
+    sides = [
+        msgspec.to_builtins(one.run) | msgspec.to_builtins(one.origin) for one in (found, wanted)
+    ]
+    changed = [name for name in sides[0] if sides[0][name] != sides[1][name]]
+    if changed := sorted(set(changed) - {"command"}):
+        raise ValueError(f"{path}: the run that was cut off had other {', '.join(changed)}")
+    return found
+
+
+def _open_samples(path: Path) -> int:
+    """The samples to append to, without what a kill has left half written."""
+    file = os.open(path / _OPEN_SAMPLES, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise ValueError(f"{path}: another process is measuring into it") from error
+    text = (path / _OPEN_SAMPLES).read_bytes()
+    os.ftruncate(file, text.rfind(b"\n") + 1)
+    return file
 
 
 def close(path: Path) -> Manifest:

@@ -4,6 +4,7 @@ Weights are a plain dict by `ParamSpec` name. The module tree is built from them
 traced function, so a checkpoint and an export need no knowledge of flax's state.
 """
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -18,10 +19,12 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int, Int32
 
 from nanoflow_jax.models import architecture, layers, transformer
+from nanoflow_jax.nanobatch import executor, plan
 from nanoflow_jax.train_embedded import settings
 
 Weights = dict[str, Array]
 State = dict[str, Any]
+Cache = tuple[Float[Array, "T K H"], Float[Array, "T K H"]]
 
 _FINAL_RATE_FRACTION = 0.05
 _BETA2 = 0.95
@@ -45,18 +48,41 @@ def _draw(spec: layers.ParamSpec, key: Array, config: architecture.ModelConfig) 
     return jnp.float32(spec.mean) + jnp.float32(std) * noise
 
 
-def whole_rows(row_len: int) -> transformer.AttentionPath:
-    """Causal attention among the tokens of each row of a flat batch; caches nothing."""
+@dataclasses.dataclass(frozen=True)
+class WholeRows:
+    """Causal attention among the tokens of each row of a flat batch; caches one step's alone."""
 
-    def attend(
-        q: Float[Array, "T N H"],
+    row_len: int
+
+    def append(
+        self,
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
         cache: None,
+        tokens: plan.TokenRange,
+    ) -> Cache:
+        """See `transformer.AttentionPath`, as the rest."""
+        return k, v
+
+    def attend_decode(
+        self,
+        q: Float[Array, "T N H"],
+        cache: Cache,
         spec: transformer.AttentionSpec,
-    ) -> tuple[Float[Array, "T N H"], None]:
+        call: executor.Call,
+    ) -> tuple[None]:
+        return (None,)
+
+    def attend_prefill(
+        self,
+        q: Float[Array, "T N H"],
+        cache: Cache,
+        spec: transformer.AttentionSpec,
+        call: executor.Call,
+    ) -> Float[Array, "T N H"]:
         assert spec.window is None
         assert spec.softcap is None
+        (k, v), row_len = cache, self.row_len
         num_tokens, num_heads, head_dim = q.shape
         rows, kv = num_tokens // row_len, k.shape[1]
         grouped = q.reshape(rows, row_len, kv, num_heads // kv, head_dim) * spec.scale
@@ -65,10 +91,16 @@ def whole_rows(row_len: int) -> transformer.AttentionPath:
         seen = jnp.tril(jnp.ones((row_len, row_len), bool))
         seen = jnp.broadcast_to(seen[None, None, None], scores.shape)
         shares = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-        attended = jnp.einsum("BKGQS,BSKH->BQKGH", shares, v)
-        return attended.reshape(q.shape), cache
+        return jnp.einsum("BKGQS,BSKH->BQKGH", shares, v).reshape(q.shape)
 
-    return attend
+    def joined(
+        self,
+        decoded: tuple[Float[Array, "R N H"] | None, ...],
+        prefilled: Float[Array, "T N H"] | None,
+        tokens: plan.TokenRange,
+    ) -> Float[Array, "T N H"]:
+        assert prefilled is not None
+        return prefilled
 
 
 def logits(
@@ -82,7 +114,7 @@ def logits(
     model = transformer.Transformer(lambda spec: weights[spec.name], config)
     positions = jnp.tile(jnp.arange(row_len), token_ids.shape[0] // row_len)
     caches = [None] * config.num_layers
-    x, _ = model.run_layers(model.embed(token_ids), positions, caches, whole_rows(row_len))
+    x, _ = model.run_layers(model.embed(token_ids), positions, caches, WholeRows(row_len))
     return model.head(x)
 
 

@@ -37,6 +37,13 @@ def test_an_interpreted_kernel_tells_of_races_until_the_interpreter_is_reset():
         compat.reset_interpreter()
 
 
+def test_kernels_of_a_gpu_that_is_not_there_cannot_be_seen():
+    if jax.devices()[0].platform == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="CUPTI"):
+        compat.device_kernels(lambda: None)
+
+
 def test_a_jax_without_the_triton_backend_is_told_of(monkeypatch):
     monkeypatch.setattr(compat, "plt", None)
     with pytest.raises(ValueError, match=r"jax .* has no Triton backend of Pallas; 0.12.0.1"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gemm import gemm, gemm_reference
-from pallas_kernels.gemm_role import GemmTile
+from pallas_kernels.gemm_role import GemmTile, default_tile
 
 # Rounding of the output: half a unit of the last place of bfloat16, and little else.
 _RELATIVE = {"bfloat16": 2e-3, "float32": 1e-5}
@@ -318,6 +318,16 @@ def test_tiles_whose_rows_are_no_products_of_warpgroups_are_refused(fields):
 def test_tiles_whose_columns_are_no_slices_of_warpgroups_are_refused(fields):
     with pytest.raises(ValueError, match="columns of a warpgroup must be a multiple of slice_col"):
         GemmTile(**fields)
+
+
+def test_default_tiles_have_as_many_stages_as_fit_into_shared_memory():
+    wide = {"num_factors": 2, "out_dtype": jnp.float32}
+    assert default_tile(jnp.bfloat16, 64) == GemmTile(rows=64)
+    assert default_tile(jnp.bfloat16, 65, num_factors=2) == GemmTile()
+    # 4 x 48 KiB of steps and 64 KiB of slices would be more than 227 KiB.
+    assert default_tile(jnp.bfloat16, 65, **wide) == GemmTile(stages=3)
+    assert default_tile(jnp.float32, 65, **wide) == GemmTile(depth=32, stages=3)
+    assert default_tile(jnp.float8_e4m3fn, 65) == GemmTile(depth=128)
 
 
 @pytest.mark.gpu

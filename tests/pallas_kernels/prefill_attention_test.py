@@ -48,7 +48,7 @@ def test_aligned_chunks_are_written_in_place_and_leave_their_neighbours_alone():
     _check(operands, aligned=True, num_ctas=2)
 
 
-def _split(num_ctas, num_kv_heads=1, num_parts=8):
+def _split(num_ctas, num_kv_heads=1, num_parts=4):
     return KeySplit(
         num_kv_heads=num_kv_heads,
         num_ctas=num_ctas,
@@ -142,7 +142,15 @@ def test_the_reference_is_the_plain_path():
 
 
 def _shapes(num_heads, num_kv_heads, head_dim, page_size, num_parts=0):
-    ints = [(256, 512), *[(128,)] * 4, (1,), (2048,), (128, 3), (num_parts,), (num_parts // 2,)]
+    ints = [
+        (256, 512),
+        *[(128,)] * 4,
+        (1,),
+        (2048,),
+        (128, 3),
+        (num_parts // 2, 2),
+        (num_parts // 2,),
+    ]
     return [
         jax.ShapeDtypeStruct((2048, num_heads, head_dim), jnp.bfloat16),
         jax.ShapeDtypeStruct((4096, 2, num_kv_heads, page_size, head_dim), jnp.bfloat16),
@@ -219,7 +227,7 @@ _GOOD = {
         ({"page_table": jnp.zeros((3,), jnp.int32)}, r"page_table is int32\(3,\), not int32"),
         (
             {"tiles": build_prefill_tiles([], group=2, capacity=2, num_tokens=9)},
-            r"not \[C\] x 4, \[1\], \[T\] = \(8,\), \[C, 3\], \[B\] and \[B // 2\]",
+            r"not \[C\] x 4, \[1\], \[T\] = \(8,\), \[C, 3\], \[B // 2, 2\] and",
         ),
         (
             {"tiles": PrefillTiles(*(jnp.zeros(field.shape) for field in _NO_TILES))},
@@ -238,7 +246,7 @@ def test_operands_that_do_not_fit_are_refused(change, message):
 
 @pytest.mark.gpu
 def test_chunks_on_a_gpu_get_their_reference():
-    for more, _ in prefill_runs.CASES:
+    for more, _ in prefill_runs.CASES + _CUT:
         for num_ctas in (1, 3, 132):
             operands = prefill_runs.operands(**more)
             found = prefill_attention(**operands, num_ctas=num_ctas)

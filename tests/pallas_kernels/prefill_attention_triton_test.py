@@ -60,7 +60,7 @@ def test_a_step_without_chunks_gives_zeros():
 
 
 def _shapes(heads, head_dim, page_size, dtype=jnp.bfloat16):
-    ints = ((128,),) * 4 + ((1,), (2048,), (128, 3), (0,), (0,))
+    ints = ((128,),) * 4 + ((1,), (2048,), (128, 3), (0, 2), (0,))
     return [
         jax.ShapeDtypeStruct((2048, heads[0], head_dim), dtype),
         jax.ShapeDtypeStruct((4096, 2, heads[1], page_size, head_dim), dtype),

@@ -18,7 +18,7 @@ _WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
         (
             ["speed"],
             2,
-            "error: name one benchmark: throughput, serving, overhead, soak, gpu_check\n",
+            "error: name one benchmark: throughput, serving, overhead, soak, gpu_check, kernels\n",
         ),
         (
             ["serving", "--workload=w.json", "--json=none/rows.json"],
@@ -30,6 +30,13 @@ _WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
             2,
             "error: --url=https://example.org is not of the form http://HOST:PORT\n",
         ),
+        (
+            ["kernels", "--kernels=softmax"],
+            2,
+            "error: --kernels: softmax not among gemm, decode_attention, prefill_attention, "
+            "grouped_gemm, fused\n",
+        ),
+        (["kernels", "--device_check"], 0, ""),
         *(
             (
                 [name, "--workload=w.json", "--url=http://127.0.0.1:1"],

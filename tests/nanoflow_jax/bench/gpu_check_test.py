@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import compat
-from nanoflow_jax.bench import gpu_check, kernel_cases
+from nanoflow_jax.bench import draw, gpu_check, kernel_cases
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_the_same_seed_draws_the_same_operands_and_another_one_does_not():
 
 
 def test_pages_hold_nothing_where_no_request_has_written():
-    cache, table = kernel_cases._Draw(0).pages([0, 5, 16], heads=1, head_dim=8, page_size=8)
+    cache, table = draw.Draw(0).pages([0, 5, 16], heads=1, head_dim=8, page_size=8)
     written = ~np.isnan(np.asarray(cache, np.float32)).any(axis=(1, 2, 4))  # [P, S]
     assert written.sum() == 21
     assert written[np.asarray(table)[2]].all()

@@ -44,6 +44,15 @@ def test_tokens_steps_and_times_of_a_run_are_counted():
     assert "output 5 tokens, 4 steps" in throughput.report(result)
 
 
+def test_the_hash_of_a_run_is_of_its_tokens_and_not_of_its_name():
+    def hash_of(*lengths: int, name: str = "x") -> str | None:
+        mix = [WorkRequest(prompt_ids=(1, 2), output_len=n) for n in lengths]
+        return throughput.run(_OneTokenAStep(), mix, name=name).tokens_sha256
+
+    assert hash_of(2, 3) == hash_of(2, 3, name="y")
+    assert len({hash_of(2, 3), hash_of(3, 2), hash_of(2, 2), hash_of(5)}) == 4
+
+
 def _bench(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "nanoflow_jax.bench", *arguments],

@@ -31,6 +31,27 @@ def test_instructions_of_the_entry_alone_are_read():
     assert entry[2].scope == ""
 
 
+def test_a_call_that_is_fused_with_its_slices_keeps_its_scope():
+    (fused,) = hlo.read_entry("""HloModule jit_f
+
+%sliced (p: s32[9]) -> (f32[4]) {
+  %p = s32[9]{0} parameter(0)
+  %part = s32[3]{0} slice(%p), slice={[0:3]}, metadata={op_name="jit(f)/slice"}
+  %call = f32[4]{0} custom-call(%part), metadata={op_name="jit(f)/decode_attention/entry"}
+  ROOT %all = (f32[4]{0}) tuple(%call)
+}
+
+%other (p: s32[9]) -> s32[9] {
+  ROOT %q = s32[9]{0} custom-call(), metadata={op_name="jit(f)/another"}
+}
+
+ENTRY %main () -> (f32[4]) {
+  ROOT %both = (f32[4]{0}) fusion(), kind=kCustom, calls=%sliced
+}
+""")
+    assert fused.scope == "jit(f)/decode_attention/entry"
+
+
 def test_bytes_of_arrays_follow_from_their_types():
     assert hlo.array_bytes("pred", "8") == 8
     assert hlo.array_bytes("u4", "2,3") == 3

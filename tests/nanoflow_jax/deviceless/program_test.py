@@ -13,13 +13,14 @@ def _launch(name):
 _GRAPH = Graph(
     nodes=tuple(_launch(name) for name in "abcd"),
     parents=((), (0,), (), (1,)),
+    num_nodes=4,
 )
 
 
 def test_the_longest_path_counts_nodes_of_dependent_launches():
     assert _GRAPH.critical_path == 3
     assert _GRAPH.num_edges == 2
-    assert Graph(nodes=(), parents=()).critical_path == 0
+    assert Graph(nodes=(), parents=(), num_nodes=0).critical_path == 0
 
 
 def test_nodes_are_ordered_if_a_path_joins_them_either_way():

@@ -139,10 +139,12 @@ def test_f5_memory_for_less_than_a_page_is_refused(monkeypatch):
 def _layout(free, monkeypatch, *, page_major=False, num_devices=1, num_replicas=1, **knobs):
     monkeypatch.setattr(build, "_free_bytes", lambda device: free)
     opened = _open(model=str(_CASE.path))
+    placement = loading.place_model(opened.config, jax.devices()[:num_devices])
+    share = loading.share_of_one_device(opened.config, placement)
     return build._layout(
-        loading.place_model(opened.config, jax.devices()[:num_devices]),
+        placement,
         config.CacheSection(**knobs),
-        kernel_choice.Served(config=opened.config, dtype=np.dtype(np.float32), page_size=16),
+        kernel_choice.Served(config=share, dtype=np.dtype(np.float32), page_size=16),
         most_pages=50,
         page_major=page_major,
         num_replicas=num_replicas,

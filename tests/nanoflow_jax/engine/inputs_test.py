@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from engine_runs import ask
@@ -5,6 +7,8 @@ from engine_runs import ask
 from nanoflow_jax.engine import attention_inputs, inputs, programs, sequence
 from nanoflow_jax.engine.sampling import SamplerVariant
 from nanoflow_jax.kv_cache import layout
+from nanoflow_jax.nanobatch import builders
+from nanoflow_jax.nanobatch.operations import LayerShape
 from nanoflow_jax.scheduler.buckets import Bucket
 from nanoflow_jax.scheduler.scheduler import Row, StepPlan
 
@@ -94,7 +98,7 @@ def test_a_step_worked_by_hand(builder):
     assert found["prefill_pages"][:2, :3].tolist() == [[9, 1, 0], [5, 0, 0]]
     # Two decode rows sample, then the chunk that ends its prompt.
     assert found["logit_tokens"].tolist() == [0, 1, 9, 0]
-    starts, counts, positions, rows = found["tiles"][:, :4].tolist()
+    starts, counts, positions, rows = found["prefill_attention.0/tiles"][:, :4].tolist()
     assert starts == [2, 6, 8, 0]
     assert counts == [4, 2, 2, 0]
     assert positions == [4, 8, 0, 0]
@@ -103,6 +107,45 @@ def test_a_step_worked_by_hand(builder):
         programs.sample_packing(_SIZES, rows=4, variant=SamplerVariant.GREEDY), sample.vector
     )
     assert slots["slots"].tolist() == [3, 0, 2, 4]
+
+
+def test_rows_of_a_step_on_two_halves_worked_by_hand():
+    halves = builders.halves(LayerShape(), num_tokens=16, device=builders.Device(granule=8))
+    sizes = dataclasses.replace(_SIZES, plans={_BUCKET: halves})
+    builder = inputs.InputBuilder(sizes, page_size=_PAGE, max_context_len=_CONTEXT)
+    plan = StepPlan(
+        decode=(
+            _row("a", 5, 1, 3, (7, 2)),
+            _row("b", 3, 1, 0, (4,)),
+            _row("c", 8, 1, 1, (6, 8, 11)),
+        ),
+        chunks=(_row("part", 4, 9, 2, (9, 1, 0, 3)),),
+        bucket=_BUCKET,
+    )
+    sequences = {
+        "a": _sequence([1, 2, 3, 4, 5, 20]),
+        "b": _sequence([1, 2, 3, 21]),
+        "c": _sequence([1, 2, 3, 4, 5, 6, 7, 8, 22]),
+        "part": _sequence(list(range(30, 43)), prompt_logprobs=0),
+    }
+    step = builder.build(plan, sequences)
+    found = _views(programs.forward_packing(sizes, _BUCKET), step.vector)
+    # Rows a and c and 4 of 9 chunk tokens go to the first half, the rest to the second.
+    first = [20, 22, 34, 35, 36, 37, 0, 0]
+    second = [21, 38, 39, 40, 41, 42, 0, 0]
+    assert found["token_ids"].tolist() == first + second
+    assert found["positions"].tolist() == [5, 8, 4, 5, 6, 7, 0, 0, 3, 8, 9, 10, 11, 12, 0, 0]
+    assert found["pages"][[0, 1, 2, 8, 9, 13]].tolist() == [2, 11, 1, 4, 0, 3]
+    assert found["decode_lens"].tolist() == [6, 9, 4, 0]
+    assert found["decode_pages"][:3, :3].tolist() == [[7, 2, 0], [6, 8, 11], [4, 0, 0]]
+    # Logits stay in the order of rows: a, b, c, then the chunk, which ends in the second half.
+    assert found["logit_tokens"].tolist() == [0, 8, 1, 13]
+    tiles = [found[f"prefill_attention.{half}/tiles"] for half in (0, 1)]
+    # Each half counts tokens from its own first; both read row 0 of the chunks' pages.
+    assert tiles[0][:, :2].tolist() == [[2, 0], [4, 0], [4, 0], [0, 0]]
+    assert tiles[1][:, :3].tolist() == [[1, 5, 0], [4, 1, 0], [8, 12, 0], [0, 0, 0]]
+    (part,) = step.prompt_slices
+    assert part.vector[: part.count].tolist() == [2, 3, 4, 5, 9, 10, 11, 12]
 
 
 def _sampled(builder, *sequences_):

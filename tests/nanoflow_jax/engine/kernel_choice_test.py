@@ -83,6 +83,18 @@ def test_hopper_takes_kernels_for_attention_and_experts_and_xla_for_products():
     assert not found.any_interpreted
 
 
+def test_a_plan_that_caps_products_takes_our_kernel_unless_something_else_is_asked():
+    def chosen(machine, **knobs):
+        section = config.EngineConfig.from_knobs(**knobs).kernels
+        found = kernel_choice.choose(section, machine, _served(), caps_products=True)
+        return found[Operation.GEMM]
+
+    assert chosen(_H200).maker is Maker.MOSAIC
+    assert chosen(_H200).reason == "Hopper, capped by a plan"
+    assert chosen(_H200, kernel_gemm="plain").maker is Maker.PLAIN
+    assert chosen(_CPU).maker is Maker.PLAIN
+
+
 def test_ampere_takes_triton_kernels_for_attention_and_xla_for_the_rest():
     found = _choose(_A100, _served("mixtral-8x7b"))
     for operation in _ATTENTION:

@@ -46,7 +46,7 @@ _PROMPT_LENS = (37, 5, 11)
 _BOUND = 0.01
 
 
-def _engine(model, *interpreted):
+def _engine(model, *interpreted, **knobs):
     section = config.EngineConfig.from_knobs(
         dtype="bfloat16",
         random_weights=True,
@@ -56,6 +56,7 @@ def _engine(model, *interpreted):
         cache_page_size=16,
         cache_num_pages=24,
         **{f"kernel_{operation}": "interpret" for operation in interpreted},
+        **knobs,
     )
     source = build.ModelSource(
         config=model, folder=None, eos_ids=frozenset(), stored_dtype="bfloat16"
@@ -64,10 +65,10 @@ def _engine(model, *interpreted):
 
 
 @contextlib.contextmanager
-def _both(model, *interpreted):
+def _both(model, *interpreted, **knobs):
     """An engine of the plain path, and one that interprets some kernels."""
     try:
-        yield _engine(model), _engine(model, *interpreted)
+        yield _engine(model), _engine(model, *interpreted, **knobs)
     finally:
         compat.reset_interpreter()
 
@@ -130,6 +131,17 @@ _CASES = {
     "products": (_MODEL, ("gemm",), 2),
     "experts": (dataclasses.replace(_MODEL, moe=_EXPERTS), ("grouped_gemm",), 2),
 }
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(240)
+def test_kernels_on_two_halves_give_the_plain_paths_tokens():
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, _VOCABULARY, size=n).tolist() for n in _PROMPT_LENS]
+    kernels = ("decode_attention", "prefill_attention")
+    with _both(_MODEL, *kernels, plan="halves", plan_granule=12) as engines:
+        num_ties = _compare(engines, prompts, [2] * len(prompts))
+    assert num_ties <= 1
 
 
 @kernel_runs.needs_interpreter

@@ -26,6 +26,7 @@ _SETUPS = {
     "few pages": {**_PLAIN, "cache_num_pages": 8},
     "small pages": {**_PLAIN, "cache_page_size": 5},
     "small dense batch": {**_PLAIN, "dense_batch": 11, "buckets": "11:0:1,11:8:8"},
+    "two halves": {**_PLAIN, "plan": "halves", "plan_granule": 4},
     "one step at a time": {**_PLAIN, "cache_num_pages": 8, "async_scheduling": False},
 }
 _PREEMPTING = ("few pages", "one step at a time")

@@ -87,6 +87,13 @@ def test_experts_on_eight_devices_whole_or_shared_give_the_tokens_of_one(sparse)
         _check_same(_answers(sparse, tensor_parallel=8, expert_parallel=whole), wanted)
 
 
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_sums_of_one_half_beside_products_of_the_other_give_the_tokens_of_one(kind, request):
+    folder = request.getfixturevalue(kind)
+    knobs = {"tensor_parallel": 4, "plan": "halves", "plan_granule": 5}
+    _check_same(_answers(folder, **knobs), _answers(folder))
+
+
 def test_each_device_holds_its_share_of_weights_and_pages(dense):
     served = build_small(dense, **_SHAPE, tensor_parallel=4)
     weights, caches = served._runner._weights, served._runner._caches

@@ -8,7 +8,7 @@ import batch_runs
 import pytest
 import result_folders
 
-from nanoflow_jax.results import manifest
+from nanoflow_jax.results import manifest, provenance
 
 
 def _evidence(folder: pathlib.Path, *arguments: str) -> tuple[int, str, str]:
@@ -131,3 +131,9 @@ def test_the_readmes_figures_are_checked_and_written(checkout: pathlib.Path) -> 
     code, _, said = _evidence(checkout, "readme")
     assert code == 1
     assert said.startswith("error: README.md: no verified result of today's kernels is named none")
+
+
+def test_the_results_and_the_readme_of_this_project_are_as_they_should_be() -> None:
+    for arguments in (["verify", "--all"], ["readme", "--check"]):
+        code, shown, said = _evidence(provenance.PROJECT, *arguments)
+        assert code == 0, f"{shown}{said}"

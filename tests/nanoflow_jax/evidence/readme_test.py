@@ -1,10 +1,11 @@
+import dataclasses
 import pathlib
 
 import pytest
 import result_folders
 
 from nanoflow_jax.evidence import readme
-from nanoflow_jax.results import verify
+from nanoflow_jax.results import kinds, throughput, verify
 
 _TEXT = "# Title\n\n<!-- figures: toy-mix -->\n<!-- end -->\n\nMore.\n"
 
@@ -22,8 +23,8 @@ def test_figures_are_written_between_the_markers(checkout: pathlib.Path) -> None
         "# Title\n\n<!-- figures: toy-mix -->\n"
         "| device | what | median | from - to | samples | evidence |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
-        f"| Abacus 7, 2 | mix: output | 40 tokens/s | 25 - 50 | 3 | {run} |\n"
-        f"| Abacus 7, 2 | mix: input and output | 64 tokens/s | 40 - 80 | 3 | {run} |\n"
+        f"| Abacus 7, 2 | mix: output | 40 tokens/s | 25 - 50 tokens/s | 3 | {run} |\n"
+        f"| Abacus 7, 2 | mix: input and output | 64 tokens/s | 40 - 80 tokens/s | 3 | {run} |\n"
         "<!-- end -->\n\nMore.\n"
     )
     assert readme.written(text, _verdicts(checkout)) == text
@@ -54,6 +55,18 @@ def test_each_device_has_its_rows(checkout: pathlib.Path) -> None:
     assert block.count("| Abacus 7, 2 |") == block.count("| Abacus 8 |") == 2
 
 
+def test_a_kind_says_which_figures_are_headlines(
+    checkout: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = dataclasses.replace(
+        throughput.KIND, is_headline=lambda figure: figure.name == "mix: output"
+    )
+    monkeypatch.setitem(kinds.KINDS, "throughput", chosen)
+    result_folders.write(checkout)
+    block = readme.block("toy-mix", _verdicts(checkout))
+    assert [line.split(" | ")[1] for line in block.splitlines()] == ["what", "---", "mix: output"]
+
+
 def _stale(checkout: pathlib.Path) -> None:
     result_folders.write(checkout)
     (checkout / "pallas_kernels" / "toy.py").write_text("# better\n")
@@ -73,8 +86,12 @@ def _dirty(checkout: pathlib.Path) -> None:
     result_folders.write(checkout)
 
 
-@pytest.mark.parametrize("spoil", [_stale, _refused, _failed, _dirty])
-def test_only_verified_results_feed_the_readme(spoil, checkout: pathlib.Path) -> None:
+def _interpreted(checkout: pathlib.Path) -> None:
+    result_folders.write(checkout, plan={"interpreted": True})
+
+
+@pytest.mark.parametrize("spoil", [_stale, _refused, _failed, _dirty, _interpreted])
+def test_only_verified_measurements_feed_the_readme(spoil, checkout: pathlib.Path) -> None:
     spoil(checkout)
     with pytest.raises(ValueError, match="no verified result of today's kernels is named toy-mix"):
         readme.written(_TEXT, _verdicts(checkout))

@@ -1,5 +1,6 @@
 import pathlib
 
+import pytest
 import result_folders
 
 from nanoflow_jax.evidence import tables
@@ -56,8 +57,8 @@ def test_every_figure_is_listed(checkout: pathlib.Path) -> None:
     place = f"cpu-abacus-7-x2/{found.date}-toy-mix"
     assert [" ".join(line.split()) for line in lines] == [
         "result figure median low high samples of ceiling level",
-        f"{place} mix: output 40 tokens/s 25 50 3 E3",
-        f"{place} mix: input and output 64 tokens/s 40 80 3 E3",
+        f"{place} mix: output 40 tokens/s 25 tokens/s 50 tokens/s 3 E3",
+        f"{place} mix: input and output 64 tokens/s 40 tokens/s 80 tokens/s 3 E3",
     ]
 
 
@@ -73,3 +74,26 @@ def test_numbers_have_four_digits() -> None:
         "1,235",
         "987,600,000,000,000",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (3.905e12, "bytes/s", "3.905 TB/s"),
+        (7.5e8, "FLOP/s", "750 MFLOP/s"),
+        (12.0, "FLOP/s", "12 FLOP/s"),
+        (7.124e14, "operations/s", "712.4 TFLOP/s"),
+        (0.0123, "s", "12.3 ms"),
+        (1.5e-6, "s", "1.5 us"),
+        (90.0, "s", "90 s"),
+        (0.0, "s", "0 s"),
+        (1.25, "x", "1.25 x"),
+    ],
+)
+def test_quantities_have_units_of_their_size(value: float, unit: str, text: str) -> None:
+    assert tables.quantity(value, unit) == text
+
+
+def test_both_ends_of_a_span_have_one_unit() -> None:
+    assert tables.span(9.5e8, 4.1e12, "bytes/s") == "0.00095 - 4.1 TB/s"
+    assert tables.span(25.0, 50.0, "tokens/s") == "25 - 50 tokens/s"

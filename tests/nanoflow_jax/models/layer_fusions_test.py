@@ -5,6 +5,7 @@ operations. These tests hold XLA to what was found there.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 
@@ -16,6 +17,8 @@ from flax import nnx
 
 from nanoflow_jax.kv_cache import layout
 from nanoflow_jax.models import huggingface, presets, transformer
+from nanoflow_jax.models.kernel_operations import KernelProducts
+from nanoflow_jax.models.operations import PLAIN
 
 _NUM_TOKENS, _NUM_LAYERS = 2048, 4
 _CONFIG = huggingface.read_config(presets.load("llama-3-8b"))
@@ -34,29 +37,47 @@ def _ints(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
 
-def _run(graph):
-    def run(weights, x, positions, caches, pages, offsets):
-        def attend(q, k, v, cache, spec):
-            with jax.named_scope("append"):
-                cache = _LAYOUT.append(cache, k, v, pages, offsets)
-            # In place of attention, which is a kernel: XLA does not see through either.
-            return jax.lax.optimization_barrier((q, cache))
+@dataclasses.dataclass(frozen=True)
+class _AppendAlone:
+    """Writes into pages; what stands in place of attention gives its queries back."""
 
-        return nnx.merge(graph, weights).run_layers(x, positions, caches, attend)
+    pages: jax.Array
+    offsets: jax.Array
+
+    def append(self, k, v, cache, tokens):
+        with jax.named_scope("append"):
+            return _LAYOUT.append(cache, k, v, self.pages, self.offsets)
+
+    def attend_decode(self, q, cache, spec, call):
+        return (None,)
+
+    def attend_prefill(self, q, cache, spec, call):
+        # Attention is a kernel: XLA does not see through it, nor through this.
+        return jax.lax.optimization_barrier((q, cache))[0]
+
+    def joined(self, decoded, prefilled, tokens):
+        return prefilled
+
+
+def _run(graph, operations):
+    def run(weights, x, positions, caches, pages, offsets):
+        return nnx.merge(graph, weights).run_layers(
+            x, positions, caches, _AppendAlone(pages, offsets), operations=operations
+        )
 
     return jax.jit(run, donate_argnums=3)
 
 
 @functools.cache
-def _program():
+def _program(*, num_layers=_NUM_LAYERS, operations=PLAIN):
     def make(spec):
         return jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
 
     graph, weights = nnx.split(transformer.Transformer(make, _CONFIG))
     x = jax.ShapeDtypeStruct((_NUM_TOKENS, _CONFIG.hidden_size), jnp.bfloat16)
-    caches = [jax.eval_shape(_LAYOUT.allocate)] * _NUM_LAYERS
+    caches = [jax.eval_shape(_LAYOUT.allocate)] * num_layers
     index = _ints(_NUM_TOKENS)
-    return deviceless.program(_run(graph), weights, x, index, caches, index, index)
+    return deviceless.program(_run(graph, operations), weights, x, index, caches, index, index)
 
 
 def _launches():
@@ -97,6 +118,20 @@ def test_rope_and_append_are_two_kernels_and_norms_and_residuals_three_in_each_l
     # One for attention and feed-forward together; in the first layers even less.
     assert found["add"] <= _NUM_LAYERS
     assert found["angles"] == 2
+
+
+def test_beside_our_products_norms_are_one_kernel_each_and_residual_additions_none():
+    ours = KernelProducts(num_ctas=132, interpret=None)
+    program = _program(num_layers=1, operations=dataclasses.replace(PLAIN, products=ours))
+    parts = [launch.scope.split("/")[3] for launch in program.launches[2:]]  # after the angles
+    rest = ["o", "norm", "up_gate", "down"]
+    assert parts[:2] == ["norm_kqv", "norm_kqv"]
+    assert sorted(parts[2:4]) == ["append", "rope"]
+    assert parts[4:] == rest
+    kinds = collections.Counter(launch.kind for launch in program.launches)
+    assert kinds == {"kCustomKernel": 6, "kCustomCall": 4}
+    assert program.memory.alias_bytes == _LAYOUT.shape.cache_bytes
+    assert not program.copies
 
 
 def test_rope_of_keys_is_part_of_the_append():

@@ -12,7 +12,7 @@ from golden import cases
 
 from checkpoints import safetensors_file
 from checkpoints.folder import ModelFolder
-from nanoflow_jax.models import huggingface, loading, transformer
+from nanoflow_jax.models import huggingface, loading, presets, transformer
 
 _FLOAT32 = np.dtype(np.float32)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -150,3 +150,22 @@ def test_a_truncated_folder_is_refused(tmp_path, folder, config, placement):
     safetensors_file.write_safetensors(tmp_path / "model.safetensors", tensors)
     with pytest.raises(ValueError, match=r"the folder lacks model\.norm\.weight"):
         loading.load_model(ModelFolder.open(tmp_path), config, dtype=_FLOAT32, placement=placement)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count", "split_experts", "wanted"),
+    [
+        ("llama-3-8b", 1, False, (32, 8, 14336, None)),
+        ("llama-3-70b", 8, False, (8, 1, 3584, None)),
+        ("qwen3-30b-a3b", 8, False, (4, 1, 768, 96)),  # 4 kv heads, each on two devices
+        ("mixtral-8x7b", 4, True, (8, 2, 3584, 14336)),
+    ],
+)
+def test_a_device_has_its_share_of_heads_and_widths(preset, count, split_experts, wanted):
+    read = huggingface.read_config(presets.load(preset))
+    placement = loading.place_model(read, jax.devices()[:count], split_experts=split_experts)
+    share = loading.share_of_one_device(read, placement)
+    expert = share.moe and share.moe.intermediate_size
+    found = (share.num_heads, share.num_kv_heads, share.intermediate_size, expert)
+    assert found == wanted
+    assert (share.hidden_size, share.windows) == (read.hidden_size, read.windows)

@@ -6,9 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import cases
-from plain_model import PlainModel, attend_whole
+from plain_model import PlainModel, WholeAttention
 
 from nanoflow_jax.models import huggingface, transformer
+from nanoflow_jax.models.operations import PLAIN
+from nanoflow_jax.nanobatch import builders
+from nanoflow_jax.nanobatch.operations import LayerShape
+from nanoflow_jax.parallel import collectives
 
 _FAMILIES = ["llama3", "qwen3_moe", "gemma2"]
 
@@ -29,7 +33,7 @@ def test_hidden_states_leave_and_enter_at_every_layer_border(case):
     positions, num_layers = _positions(0, len(prompt)), model.config.num_layers
 
     def layers(x, *, start, count):
-        return model.run_layers(x, positions, [None] * count, attend_whole, start=start)
+        return model.run_layers(x, positions, [None] * count, WholeAttention(), start=start)
 
     run = jax.jit(layers, static_argnames=("start", "count"))
     x = jax.jit(model.embed)(prompt)
@@ -56,7 +60,7 @@ def test_a_prompt_in_two_chunks_is_the_whole_prompt(case):
         logits = []
         for start, stop in ((0, 5), (5, len(prompt))):
             x = model.embed(prompt[start:stop])
-            x, caches = model.run_layers(x, _positions(start, stop), caches, attend_whole)
+            x, caches = model.run_layers(x, _positions(start, stop), caches, WholeAttention())
             logits.append(model.head(x))
         return jnp.concatenate(logits)
 
@@ -87,3 +91,55 @@ def test_embeddings_are_scaled_and_logits_capped_where_the_family_says_so():
     cap = c.logits_softcap
     np.testing.assert_allclose(logits, cap * np.tanh(normed @ table.T / cap), atol=1e-4)
     assert np.abs(logits).max() <= cap
+
+
+def _run_plan(plan, num_tokens=8):
+    _, model = _load("llama3")
+    x = jnp.zeros((num_tokens, model.config.hidden_size))
+    positions, attend = _positions(0, num_tokens), WholeAttention()
+    return model.run_layers(x, positions, [None], attend, plan=plan)
+
+
+def test_a_plan_for_another_number_of_tokens_is_refused():
+    plan = builders.one(LayerShape(), num_tokens=9)
+    with pytest.raises(
+        ValueError, match="plan 'one' is for 9 tokens and the dense batch has 8; give each bucket"
+    ):
+        _run_plan(plan)
+
+
+def test_a_plan_for_other_devices_is_refused():
+    plan = builders.one(LayerShape(num_devices=4), num_tokens=8)
+    with pytest.raises(
+        ValueError, match="spreads a layer over 4 devices and the model is on 1; take a plan for 1"
+    ):
+        _run_plan(plan)
+
+
+def test_a_plan_whose_weights_would_lie_otherwise_is_refused():
+    _, model = _load("llama3")
+    plan = builders.tensor_parallel(
+        LayerShape(num_devices=2), num_tokens=8, device=builders.Device(granule=2)
+    )
+    operations = dataclasses.replace(PLAIN, group=collectives.Group(num_devices=2))
+    x = jnp.zeros((8, model.config.hidden_size))
+    with pytest.raises(
+        ValueError,
+        match="runs attention_gather on weights split by columns, and those of o are split along",
+    ):
+        model.run_layers(
+            x, _positions(0, 8), [None], WholeAttention(), plan=plan, operations=operations
+        )
+
+
+def test_operations_carry_layer_and_nano_batch_in_their_names():
+    _, model = _load("llama3")
+    x = jnp.zeros((8, model.config.hidden_size))
+
+    def run(x):
+        plan = builders.one(LayerShape(), num_tokens=8)
+        return model.run_layers(x, _positions(0, 8), [None], WholeAttention(), plan=plan)
+
+    text = jax.jit(run).lower(x).as_text(debug_info=True)
+    for name in ("norm_kqv", "rope", "prefill_attention", "o", "norm", "up_gate", "down"):
+        assert f"layer_0/{name}.0/" in text

@@ -122,3 +122,11 @@ def test_runs_of_a_mix_that_gave_other_tokens_are_refused() -> None:
     assert list(checks.complaints(throughput.KIND, evidence, None)) == [
         "runs of mix gave different tokens"
     ]
+
+
+def test_a_run_that_did_not_give_all_tokens_is_refused() -> None:
+    runs = [result_folders.throughput_sample(i, output_tokens=100 - i // 2) for i in range(3)]
+    evidence = kind.Evidence(run=result_folders.run(), samples=runs, ceilings=None)
+    assert list(checks.complaints(throughput.KIND, evidence, None)) == [
+        "run 2 of mix gave 99 tokens of 100"
+    ]

@@ -1,6 +1,8 @@
 """Every way in which a folder can be wrong is found; what is right keeps its level."""
 
 import gzip
+import hashlib
+import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -33,6 +35,11 @@ def test_a_finished_run_of_a_clean_commit_is_verified(checkout: pathlib.Path) ->
         "mix: output": Level.ONE_RUN,
         "mix: input and output": Level.ONE_RUN,
     }
+
+
+def test_the_speed_of_interpreted_kernels_is_no_measurement(checkout: pathlib.Path) -> None:
+    found = _verify(_write(checkout, plan={"interpreted": True}))
+    assert set(verify.levels(found, [found]).values()) == {Level.CPU_NUMERICS}
 
 
 def test_a_failed_run_is_history_and_no_claim(checkout: pathlib.Path) -> None:
@@ -166,6 +173,23 @@ def test_a_folder_that_is_wrong_is_refused_with_the_reason(
     found = _verify(path)
     assert found.word == "REFUSED"
     assert any(message in said for said in found.complaints), found.complaints
+
+
+def test_a_result_from_before_a_field_was_added_is_still_verified(
+    checkout: pathlib.Path,
+) -> None:
+    path = _write(checkout)
+    fields = json.loads((path / manifest.MANIFEST).read_bytes())
+    del fields["load"]
+
+    def text() -> bytes:
+        return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
+
+    fields["digest"] = ""
+    fields["digest"] = hashlib.sha256(text()).hexdigest()
+    _file(path, manifest.MANIFEST, text())
+    assert _verify(path).complaints == ()
+    assert manifest.read(path).load is None
 
 
 def test_a_folder_that_was_moved_is_refused(checkout: pathlib.Path) -> None:

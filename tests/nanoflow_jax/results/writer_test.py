@@ -30,7 +30,10 @@ def test_a_finished_run_is_a_folder_with_its_figures(checkout: pathlib.Path) -> 
     assert [one.seconds for one in folder.read(path).samples] == [2.0, 2.5, 4.0]
 
 
-def test_a_result_knows_the_code_that_made_it(checkout: pathlib.Path) -> None:
+def test_a_result_knows_the_code_that_made_it(
+    checkout: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
     head = result_folders.git(checkout, "rev-parse", "HEAD")
     _, found = result_folders.write(checkout)
 
@@ -42,6 +45,9 @@ def test_a_result_knows_the_code_that_made_it(checkout: pathlib.Path) -> None:
     assert found.origin.versions["python"] == sys.version.split()[0]
     assert found.origin.versions["jax"]
     assert found.origin.environment["JAX_PLATFORMS"] == "cpu"
+    assert "JAX_COMPILATION_CACHE_DIR" not in found.origin.environment
+    assert found.load is not None
+    assert found.load >= 0
 
 
 def test_a_second_result_is_of_a_clean_tree_although_the_first_is_not_committed(
@@ -65,21 +71,28 @@ def test_no_checkout_gives_no_commit(checkout: pathlib.Path) -> None:
     assert (found.origin.commit, found.origin.is_clean) == (None, False)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("out of memory"), "RuntimeError: out of memory"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
 def test_an_exception_leaves_a_failed_result_with_what_was_measured(
-    checkout: pathlib.Path,
+    error: BaseException, message: str, checkout: pathlib.Path
 ) -> None:
     result = writer.ResultWriter(checkout, result_folders.run(), project=checkout)
 
     def measure() -> None:
         with result:
             result.add_sample(result_folders.sample(0))
-            raise RuntimeError("out of memory")
+            raise error
 
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(type(error)):
         measure()
 
     found = manifest.read(result.path)
-    assert (found.status, found.message) == ("failed", "RuntimeError: out of memory")
+    assert (found.status, found.message) == ("failed", message)
     assert found.num_samples == len(folder.read(result.path).samples) == 1
     assert found.figures == ()
 
@@ -138,6 +151,30 @@ def test_samples_survive_kill_nine(checkout: pathlib.Path) -> None:
     assert not (path / "samples.jsonl").exists()
     with pytest.raises(ValueError, match="the run has ended: its status is failed"):
         writer.close(path)
+
+
+def test_a_plan_and_a_log_are_kept_even_if_the_run_fails(checkout: pathlib.Path) -> None:
+    result = writer.ResultWriter(checkout, result_folders.run(), project=checkout)
+    result.set_plan({"dense_batch": 8})
+    result.add_log("start 1.0 s")
+    assert (result.path / "log.txt").read_text() == "start 1.0 s\n"
+    result.add_log("done")
+    found = result.fail("cold")
+    assert found.run.plan == {"dense_batch": 8}
+    assert (result.path / "log.txt").read_text() == "start 1.0 s\ndone\n"
+    assert list(found.files) == ["log.txt", "samples.jsonl.gz"]
+
+
+def test_kernels_that_an_engine_chose_join_those_of_the_run(checkout: pathlib.Path) -> None:
+    result = writer.ResultWriter(checkout, result_folders.run(), project=checkout)
+    with pytest.raises(ValueError, match="is no kernel"):
+        result.set_plan({}, kernels=["none"])
+    result.set_plan({}, kernels=["other", "toy"])
+    found = result.fail("cold")
+    assert found.run.kernels == ("other", "toy")
+    assert list(found.origin.kernel_sources) == [
+        f"pallas_kernels/{name}.py" for name in ("other", "pieces", "toy")
+    ]
 
 
 def test_the_same_samples_give_the_same_bytes(checkout: pathlib.Path) -> None:

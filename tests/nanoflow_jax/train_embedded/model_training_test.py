@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from nanoflow_jax.models import transformer
+from nanoflow_jax.nanobatch.executor import Call
+from nanoflow_jax.nanobatch.plan import TokenRange
 from nanoflow_jax.train_embedded import model_training, rows, settings
 from tests.nanoflow_jax.train_embedded import library
 
@@ -55,10 +57,19 @@ def test_attention_of_two_tokens_by_hand() -> None:
     k = jnp.asarray([[[0.5, 0.0]], [[0.0, jnp.log(3.0)]]])
     v = jnp.asarray([[[4.0, 0.0]], [[0.0, 8.0]]])
     spec = transformer.AttentionSpec(scale=0.5, window=None, softcap=None)
-    attended, cache = model_training.whole_rows(2)(q, k, v, None, spec)
+    attention, tokens = model_training.WholeRows(2), TokenRange(0, 2)
+    cache = attention.append(k, v, None, tokens)
+    call = Call(
+        layer=0,
+        operation="prefill_attention",
+        key="prefill_attention.0",
+        tokens=tokens,
+        num_ctas=None,
+        token=None,
+    )
+    attended = attention.joined((None,), attention.attend_prefill(q, cache, spec, call), tokens)
     # The second token scores 0 and log 3: shares 1/4 and 3/4.
     np.testing.assert_allclose(attended, [[[4.0, 0.0]], [[1.0, 6.0]]], rtol=1e-6)
-    assert cache is None
 
 
 def test_the_rate_warms_up_and_ends_at_a_twentieth(chosen: settings.Settings) -> None:

@@ -1,0 +1,101 @@
+"""The command `bench kernels`: its flags, and what it says."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from absl import flags
+
+from nanoflow_jax import console, meter
+from nanoflow_jax import flags as flags_lib
+from nanoflow_jax.bench import clock as clock_lib
+from nanoflow_jax.bench import device_check, kernel_bench
+from nanoflow_jax.results import folder, kernel_table, kernels
+from pallas_kernels import problem_shapes
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags of this command."""
+    module: Any = {"flag_values": values, "module_name": flags_lib.main_module()}
+    flags.DEFINE_list(
+        "shapes",
+        [],
+        f"Whose operations kernels times, of {', '.join(problem_shapes.LAYERS)}; all if empty.",
+        **module,
+    )
+    flags.DEFINE_list(
+        "kernels",
+        [],
+        f"What kernels times, of {', '.join(problem_shapes.KERNELS)}; all if empty.",
+        **module,
+    )
+    flags.DEFINE_float(
+        "budget_seconds",
+        480.0,
+        "After which kernels begins no problem; those that tell most come first.",
+        lower_bound=0.0,
+        **module,
+    )
+    flags.DEFINE_boolean(
+        "device_check", False, "Only look whether the device is fit to be measured.", **module
+    )
+
+
+def run(
+    values: flags.FlagValues,
+    *,
+    say: Callable[[str], None],
+    stream: TextIO,
+    command: Sequence[str],
+) -> int:
+    """Measures, or only checks the device.
+
+    Args:
+        values: With the flags of `define`, and `results`.
+        say: Takes a line of the answer.
+        stream: Where progress goes.
+        command: As it was given.
+
+    Returns:
+        The exit code: failed if the device is not fit, or a kernel of ours failed or was wrong.
+    """
+    if values.device_check:
+        checked = device_check.check(clock_lib.Clock())
+        for finding in checked.findings:
+            say(finding.line)
+        return 0 if checked.is_fit else console.FAILED
+    options = kernel_bench.Options(
+        layers=values.shapes,
+        kernels=values.kernels,
+        budget_s=values.budget_seconds,
+        root=Path(values.results),
+        command=command,
+    )
+    with contextlib.ExitStack() as stack:
+        found = kernel_bench.run(
+            options, kernel_bench.Reports(say=say, progress=_Bar(stack, stream))
+        )
+    result = folder.read(options.root / found.folder)
+    for line in kernel_table.table(result.samples, found.ceilings):
+        say(line)
+    if found.run.device.platform != "gpu":
+        say("interpreted on a CPU: these times say nothing about a GPU")
+    if found.status != "done":
+        say(f"FAILED: nothing may be claimed from {result.path}: {found.message}")
+    is_wrong = any(kernels.is_our_fault(sample) for sample in result.samples)
+    return console.FAILED if is_wrong or found.status != "done" else 0
+
+
+class _Bar:
+    """Shows how many problems are done, with rate and time left."""
+
+    def __init__(self, stack: contextlib.ExitStack, stream: TextIO) -> None:
+        self._stack, self._stream = stack, stream
+        self._meter: meter.Meter | None = None
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        if self._meter is None:
+            self._meter = meter.Meter(total, unit="problem", stream=self._stream)
+            self._stack.callback(self._meter.close)
+        self._meter.update(done, note)

@@ -1,0 +1,64 @@
+"""How the nano-operations of a plan are run at once, or not at all.
+
+With `graph`, XLA makes CUDA graphs whose nodes wait only for what they read (and for tokens, which
+hold lanes together), and does not merge what a plan has split. With `sequential` it makes its own
+order: one after another.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from nanoflow_jax.config import Executor
+from nanoflow_jax.nanobatch.operations import Resource
+from nanoflow_jax.nanobatch.plan import Plan
+
+# What each of them undoes otherwise: docs/decisions.md, Overlap is read from compiled programs.
+_GRAPH_OPTIONS: Mapping[str, bool | int | str] = {
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    "xla_gpu_graph_min_graph_size": 1,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+}
+
+
+def choose(asked: Executor, plans: Iterable[Plan], *, on_gpu: bool) -> Executor:
+    """The executor of an engine, never `auto`.
+
+    Args:
+        asked: The knob.
+        plans: Of all buckets.
+        on_gpu: Whether it runs on one.
+
+    Raises:
+        ValueError: Graphs are asked for where there is no GPU.
+    """
+    if asked is Executor.GRAPH and not on_gpu:
+        raise ValueError(
+            "--executor=graph makes CUDA graphs, and there is no GPU here; leave it out, or look "
+            "at the graph with python -m nanoflow_jax.overlap"
+        )
+    if asked is not Executor.AUTO:
+        return asked
+    return Executor.GRAPH if on_gpu and any(map(_cuts, plans)) else Executor.SEQUENTIAL
+
+
+def _cuts(plan: Plan) -> bool:
+    return len(plan.cells) > 1
+
+
+def compiler_options(executor: Executor) -> Mapping[str, bool | int | str]:
+    """What XLA is told, for each forward program."""
+    return _GRAPH_OPTIONS if executor is Executor.GRAPH else {}
+
+
+def keeps_lanes(executor: Executor) -> bool:
+    """Whether kernels get tokens; see `nanobatch.executor.run`."""
+    return executor is Executor.GRAPH
+
+
+def caps_products(plans: Iterable[Plan]) -> bool:
+    """Whether a plan gives products a share of the SMs, which only our kernel keeps to."""
+    return any(
+        nano.lane is Resource.COMPUTE and nano.num_ctas is not None
+        for plan in plans
+        for nano in plan.order
+    )

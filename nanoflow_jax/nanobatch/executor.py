@@ -1,0 +1,215 @@
+"""Runs the layers of a model as a plan says; the plain pass is the plan that splits nothing.
+
+The program is written in the plan's order of issue. Values alone order little of it, so more is
+said in two ways. A barrier keeps XLA from seeing two nano-operations as one product because they
+share a weight, and an append from coming before attention that reads the same cache; it leaves
+nothing behind in the compiled step. A token is an operand that a kernel takes and does not read:
+an edge in XLA's concurrent graph, which is how lanes stay lanes.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nanoflow_jax.nanobatch import operations
+from nanoflow_jax.nanobatch.dependencies import Dependencies, Rule
+from nanoflow_jax.nanobatch.pipeline import Node
+from nanoflow_jax.nanobatch.plan import Plan, TokenRange
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What a nano-operation is told beside what it reads.
+
+    Attributes:
+        layer: Of those that run, counted from 0.
+        operation: Its name in the layer's graph.
+        key: Its key in the plan.
+        tokens: Its tokens in the dense batch; what it reads and writes has rows for these alone.
+        num_ctas: Most SMs to use; None for all.
+        token: Read by nobody; it comes after what makes this.
+    """
+
+    layer: int
+    operation: str
+    key: str
+    tokens: TokenRange
+    num_ctas: int | None
+    token: Array | None
+
+
+class RunOperation(Protocol):
+    """Runs one nano-operation: gets the values that it reads, answers the one that it writes.
+
+    An append also gets the cache, last. A value is a pytree of arrays whose first axis has its
+    rows (see `operations.Rows`); of DECODE rows it is a tuple, one pytree for each cell, None where
+    a cell has none. A value that nobody needs in this program may be None.
+    """
+
+    def __call__(self, call: Call, *reads: Any) -> Any: ...
+
+
+def run(
+    plan: Plan,
+    layers: Sequence[operations.LayerGraph],
+    x: Float[Array, "T D"],
+    caches: Sequence[Any],
+    run_operation: RunOperation,
+    *,
+    keep_lanes: bool = False,
+) -> tuple[Float[Array, "T D"], list[Any]]:
+    """Runs all layers.
+
+    Args:
+        plan: How; legal.
+        layers: The graph of each.
+        x: What enters the first of them.
+        caches: One for each.
+        run_operation: Runs a nano-operation.
+        keep_lanes: Whether to pass tokens. An executor that runs one operation after another
+            needs none.
+
+    Returns:
+        What leaves the last layer, and the updated caches.
+    """
+    graph = Dependencies(plan, layers)
+    values = _Values(plan, layers, x, caches)
+    done: dict[Node, list[Array]] = {}
+    same_weights: dict[tuple[int, str], Node] = {}
+    idle: set[Node] = set()
+    for node in graph.nodes:
+        nano = plan.order[node.place]
+        op = layers[node.layer].by_name[nano.operation]
+        barriers = _readers_before(graph, node) if op.writes == operations.CACHE else []
+        if op.has_weights:
+            key = node.layer, op.name
+            barriers = [same_weights[key]] if key in same_weights else []
+            same_weights[key] = node
+        tokens = _tokens(graph, node, idle) if keep_lanes else ()
+        call = Call(
+            layer=node.layer,
+            operation=op.name,
+            key=plan.keys[node.place],
+            tokens=nano.tokens,
+            num_ctas=nano.num_ctas,
+            token=_join(array for first in tokens for array in done[first]),
+        )
+        with jax.named_scope(f"layer_{node.layer}"), jax.named_scope(call.key):
+            reads = [values.read(node.layer, value, nano.tokens) for value in op.reads]
+            reads = _after(reads, [array for first in barriers for array in done[first]])
+            if op.writes == operations.CACHE:
+                reads.append(values.read(node.layer, operations.CACHE, nano.tokens))
+            written = run_operation(call, *reads)
+        values.write(node.layer, op.writes, nano.tokens, written)
+        done[node] = jax.tree.leaves(written)[:1]
+        if not done[node]:
+            idle.add(node)
+            # What comes after it comes after what it would have waited for.
+            done[node] = [array for first in (*tokens, *barriers) for array in done[first]]
+    whole = TokenRange(0, plan.num_tokens)
+    return values.read(len(layers), operations.X, whole), values.caches
+
+
+def _tokens(graph: Dependencies, node: Node, idle: Collection[Node]) -> tuple[Node, ...]:
+    """Whose output a node gets as a token: also what it waits for that made nothing to read."""
+    edges = graph.token_edges.get(node, ())
+    nothing = (first for first in graph.waits_for(node) if first in idle)
+    return tuple(dict.fromkeys((*edges, *nothing)))
+
+
+def _readers_before(graph: Dependencies, append: Node) -> list[Node]:
+    """Attention that reads the cache as it is before this append, which changes it in place."""
+    order = graph.plan.order
+    return [
+        first
+        for first, rule in graph.waits_for(append).items()
+        if rule is Rule.CACHE and order[first.place].operation != order[append.place].operation
+    ]
+
+
+def _after(reads: list[Any], arrays: Sequence[Array]) -> list[Any]:
+    """What was read, once there are some arrays."""
+    if not arrays:
+        return reads
+    leaves, tree = jax.tree.flatten(reads)
+    held = [isinstance(leaf, jax.Array) for leaf in leaves]
+    some = [leaf for leaf, is_held in zip(leaves, held, strict=True) if is_held]
+    later = iter(jax.lax.optimization_barrier((some, list(arrays)))[0])
+    return jax.tree.unflatten(
+        tree, [next(later) if is_held else leaf for leaf, is_held in zip(leaves, held, strict=True)]
+    )
+
+
+def _join(arrays: Iterable[Array]) -> Array | None:
+    """One array that depends on all of some; what is in it does not matter."""
+    several = list(arrays)
+    if len(several) < 2:
+        return several[0] if several else None
+    return jnp.stack([array.reshape(-1)[0].astype(jnp.float32) for array in several])
+
+
+class _Values:
+    """What nano-operations have written so far, in the pieces in which they wrote it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        layers: Sequence[operations.LayerGraph],
+        x: Float[Array, "T D"],
+        caches: Sequence[Any],
+    ) -> None:
+        self._cells = plan.cells
+        self._layers = layers
+        self._pieces: dict[tuple[int, operations.Value], dict[TokenRange, Any]] = {
+            (-1, operations.Y): {TokenRange(0, plan.num_tokens): x}
+        }
+        self.caches = list(caches)
+
+    def write(self, layer: int, value: operations.Value, tokens: TokenRange, data: Any) -> None:
+        if value.rows is operations.Rows.CACHE:
+            self.caches[layer] = data
+            return
+        pieces = self._pieces.setdefault((layer, value), {})
+        if value.rows is operations.Rows.DECODE:
+            pieces.update(zip(self._cells_in(tokens), data, strict=True))
+        else:
+            pieces[tokens] = data
+
+    def read(self, layer: int, value: operations.Value, tokens: TokenRange) -> Any:
+        """A value's rows of some tokens, as they are if they were written so."""
+        if value.rows is operations.Rows.CACHE:
+            return self.caches[layer]
+        if value == operations.X:
+            layer, value = layer - 1, operations.Y
+        pieces = self._pieces[layer, value]
+        if value.rows is operations.Rows.DECODE:
+            return tuple(pieces[cell] for cell in self._cells_in(tokens))
+        if tokens in pieces:
+            return pieces[tokens]
+        parts = [
+            _cut(data, held, tokens)
+            for held, data in sorted(pieces.items())
+            if held.overlaps(tokens)
+        ]
+        return jax.tree.map(_concatenate, *parts) if parts[1:] else parts[0]
+
+    def _cells_in(self, tokens: TokenRange) -> list[TokenRange]:
+        return [cell for cell in self._cells if cell.overlaps(tokens)]
+
+
+def _cut(data: Any, held: TokenRange, wanted: TokenRange) -> Any:
+    """The rows of `held` that are also wanted."""
+    start, stop = max(held.start, wanted.start), min(held.stop, wanted.stop)
+    if (start, stop) == held:
+        return data
+    return jax.tree.map(lambda rows: rows[start - held.start : stop - held.start], data)
+
+
+def _concatenate(*parts: Array) -> Array:
+    """Of either kind: a test may run a plan on arrays of numpy, which compiles nothing."""
+    joined: Array = parts[0].__array_namespace__().concat(parts)
+    return joined

@@ -1,0 +1,210 @@
+"""Kind `kernels`: each kernel on shares of a GPU, beside what else does the same."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from nanoflow_jax.results import figures, kind, manifest
+from pallas_kernels import problem_shapes
+
+OURS = "pallas"
+IN_TURN = "pallas, one then the other"
+ALL = "all"  # the way of a problem whose operands have no room
+FLOPS_CEILING = "bf16_product_flops_per_s"
+COPY_CEILING = "copy_bytes_per_s"
+READ_CEILING = "read_bytes_per_s"
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Some calls of one way to do a problem, or why there are none.
+
+    Attributes:
+        case: Name of the problem, see pallas_kernels.problem_shapes.
+        mode: The way and its share, unique in the case.
+        way: pallas is ours on a share; others name an implementation.
+        num_ctas: SMs it may use; None if nothing caps it.
+        split: Of those, SMs of the product in a pair.
+        round: Which round over all modes.
+        calls: Of which seconds is the mean.
+        seconds: Of one call; None if it was not timed.
+        method: cupti, sum of the times of its kernels; or wall, of queued calls.
+        error: Distance from the reference on the same operands, as a share of it in the 2-norm.
+        fault: Why it was not timed; empty if it was.
+        is_missing: Whether it was not timed because it cannot be had here.
+    """
+
+    case: str
+    mode: str
+    way: str
+    num_ctas: int | None = None
+    split: int | None = None
+    round: int = 0
+    calls: int = 0
+    seconds: float | None = None
+    method: str = ""
+    error: float | None = None
+    fault: str = ""
+    is_missing: bool = False
+
+
+def mode(way: str, num_ctas: int | None, split: int | None) -> str:
+    """Name of a way with a share: `xla`, `pallas 48`, `pallas 84+48`."""
+    if num_ctas is None:
+        return way
+    return f"{way} {num_ctas}" if split is None else f"{way} {split}+{num_ctas - split}"
+
+
+def is_our_fault(sample: Sample) -> bool:
+    """Whether it says that a kernel of ours, or a whole problem, failed or was wrong."""
+    return bool(sample.fault) and not sample.is_missing and sample.way.startswith((OURS, ALL))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, ends included; of one value, that value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def by_mode(samples: Iterable[Sample]) -> dict[str, dict[str, list[Sample]]]:
+    """Timed samples, by case and in it by mode, in the order of time."""
+    found: dict[str, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        if sample.seconds is not None:
+            found.setdefault(sample.case, {}).setdefault(sample.mode, []).append(sample)
+    return found
+
+
+def bound(shape: problem_shapes.Shape, ceilings: figures.Ceilings) -> str:
+    """Name of the ceiling that limits a problem: the one at which it takes longer.
+
+    Of memory the faster of a copy and of reading alone.
+    """
+    memory = max(COPY_CEILING, READ_CEILING, key=ceilings.of)
+    flops_s = shape.flops / ceilings.of(FLOPS_CEILING)
+    return FLOPS_CEILING if flops_s >= shape.num_bytes / ceilings.of(memory) else memory
+
+
+def shape_of(case: str) -> problem_shapes.Shape:
+    """The shape of a case.
+
+    Raises:
+        ValueError: There is no problem of that name.
+    """
+    for problem in (*problem_shapes.problems(), *problem_shapes.tiny_problems()):
+        if problem.name == case:
+            return problem.shape
+    raise ValueError(f"there is no problem {case!r} in pallas_kernels/problem_shapes.py")
+
+
+def rate(case: str, samples: Sequence[Sample], ceilings: figures.Ceilings | None) -> figures.Figure:
+    """Operations or bytes per second of one mode, and its share of what the device can do.
+
+    Args:
+        case: Of the samples.
+        samples: Timed ones of one mode.
+        ceilings: Of the device, which say which of the two counts; operations where there are none.
+    """
+    shape = shape_of(case)
+    limit = None if ceilings is None else bound(shape, ceilings)
+    is_memory = limit in (COPY_CEILING, READ_CEILING)
+    amount = shape.num_bytes if is_memory else shape.flops
+    return figures.summarise(
+        f"{case}: {samples[0].mode}",
+        "bytes/s" if is_memory else "operations/s",
+        [amount / sample.seconds for sample in samples if sample.seconds is not None],
+        ceiling=limit,
+        ceilings=ceilings,
+    )
+
+
+def curve(
+    case: str, modes: Mapping[str, Sequence[Sample]], rates: Mapping[str, figures.Figure]
+) -> dict[int, figures.Figure]:
+    """What share of its speed our kernel has on how many SMs; the last is all of them.
+
+    Args:
+        case: Of the samples.
+        modes: Timed samples by mode.
+        rates: Of the same modes.
+
+    Returns:
+        By SMs; empty if it was not timed on shares.
+    """
+    ours = {
+        one[0].num_ctas: name
+        for name, one in modes.items()
+        if one[0].way == OURS and one[0].split is None and one[0].num_ctas is not None
+    }
+    if len(ours) < 2:
+        return {}
+    most = max(ours)
+    return {
+        share: figures.ratio(f"{case}: {share} of {most} SMs", rates[name], rates[ours[most]])
+        for share, name in sorted(ours.items())
+    }
+
+
+def best(modes: Mapping[str, Sequence[Sample]], way: str) -> str | None:
+    """The fastest mode of a way by the median; None if it was not timed."""
+    medians = {
+        name: statistics.median(sample.seconds for sample in one if sample.seconds is not None)
+        for name, one in modes.items()
+        if one[0].way == way
+    }
+    return min(medians, key=lambda name: (medians[name], name), default=None)
+
+
+def speedups(
+    case: str, modes: Mapping[str, Sequence[Sample]], rates: Mapping[str, figures.Figure]
+) -> list[figures.Figure]:
+    """How many times as fast the best of ours is as the best of each other way."""
+    ours = best(modes, OURS)
+    if ours is None:
+        return []
+    others = dict.fromkeys(one[0].way for one in modes.values() if one[0].way != OURS)
+    found = []
+    for way in others:
+        other = best(modes, way)
+        assert other is not None
+        found.append(figures.ratio(f"{case}: {ours} over {other}", rates[ours], rates[other]))
+    return found
+
+
+def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
+    found: list[figures.Figure] = []
+    for case, modes in by_mode(evidence.samples).items():
+        rates = {name: rate(case, one, evidence.ceilings) for name, one in modes.items()}
+        found += [
+            *rates.values(),
+            *curve(case, modes, rates).values(),
+            *speedups(case, modes, rates),
+        ]
+    return found
+
+
+def _complaints(evidence: kind.Evidence) -> list[str]:
+    # What failed stands in the samples and takes nothing from the rest.
+    return [] if by_mode(evidence.samples) else ["nothing was timed"]
+
+
+def _is_gpu(run: manifest.Run) -> bool:
+    return run.device.platform == "gpu"
+
+
+def _level(run: manifest.Run) -> kind.Level:
+    # Interpreted kernels show that they compute the right numbers, and nothing of their speed.
+    return kind.Level.ONE_RUN if _is_gpu(run) else kind.Level.CPU_NUMERICS
+
+
+KIND = kind.Kind(
+    name="kernels",
+    sample=Sample,
+    files=lambda run: frozenset({manifest.SAMPLES, manifest.CURVES}),
+    needs_ceilings=_is_gpu,
+    level=_level,
+    figures=_figures,
+    complaints=_complaints,
+)

@@ -1,0 +1,93 @@
+"""Knobs choose a plan for each bucket; what fits nothing is refused."""
+
+import logging
+import re
+
+import pytest
+
+from nanoflow_jax import config
+from nanoflow_jax.engine import plan_choice
+from nanoflow_jax.nanobatch import builders, plan_file
+from nanoflow_jax.nanobatch.operations import LayerShape
+from nanoflow_jax.scheduler.buckets import Bucket
+
+_SMALL = Bucket(tokens=8, decode_rows=8, prefill_rows=0)
+_LARGE = Bucket(tokens=64, decode_rows=8, prefill_rows=4)
+_DENSE = LayerShape()
+
+
+def _choose(shape=_DENSE, **knobs):
+    section = config.PlanSection(**{"plan_granule": 8, **knobs})
+    return plan_choice.choose(section, [_SMALL, _LARGE], shape, num_sms=100)
+
+
+def _refused(message):
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
+
+
+def test_every_bucket_runs_whole_unless_told_otherwise():
+    plans = _choose()
+    assert [plan.name for plan in plans.values()] == ["one", "one"]
+    assert [plan.num_tokens for plan in plans.values()] == [8, 64]
+
+
+def test_halves_cut_buckets_that_have_tokens_enough(caplog):
+    with caplog.at_level(logging.INFO):
+        plans = _choose(plan="halves")
+    assert plans[_SMALL].name == "one"
+    assert plans[_LARGE].name == "halves"
+    assert (plans[_LARGE].num_sms, plans[_LARGE].granule) == (100, 8)
+    assert "bucket 64:8:4 runs by plan halves" in caplog.text
+
+
+@pytest.mark.parametrize(("least", "name"), [(64, "halves"), (65, "one")])
+def test_buckets_below_the_threshold_run_whole(least, name):
+    assert _choose(plan="halves", plan_min_tokens=least)[_LARGE].name == name
+
+
+def test_several_devices_reduce_one_half_beside_products_of_the_other():
+    plans = _choose(LayerShape(num_devices=2), plan="halves")
+    assert plans[_LARGE].name == "tensor_parallel"
+    assert plans[_LARGE].shape == LayerShape(num_devices=2)
+    assert not any("gather" in key for key in plans[_LARGE].keys)
+    # In the plain pass a product sums by itself.
+    assert plans[_SMALL].shape == LayerShape()
+
+
+def test_a_file_has_plans_for_buckets_of_its_sizes(tmp_path):
+    plan = builders.halves(_DENSE, num_tokens=64, device=builders.Device(granule=8))
+    path = tmp_path / "plans.json"
+    path.write_text(plan_file.to_json([plan]))
+    plans = _choose(plan=str(path))
+    assert plans[_LARGE] == plan
+    assert plans[_SMALL].name == "one"
+
+
+def test_a_file_that_is_not_there_is_refused():
+    with _refused(
+        "--plan=half cannot be read (No such file or directory); name one, halves or a file of "
+        "plans"
+    ):
+        _choose(plan="half")
+
+
+def test_a_plan_without_a_bucket_is_refused(tmp_path):
+    path = tmp_path / "plans.json"
+    path.write_text(plan_file.to_json([builders.halves(_DENSE, num_tokens=256)]))
+    with _refused(
+        f"{path}: plan 'halves' is for 256 tokens and buckets have 8, 64; add 256:... to "
+        "--buckets, or remove the plan"
+    ):
+        _choose(plan=str(path))
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path):
+    path = tmp_path / "plans.json"
+    sparse = LayerShape(is_sparse=True)
+    path.write_text(plan_file.to_json([builders.one(sparse, num_tokens=64)]))
+    with _refused(
+        f"{path}: plan 'one' is for LayerShape(is_sparse=True, num_devices=1) and the model has "
+        "LayerShape(is_sparse=False, num_devices=1); make one for this model and "
+        "--tensor_parallel"
+    ):
+        _choose(plan=str(path))

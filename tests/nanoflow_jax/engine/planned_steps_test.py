@@ -1,0 +1,225 @@
+"""Steps of real requests through the forward of any plan give the plain pass's logits."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import random_plans
+from engine_runs import ask
+from flax import nnx
+from golden import cases
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from plain_model import PlainModel
+from same_tokens import MIN_MARGIN
+
+from nanoflow_jax.engine import attention_inputs, bucket_plan, inputs, programs, sequence
+from nanoflow_jax.kv_cache import layout as layout_lib
+from nanoflow_jax.kv_cache import pages
+from nanoflow_jax.models import loading
+from nanoflow_jax.models.operations import PLAIN
+from nanoflow_jax.nanobatch import builders
+from nanoflow_jax.nanobatch.operations import LayerShape
+from nanoflow_jax.scheduler import scheduler
+from nanoflow_jax.scheduler.buckets import Bucket
+
+_CONTEXT, _PAGE, _NUM_PAGES = 24, 4, 40
+_BUCKET = Bucket(tokens=24, decode_rows=10, prefill_rows=4)
+# Products of other numbers of rows sum in another order. A token's states differ by up to 3e-6 of
+# the largest of them (gemma2, whose states reach 94), its logits by 2e-5.
+_OF_LARGEST, _OF_LOGITS = 1e-5, 1e-4
+_CASES = ("llama3", "gemma2", "qwen2_window", "qwen3_moe")
+
+
+@functools.cache
+def _model(case):
+    return PlainModel(cases.load(case).path, length=_CONTEXT).model
+
+
+@dataclasses.dataclass
+class _Steps:
+    """Runs one bucket's forward under a plan.
+
+    Attributes:
+        case: Golden case whose model runs.
+        plan: How; None is the plain pass.
+        keep_lanes: Passes tokens too.
+    """
+
+    case: str
+    plan: object = None
+    keep_lanes: bool = False
+
+    def __post_init__(self):
+        config = _model(self.case).config
+        shape = layout_lib.CacheShape(
+            num_pages=_NUM_PAGES,
+            page_size=_PAGE,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=np.dtype(np.float32),
+        )
+        self._layout = layout_lib.TokenMinorLayout(shape=shape)
+        self._sizes = programs.Sizes(
+            max_requests=_BUCKET.decode_rows,
+            max_pages=_CONTEXT // _PAGE,
+            num_pages=_NUM_PAGES,
+            dense_batch=_BUCKET.tokens,
+            vocab_size=config.vocab_size,
+            penalty_requests=1,
+            attention=attention_inputs.AttentionInputs(
+                decode=attention_inputs.PlainDecodeInputs(layout=self._layout),
+                prefill=attention_inputs.PlainPrefillInputs(layout=self._layout, tile_len=4),
+            ),
+            plans={} if self.plan is None else {_BUCKET: self.plan},
+        )
+        graph, state = nnx.split(_model(self.case))
+        self._weights, treedef = jax.tree.flatten(state)
+        forward = programs.build_forward(
+            graph,
+            treedef,
+            layout=self._layout,
+            sizes=self._sizes,
+            bucket=_BUCKET,
+            operations=PLAIN,
+            shares=programs.Shares(
+                placement=loading.place_model(_model(self.case).config, jax.devices()[:1]),
+                caches=[None] * _model(self.case).config.num_layers,
+                weights=[None] * len(self._weights),
+            ),
+            keep_lanes=self.keep_lanes,
+        )
+        self._forward = jax.jit(forward)
+        self._builder = inputs.InputBuilder(self._sizes, page_size=_PAGE, max_context_len=_CONTEXT)
+
+    def run(self, steps, sequences):
+        """Logits of the rows of each step that sample, and hidden states of its tokens in order."""
+        caches = [self._layout.allocate() for _ in _model(self.case).layers]
+        last_tokens = np.zeros(_BUCKET.decode_rows, np.int32)
+        planned = self._sizes.bucket_plan(_BUCKET)
+        found = []
+        for step in steps:
+            vector = self._builder.build(step, sequences).vector
+            result = self._forward(caches, last_tokens, self._weights, vector)
+            caches = result.caches
+            count = sum(row.samples for row in step.rows)
+            placed = planned.dealer.place(len(step.decode), [r.length for r in step.chunks])
+            tokens = [placed.decode_tokens]
+            tokens += [placed.chunk_tokens(i) for i in range(len(step.chunks))]
+            hidden = np.asarray(result.hidden)[np.concatenate(tokens)]
+            found.append((np.asarray(result.logits)[:count], hidden))
+        return found
+
+
+def _plan_steps(prompt_lens, limits):
+    """Steps of some requests from beginning to end."""
+    rows = scheduler.Limits(
+        max_requests=_BUCKET.decode_rows,
+        dense_batch=_BUCKET.tokens,
+        page_size=_PAGE,
+        penalty_requests=1,
+    )
+    planner = scheduler.Scheduler(rows, [_BUCKET], pages.PageAllocator(_NUM_PAGES))
+    for i, (prompt_len, limit) in enumerate(zip(prompt_lens, limits, strict=True)):
+        planner.add(
+            str(i),
+            prompt_len=prompt_len,
+            limit=limit,
+            priority=0,
+            uses_penalties=False,
+            ends_at_limit=True,
+        )
+    steps = []
+    while (step := planner.plan()) is not None:
+        steps.append(step)
+        planner.commit(step)
+    return steps
+
+
+def _sequences(case, limits):
+    """All tokens of each request, those that it would have drawn too."""
+    vocab_size = _model(case).config.vocab_size
+    draw = np.random.default_rng(0)
+    return {
+        str(i): sequence.make_sequence(
+            ask(str(i), draw.integers(0, vocab_size, limit).tolist()),
+            vocab_size=vocab_size,
+            max_context_len=_CONTEXT + 1,
+            eos_ids=(),
+        )
+        for i, limit in enumerate(limits)
+    }
+
+
+_REQUESTS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4)), min_size=3, max_size=12).map(
+    lambda pairs: ([p for p, _ in pairs], [p + more for p, more in pairs])
+)
+
+
+def _check_as_plain(case, plan, requests, **options):
+    prompt_lens, limits = requests
+    steps = _plan_steps(prompt_lens, limits)
+    assert {row.request_id for step in steps for row in step.rows} == set(
+        map(str, range(len(limits)))
+    )
+    sequences = _sequences(case, limits)
+    found = _Steps(case, plan, **options).run(steps, sequences)
+    for (logits, hidden), (wanted, wanted_hidden) in zip(
+        found, _plain(case).run(steps, sequences), strict=True
+    ):
+        largest = np.abs(wanted_hidden).max(axis=1, keepdims=True)
+        np.testing.assert_allclose(
+            hidden / largest, wanted_hidden / largest, rtol=0, atol=_OF_LARGEST
+        )
+        np.testing.assert_allclose(logits, wanted, rtol=0, atol=_OF_LOGITS)
+        if len(wanted):
+            top = np.sort(wanted, axis=1)
+            is_sure = top[:, -1] - top[:, -2] > MIN_MARGIN
+            assert (logits.argmax(1) == wanted.argmax(1))[is_sure].all()
+
+
+@functools.cache
+def _plain(case):
+    return _Steps(case)
+
+
+def _random_plans(case):
+    shape = LayerShape(is_sparse=case == "qwen3_moe")
+    return random_plans.plans(shapes=(shape,), num_tokens=_BUCKET.tokens)
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_random_plans_give_the_logits_of_the_plain_pass(case):
+    @settings(max_examples=2, phases=[Phase.generate])
+    @given(plan=_random_plans(case), requests=_REQUESTS)
+    def check(plan, requests):
+        _check_as_plain(case, plan, requests)
+
+    check()
+
+
+@pytest.mark.parametrize("keep_lanes", [False, True])
+def test_two_halves_give_the_logits_of_the_plain_pass(keep_lanes):
+    device = builders.Device(granule=4)
+    plan = builders.halves(LayerShape(), num_tokens=_BUCKET.tokens, first=8, device=device)
+    requests = ([20, 3, 9, 1, 14, 7], [22, 8, 12, 6, 15, 12])
+    _check_as_plain("llama3", plan, requests, keep_lanes=keep_lanes)
+
+
+def test_a_chunk_that_goes_on_in_the_other_half_is_cut_where_the_first_ends():
+    plan = builders.halves(
+        LayerShape(), num_tokens=_BUCKET.tokens, first=8, device=builders.Device(granule=4)
+    )
+    (step,) = _plan_steps([18], [19])
+    attention = _Steps("llama3", plan)._sizes.attention
+    placed = bucket_plan.BucketPlan(_BUCKET, plan, attention).dealer.place(0, [step.num_tokens])
+    assert [(p.start, p.length, p.offset) for p in placed.pieces] == [(0, 6, 0), (8, 12, 6)]
+
+
+def test_a_plan_of_another_size_than_its_bucket_is_refused():
+    plan = builders.one(LayerShape(), num_tokens=16)
+    attention = _plain("llama3")._sizes.attention
+    with pytest.raises(ValueError, match="plan 'one' is for 16 tokens and bucket 24:10:4 has 24"):
+        bucket_plan.BucketPlan(_BUCKET, plan, attention)
