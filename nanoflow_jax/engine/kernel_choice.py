@@ -138,6 +138,11 @@ class _Kernel:
 
 
 _HOPPER: Mapping[str, Any] = {"maker": Maker.MOSAIC, "majors": (9,), "family": "Hopper"}
+_BEFORE_HOPPER: Mapping[str, Any] = {
+    "maker": Maker.TRITON,
+    "majors": (8,),
+    "family": "Ampere and Ada",
+}
 # In order of preference. A kernel for other devices is one more entry.
 _KERNELS: Mapping[Operation, Sequence[_Kernel]] = {
     Operation.GEMM: (
@@ -156,16 +161,18 @@ _KERNELS: Mapping[Operation, Sequence[_Kernel]] = {
             **_HOPPER,
         ),
         _Kernel(
-            maker=Maker.TRITON,
-            majors=(8,),
-            family="Ampere and Ada",
             check=lambda s: kernel_attention.check_decode_triton(s.config, s.dtype, s.page_size),
+            **_BEFORE_HOPPER,
         ),
     ),
     Operation.PREFILL_ATTENTION: (
         _Kernel(
             check=lambda s: kernel_attention.check_prefill(s.config, s.dtype, s.page_size),
             **_HOPPER,
+        ),
+        _Kernel(
+            check=lambda s: kernel_attention.check_prefill_triton(s.config, s.dtype, s.page_size),
+            **_BEFORE_HOPPER,
         ),
     ),
 }
