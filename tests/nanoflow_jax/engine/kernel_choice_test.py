@@ -141,6 +141,37 @@ def test_the_triton_kernel_is_refused_where_it_is_not_compiled_for_the_device(
         _choose(machine, **{f"kernel_{operation}": "triton"})
 
 
+@pytest.mark.parametrize(
+    ("maker", "machine", "reason"),
+    [
+        (Maker.MOSAIC, _H200, None),
+        (Maker.TRITON, _H200, None),
+        (Maker.TRITON, _A100, None),
+        (
+            Maker.MOSAIC,
+            _A100,
+            "the Mosaic kernel runs on Hopper, and this is NVIDIA A100 of compute capability 8.0",
+        ),
+        (
+            Maker.TRITON,
+            _B200,
+            "the Triton kernel runs on Ampere and Ada and on Hopper, and this is NVIDIA B200 of "
+            "compute capability 10.0",
+        ),
+        (Maker.MOSAIC, _CPU, None),
+        (Maker.TRITON, dataclasses.replace(_CPU, can_interpret=False, num_threads=1), None),
+        (
+            Maker.MOSAIC,
+            dataclasses.replace(_CPU, num_threads=3),
+            "interpreted kernels wait for ever for one of fewer than 4 threads; set NPROC=8 in the "
+            "environment",
+        ),
+    ],
+)
+def test_what_keeps_kernels_from_a_machine_is_told(maker, machine, reason):
+    assert kernel_choice.why_not(maker, machine) == reason
+
+
 @pytest.mark.parametrize("use", ["triton", "interpret_triton"])
 def test_an_operation_without_a_triton_kernel_says_so(use):
     with _refuses(f"--kernel_gemm={use}: there is no Triton kernel for it; leave the flag out"):
