@@ -165,7 +165,7 @@ class KernelsSection:
         "Ada, on Hopper too; interpret_triton: that one, interpreted on a CPU.",
     )
     prefill_attention: KernelUse = knob(
-        KernelUse.AUTO, "Attention of prompt chunks; as --kernel_grouped_gemm."
+        KernelUse.AUTO, "Attention of prompt chunks; as --kernel_decode_attention."
     )
 
     def __post_init__(self) -> None:
