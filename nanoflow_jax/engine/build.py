@@ -320,6 +320,12 @@ def _build_parts(
     plans = plan_choice.choose(
         config.plans, bucket_list, shape, num_sms=kernel_choice.num_ctas(machine)
     )
+    placement = placement.with_columns(
+        plan_choice.by_columns(plans.values()), hidden_size=source.config.hidden_size
+    )
+    served = dataclasses.replace(
+        served, num_devices=placement.num_devices, by_columns=placement.by_columns
+    )
     executor = executors.choose(
         config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
     )

@@ -35,6 +35,12 @@ class Group:
         """The sum of what all have, on each of them (all-reduce)."""
         return x if self.num_devices == 1 else lax.psum(x, mesh_lib.AXIS)
 
+    def all_columns(self, x: Shaped[Array, "R c *X"]) -> Shaped[Array, "R C *X"]:
+        """The columns of all devices, in their order, on each of them (all-gather)."""
+        if self.num_devices == 1:
+            return x
+        return lax.all_gather(x, mesh_lib.AXIS, axis=1, tiled=True)
+
     def columns_to_rows(self, x: Shaped[Array, "R v"]) -> Shaped[Array, "r V"]:
         """Rows of which each device has some columns, as some whole rows on each (all-to-all).
 
