@@ -11,7 +11,7 @@ class Kernel:
     """One kernel, as ptxas made it.
 
     Attributes:
-        name: Of its function; several kernels of Mosaic may have one name.
+        name: Of its function.
         is_mosaic: Whether it is ours, or else XLA's.
         registers: Of each thread.
         spill_bytes: Stored and loaded again for want of registers.
@@ -39,7 +39,7 @@ class Launch:
         name: Of the instruction in the optimised HLO.
         kind: XLA's word for it: kCustomKernel, kCustomCall, kCopy, kCublasLtMatmul...
         scope: Path of the named scopes and the operation that it stems from; empty if unknown.
-        kernel: Function that it runs if it is a kernel of XLA's; equal ones share one.
+        kernel: Function that it runs if it is a kernel, of XLA's or ours; equal ones share one.
     """
 
     name: str
@@ -103,6 +103,7 @@ class Instruction:
         num_bytes: Of its result.
         operands: Names of what it reads.
         scope: See `Launch`.
+        kernel: What tells the Mosaic kernel that it calls from others; None if it calls none.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Instruction:
     num_bytes: int
     operands: tuple[str, ...]
     scope: str
+    kernel: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ class Program:
     Attributes:
         hlo: Optimised HLO.
         instructions: Of its entry, in the order of the schedule.
-        kernels: One per function; equal ones of Mosaic may be there once.
+        kernels: One per function: those of XLA's, then ours in the order in which they first run.
         launches: All that is started, in order, graphs' nodes included.
         graphs: CUDA graphs, in order.
         memory: What it takes.
@@ -161,12 +163,16 @@ class Program:
         return tuple(one for one in self.instructions if one.opcode in ("copy", "copy-start"))
 
     def kernel(self, name: str) -> Kernel:
-        """XLA's kernel of that name.
+        """The kernel of that name.
 
         Raises:
             KeyError: There is none.
         """
-        return {one.name: one for one in self.kernels if not one.is_mosaic}[name]
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Kernel]:
+        return {one.name: one for one in self.kernels}
 
     def to_json(self) -> str:
         """All of it, for `from_json`."""

@@ -33,6 +33,7 @@ def test_kernels_that_share_nothing_may_run_at_once_in_a_concurrent_graph():
     assert not graph.are_ordered(0, 1)
     assert graph.critical_path == 1
     assert [kernel.grid for kernel in program.mosaic_kernels] == [(2, 1, 1), (1, 1, 1)]
+    assert [program.kernel(node.kernel).grid[0] for node in graph.nodes] == [2, 1]
 
 
 def test_a_token_orders_kernels_that_share_nothing_else():
@@ -195,6 +196,36 @@ def test_a_missing_ptxas_is_named(monkeypatch):
 def test_unknown_devices_are_refused_before_anything_is_compiled():
     with pytest.raises(ValueError, match="device 'V1' is none of"):
         compiler.compile_program(jax.jit(lambda x: x), _SQUARE, device="V1")
+
+
+def _same_twice(x, y, w):
+    return gemm(x, w, num_ctas=2), gemm(y, w, num_ctas=1), gemm(y, w, num_ctas=2)
+
+
+def test_a_kernel_that_is_called_twice_is_compiled_once():
+    program = deviceless.program(_same_twice, *[_SQUARE] * 3, options=_CONCURRENT)
+    (graph,) = program.graphs
+    grids = [program.kernel(node.kernel).grid[0] for node in graph.nodes]
+    assert sorted(grids) == [1, 2, 2]
+    assert [kernel.grid[0] for kernel in program.mosaic_kernels] == list(dict.fromkeys(grids))
+
+
+def test_kernels_that_were_not_dumped_are_missed(tmp_path):
+    (tmp_path / "dump").mkdir()
+    (tmp_path / "hlo.txt").write_text("""HloModule f
+
+ENTRY %main () -> f32[4] {
+  ROOT %call = f32[4] custom-call(), backend_config={kernel_hash = "E5"}
+}
+""")
+    (tmp_path / "dump" / "module_1.f.thunk_sequence.txt").write_text(
+        "001: kCustomCall [source | sink] kCustomCall\n"
+    )
+    (tmp_path / "dump" / "module_1.f.thunk_metadata.txt").write_text(
+        'profile_annotation: "call" thunk_id: 1\n'
+    )
+    with pytest.raises(dumps.DumpError, match="1 kernels are called and 0 were dumped"):
+        dumps.read_program(tmp_path, "")
 
 
 def test_logs_that_do_not_fit_the_launches_are_refused(tmp_path):
