@@ -7,7 +7,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from nanoflow_jax.deviceless import hlo
+from nanoflow_jax.deviceless import hlo, launch_order
 from nanoflow_jax.deviceless.program import (
     Graph,
     Instruction,
@@ -33,9 +33,10 @@ _NODE = re.compile(r"node (\d+) \(priority=\d+\): in=\[(.*?)\] out=\[")
 # A message is cut off after 15000 bytes (absl, log/internal/log_message.cc, kLogMessageBufferSize);
 # a node takes a few hundred at most.
 _CUT_BYTES = 14_000
-_COMMAND_BUFFER = "kCommandBuffer"
+_COMMAND_BUFFER, _BEGIN, _END = "kCommandBuffer", "kAsyncStart", "kAsyncDone"
 # What they stand around is started, not they.
-_AROUND = (_COMMAND_BUFFER, "kAsyncStart", "kAsyncDone")
+_AROUND = (_COMMAND_BUFFER, _BEGIN, _END)
+_ASYNC = re.compile(r"(?:stream=(\S+), )?async_id=(\d+)")
 # A call of which some operands are parts of arrays: it stands alone inside, in a graph of its own.
 _SLICED = "kDynamicSliceFusion"
 
@@ -67,7 +68,7 @@ def read_program(folder: pathlib.Path, log: str) -> Program:
     entry = hlo.read_entry(text)
     dump = folder / "dump"
     thunks = _read_thunks(dump)
-    names = _read_names(dump)
+    names = _names(thunks, dump)
     ours = _mosaic_kernels(dump, _calls(thunks, names, entry))
     known = _Known(
         names=names,
@@ -75,12 +76,14 @@ def read_program(folder: pathlib.Path, log: str) -> Program:
         kernels={one.name: ours[one.kernel].name for one in entry if one.kernel in ours},
     )
     launches = [known.launch(one) for one in thunks if one.kind not in _AROUND]
+    graphs = tuple(_graphs(thunks, known, log))
     return Program(
         hlo=text,
         instructions=entry,
         kernels=(*_xla_kernels(dump, thunks, log), *ours.values()),
         launches=tuple(launches),
-        graphs=tuple(_graphs(thunks, known, log)),
+        graphs=graphs,
+        order=launch_order.join(_items(thunks, known, graphs)),
         memory=Memory(**json.loads((folder / "memory.json").read_text())),
     )
 
@@ -114,9 +117,14 @@ def _calls_in_place_of_slices(thunks: list[_Thunk]) -> Iterator[_Thunk]:
         yield thunk
 
 
-def _read_names(dump: pathlib.Path) -> dict[int, str]:
+def _names(thunks: Sequence[_Thunk], dump: pathlib.Path) -> dict[int, str]:
+    """Instructions of the entry by thunk; what runs on another stream has the name of its begin."""
     text = _dumped(dump, "thunk_metadata") or ""
-    return {int(number): name for name, number in _NAME.findall(text)}
+    found = {int(number): name for name, number in _NAME.findall(text)}
+    for index, thunk in enumerate(thunks):
+        if thunk.kind == _BEGIN and thunk.id in found:
+            found |= {one.id: found[thunk.id] for one in _inside(thunks, index)}
+    return found
 
 
 def _calls(
@@ -147,7 +155,7 @@ class _Known:
         )
 
 
-def _graphs(thunks: Iterable[_Thunk], known: _Known, log: str) -> Iterator[Graph]:
+def _graphs(thunks: Sequence[_Thunk], known: _Known, log: str) -> Iterator[Graph]:
     messages = _GRAPH.findall(log)
     edges = [_NODE.findall(nodes) for nodes in messages]
     buffers = list(_command_buffers(thunks))
@@ -172,6 +180,39 @@ def _graphs(thunks: Iterable[_Thunk], known: _Known, log: str) -> Iterator[Graph
         )
 
 
+def _items(
+    thunks: Sequence[_Thunk], known: _Known, graphs: Iterable[Graph]
+) -> Iterator[Graph | Launch | launch_order.Begin | launch_order.End]:
+    """What the host comes to: graphs and what begins and ends on other streams as one item each."""
+    remaining = iter(graphs)
+    index = 0
+    while index < len(thunks):
+        thunk = thunks[index]
+        inside = _inside(thunks, index)
+        index += 1
+        if thunk.kind == _COMMAND_BUFFER:
+            yield next(remaining)
+        elif thunk.kind == _BEGIN:
+            found = _ASYNC.search(thunk.rest)
+            assert found, thunk
+            launches = tuple(map(known.launch, inside))
+            yield launch_order.Begin(number=int(found[2]), stream=found[1] or "", launches=launches)
+        elif thunk.kind == _END:
+            found = _ASYNC.search(thunk.rest)
+            assert found, thunk
+            yield launch_order.End(number=int(found[2]))
+        else:
+            yield known.launch(thunk)
+            continue
+        index += len(inside)
+
+
+def _inside(thunks: Sequence[_Thunk], index: int) -> list[_Thunk]:
+    """The thunks behind one that stand further to the right."""
+    depth = thunks[index].depth
+    return list(itertools.takewhile(lambda one: one.depth > depth, thunks[index + 1 :]))
+
+
 def _num_sliced(buffer: list[_Thunk]) -> int:
     return sum(thunk.is_sliced for thunk in buffer)
 
@@ -183,16 +224,11 @@ def _graph_sizes(buffers: Iterable[list[_Thunk]]) -> Iterator[int]:
         yield len(buffer)
 
 
-def _command_buffers(thunks: Iterable[_Thunk]) -> Iterator[list[_Thunk]]:
-    """What is in each: the thunks behind it that stand further to the right."""
-    remaining = list(thunks)
-    for index, thunk in enumerate(remaining):
+def _command_buffers(thunks: Sequence[_Thunk]) -> Iterator[list[_Thunk]]:
+    """What is in each."""
+    for index, thunk in enumerate(thunks):
         if thunk.kind == _COMMAND_BUFFER:
-            inside = itertools.takewhile(
-                lambda one, depth=thunk.depth: one.depth > depth,  # type: ignore[misc]
-                remaining[index + 1 :],
-            )
-            yield [one for one in inside if one.kind not in _AROUND]
+            yield [one for one in _inside(thunks, index) if one.kind not in _AROUND]
 
 
 def _xla_kernels(dump: pathlib.Path, thunks: Iterable[_Thunk], log: str) -> Iterator[Kernel]:

@@ -50,7 +50,9 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One CUDA graph, or as much of its beginning as the compiler tells of: some hundred nodes.
+    """What may run at once: of a CUDA graph, or of a program.
+
+    Of a CUDA graph it is as much of the beginning as the compiler tells of: some hundred nodes.
 
     Attributes:
         nodes: In an order in which they could run; none waits for one that is left out.
@@ -142,6 +144,7 @@ class Program:
         kernels: One per function: those of XLA's, then ours in the order in which they first run.
         launches: All that is started, in order, graphs' nodes included.
         graphs: CUDA graphs, in order.
+        order: All of it: graphs one after another, and what runs on other streams beside them.
         memory: What it takes.
     """
 
@@ -150,6 +153,7 @@ class Program:
     kernels: tuple[Kernel, ...]
     launches: tuple[Launch, ...]
     graphs: tuple[Graph, ...]
+    order: Graph
     memory: Memory
 
     @property
@@ -187,16 +191,18 @@ class Program:
             instructions=tuple(_made(Instruction, one) for one in fields["instructions"]),
             kernels=tuple(_made(Kernel, one) for one in fields["kernels"]),
             launches=tuple(_made(Launch, one) for one in fields["launches"]),
-            graphs=tuple(
-                Graph(
-                    nodes=tuple(_made(Launch, one) for one in graph["nodes"]),
-                    parents=tuple(map(tuple, graph["parents"])),
-                    num_nodes=graph["num_nodes"],
-                )
-                for graph in fields["graphs"]
-            ),
+            graphs=tuple(map(_graph, fields["graphs"])),
+            order=_graph(fields["order"]),
             memory=Memory(**fields["memory"]),
         )
+
+
+def _graph(fields: dict[str, Any]) -> Graph:
+    return Graph(
+        nodes=tuple(_made(Launch, one) for one in fields["nodes"]),
+        parents=tuple(map(tuple, fields["parents"])),
+        num_nodes=fields["num_nodes"],
+    )
 
 
 def _made(kind: type[Any], fields: dict[str, Any]) -> Any:

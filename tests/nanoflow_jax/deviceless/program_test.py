@@ -60,6 +60,7 @@ _PROGRAM = Program(
     kernels=(_kernel("b", is_mosaic=False), _kernel("entry_0", is_mosaic=True)),
     launches=_GRAPH.nodes,
     graphs=(_GRAPH,),
+    order=_GRAPH,
     memory=Memory(argument_bytes=1, output_bytes=2, alias_bytes=3, temp_bytes=4),
 )
 
