@@ -1,7 +1,10 @@
 """What of a step may run at once on a GPU, from its compiled program: no GPU is needed.
 
-`python -m nanoflow_jax.overlap --model=preset:llama-3-8b --plan=halves [--html=FILE]`
+`python -m nanoflow_jax.overlap --model=preset:llama-3-8b --random_weights --plan=halves
+[--tensor_parallel=8] [--tokens=2048] [--prompt_len=512] [--output_len=512] [--html=FILE]`
 
+The batch is what requests of one kind make in the long run; the defaults are those of the paper's
+512/512 at its dense batch of 2048 tokens (arXiv 2408.12757, figures 7 and 9).
 Needs the compiler's wheels: `pip install 'nanoflow_jax[deviceless]' -c constraints/gpu.txt`.
 Exit codes: 0 the step runs as its plan wants, 1 it does not or could not be compiled, 2 wrong flags
 or files, 130 interrupted.
@@ -16,10 +19,18 @@ from absl import flags as absl_flags
 from nanoflow_jax import config, console, flags
 from nanoflow_jax.cost import datasheets, steady_state
 from nanoflow_jax.deviceless import compiler, devices
-from nanoflow_jax.engine import build, executors, plan_choice
+from nanoflow_jax.engine import build, executors
 from nanoflow_jax.models import architecture
 from nanoflow_jax.nanobatch.plan import Plan
-from nanoflow_jax.overlap import analysis, drawing, report, step, timeline, workload
+from nanoflow_jax.overlap import (
+    analysis,
+    asked_plan,
+    drawing,
+    report,
+    step,
+    timeline,
+    workload,
+)
 from nanoflow_jax.scheduler.buckets import Bucket
 
 _FLAGS = absl_flags.FLAGS
@@ -55,12 +66,12 @@ def _step(
 ) -> step.Step:
     device, num_devices = devices.find_device(_FLAGS.device), section.parallel.tensor_parallel
     shape = dataclasses.replace(model.layer_shape, num_devices=num_devices)
-    plans = plan_choice.choose(section.plans, [bucket], shape, num_sms=device.num_sms)
+    plan = asked_plan.find(section.plans, bucket, shape, num_sms=device.num_sms)
     return step.Step(
         model=step.first_layers(model, min(model.num_layers, _COMPILED_LAYERS)),
         bucket=bucket,
-        plan=plans[bucket],
-        executor=executors.choose(section.plans.executor, plans.values(), on_gpu=True),
+        plan=plan,
+        executor=executors.choose(section.plans.executor, [plan], on_gpu=True),
         kernels=section.kernels,
         device=_FLAGS.device,
         num_devices=num_devices,

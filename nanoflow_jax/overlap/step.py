@@ -24,7 +24,7 @@ _DTYPE = np.dtype(jnp.bfloat16)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """What is compiled.
+    """What is compiled; ValueError if the devices cannot share the model evenly.
 
     Attributes:
         model: The model; its number of layers is that of the program.
@@ -52,6 +52,9 @@ class Step:
     num_pages: int = 4096
     max_pages: int = 32
 
+    def __post_init__(self) -> None:
+        loading.place_model(self.model, self.num_devices, split_experts=self.split_experts)
+
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cache of all layers on one device."""
@@ -64,11 +67,7 @@ class Step:
 
     @property
     def placement(self) -> placement_lib.Placement:
-        """How the model lies on the devices, which are absent.
-
-        Raises:
-            ValueError: It cannot be shared out evenly.
-        """
+        """How the model lies on the devices, which are absent."""
         return loading.place_model(self.model, self.num_devices, split_experts=self.split_experts)
 
     @property

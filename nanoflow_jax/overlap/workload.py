@@ -38,7 +38,9 @@ class Workload:
         rows = self.decode_rows
         if rows is None:
             rows = self.mix.decode_rows(self.num_tokens)
-        chunks = self.mix.chunks(max(self.num_tokens - rows, 0))
+        if rows > self.num_tokens:
+            raise ValueError(f"--decode_rows={rows} are more than --tokens={self.num_tokens}")
+        chunks = self.mix.chunks(self.num_tokens - rows)
         return Bucket(tokens=self.num_tokens, decode_rows=rows, prefill_rows=chunks)
 
     @property

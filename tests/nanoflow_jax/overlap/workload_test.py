@@ -24,7 +24,7 @@ def test_a_batch_has_as_many_decode_rows_as_its_requests_make():
 def test_decode_rows_can_be_said():
     assert _work(decode_rows=256).bucket == Bucket(tokens=2048, decode_rows=256, prefill_rows=5)
     assert _work(decode_rows=2048).bucket == Bucket(tokens=2048, decode_rows=2048, prefill_rows=0)
-    with pytest.raises(ValueError, match="no more decode rows than tokens"):
+    with pytest.raises(ValueError, match="--decode_rows=2049 are more than --tokens=2048"):
         _ = _work(decode_rows=2049).bucket
 
 
