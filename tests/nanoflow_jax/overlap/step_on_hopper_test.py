@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import deviceless
+import jax
 import pytest
 
 from nanoflow_jax import config
