@@ -44,7 +44,7 @@ class PrefillRefs(NamedTuple):
     num_tiles: Any
     cuts: Any
     out: Any
-    parts: Any = None  # [K * granules of a tile * B, rows of a granule, H] in float32
+    parts: Any = None  # [K * granules of a tile * B, rows of a granule, H or more] in float32
     part_weights: Any = None  # [K * granules of a tile * B, rows of a granule]
 
 
