@@ -18,7 +18,7 @@ from nanoflow_jax.workload import file as workload_file
 _NOT_PLANNED = ("device", "model_bytes", "cache_bytes", "num_pages")
 # Ends of the names of kernels' modules.
 _MODULES = {kernel_choice.Maker.MOSAIC: "", kernel_choice.Maker.TRITON: "_triton"}
-_PLACES = ("model", "cache_dir")
+_PLACES = ("model", "cache_dir", "dir")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

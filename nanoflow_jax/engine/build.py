@@ -30,6 +30,7 @@ from nanoflow_jax.engine import (
     programs,
     replicas,
     runner,
+    step_trace,
 )
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
@@ -222,9 +223,10 @@ def build_engine(
         return first
     engines: list[interface.TokenEngine] = [first]
     quiet = dataclasses.replace(reports, settings=lambda settings: None)
+    untraced = dataclasses.replace(config, profile=config_lib.ProfileSection())
     try:
         for devices in groups[1:]:
-            engines.append(_engine(_build_parts(config, source, quiet, devices)))
+            engines.append(_engine(_build_parts(untraced, source, quiet, devices)))
     except BaseException:
         for one in engines:
             one.close()
@@ -445,6 +447,7 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         ),
         grammars=_grammars(source),
         run_ahead=parts.config.batch.async_scheduling,
+        trace=step_trace.StepTrace(parts.config.profile),
     )
 
 
