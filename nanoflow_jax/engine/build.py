@@ -171,7 +171,7 @@ def _stored_dtype(raw: Mapping[str, Any]) -> str:
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
 
 
-def _run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
+def run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
     """The number format to run in.
 
     CPUs without bfloat16 products emulate them at a tenth of the speed, so auto means float32
@@ -197,7 +197,7 @@ def build_engine(
         ValueError: The knobs do not fit each other, the model or the memory.
     """
     reports = reports or Reports()
-    _use_compile_cache(config.compile.cache_dir)
+    use_compile_cache(config.compile.cache_dir)
     groups = _device_groups(config.parallel)
     first = _build_one(config, source, reports, groups[0])
     if len(groups) == 1:
@@ -214,6 +214,11 @@ def build_engine(
     return replicas.Replicas(engines)
 
 
+def defaults_of(device: jax.Device) -> Defaults:
+    """What measured best on a device's kind."""
+    return _CPU if device.platform == "cpu" else _GPU
+
+
 def _build_one(
     config: config_lib.EngineConfig,
     source: ModelSource,
@@ -221,8 +226,8 @@ def _build_one(
     devices: Sequence[jax.Device],
 ) -> engine.Engine:
     device = devices[0]
-    defaults = _CPU if device.platform == "cpu" else _GPU
-    dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
+    defaults = defaults_of(device)
+    dtype = run_dtype(config.model.dtype, source.stored_dtype, device.platform)
     context = context_len(config.model, source.config)
     asked = config.batch.dense_batch
     max_requests = config.batch.max_requests or min(
@@ -258,9 +263,9 @@ def _build_one(
         served,
         caps_products=executors.caps_products(plans.values()),
     )
-    model = _load(config.model, source, dtype, placement, reports)
+    model = load_weights(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
-    kv_layout = _layout(
+    kv_layout = make_layout(
         placement,
         config.cache,
         served,
@@ -367,13 +372,14 @@ def _buckets(text: str, max_requests: int, dense_batch: int) -> tuple[bucket_lib
     return bucket_lib.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
 
 
-def _load(
+def load_weights(
     section: config_lib.ModelSection,
     source: ModelSource,
     dtype: np.dtype[Any],
     placement: placement_lib.Placement,
     reports: Reports,
 ) -> transformer.Transformer:
+    """The model with its weights on its devices, random ones where they are asked for."""
     if section.random_weights or source.folder is None:
         return loading.random_model(
             source.config,
@@ -406,7 +412,7 @@ def _device_name(kind: str, section: config_lib.ParallelSection) -> str:
     return replicas_of + name
 
 
-def _layout(
+def make_layout(
     placement: placement_lib.Placement,
     section: config_lib.CacheSection,
     served: kernel_choice.Served,
@@ -457,7 +463,7 @@ def _free_bytes(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _use_compile_cache(folder: str) -> None:
+def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs, unless somebody has already set where."""
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is not None or not folder:
