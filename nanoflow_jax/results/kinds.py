@@ -1,9 +1,9 @@
 """All kinds of results."""
 
-from nanoflow_jax.results import kernels, throughput
+from nanoflow_jax.results import ablation, kernels, throughput
 from nanoflow_jax.results.kind import Kind
 
-KINDS = {kind.name: kind for kind in (throughput.KIND, kernels.KIND)}
+KINDS = {kind.name: kind for kind in (throughput.KIND, kernels.KIND, ablation.KIND)}
 
 
 def find(name: str) -> Kind:
