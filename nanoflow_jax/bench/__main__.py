@@ -9,7 +9,7 @@
 `python -m nanoflow_jax.bench ablation [--model=preset:llama-3-8b --random_weights]`
 
 overhead and soak run the workload offline too, so they take the knobs that the server was started
-with. gpu_check and kernels need a GPU, or jax 0.11 to interpret their kernels.
+with. gpu_check and kernels need a GPU, or jax 0.11 to interpret Mosaic kernels.
 Exit codes: 0 done, 1 failed while measuring or found a fault, 2 wrong flags or files, 130
 interrupted.
 """
@@ -123,6 +123,10 @@ def _result(model: build.ModelSource, mixes: Iterable[str]) -> Iterator[ResultWr
         yield result
 
 
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _throughput() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
@@ -135,7 +139,6 @@ def _throughput() -> int:
                 result.add_log(text)
 
         def chosen(settings: build.Settings) -> None:
-            print(settings, file=sys.stderr)
             if result is not None:
                 planned = throughput_result.plan(settings)
                 result.set_plan(planned, kernels=throughput_result.kernels(settings))
@@ -143,7 +146,8 @@ def _throughput() -> int:
         if result is not None and _is_on_gpu():
             result.set_ceilings(before=ceilings.measure(clock.Clock()))
         start = time.perf_counter()
-        engine = build.build_engine(engine_config, model, build.Reports(settings=chosen))
+        reports = start_up.reports(_tell, also_settings=chosen)
+        engine = build.build_engine(engine_config, model, reports)
         compile_s = sum(engine.compile_seconds.values())
         started_s = time.perf_counter() - start
         say(f"start {started_s:.1f} s, compile {compile_s:.1f} s, all programs added up")
@@ -211,7 +215,7 @@ def _serving() -> int:
 def _offline() -> llm.LLM:
     with _server() as server:
         server.stats()  # better missed now than after loading
-    reports = start_up.reports(lambda text: print(text, file=sys.stderr))
+    reports = start_up.reports(_tell)
     return llm.LLM.from_config(flags.engine_config(_FLAGS), reports)
 
 
@@ -264,7 +268,7 @@ def _gpu_check() -> int:
     seed = _FLAGS.seed if _FLAGS["seed"].present else secrets.randbelow(2**31)
     device = jax.devices()[0]
     print(f"device: {device.device_kind}; jax {jax.__version__}; --seed={seed}")
-    failed = 0
+    failed = unchecked = 0
     with _rows() as write:
         for found in gpu_check.run(seed=seed, repeats=_FLAGS.repeats):
             verdict = {True: "ok", False: "FAILED", None: "not checked"}[found.ok]
@@ -274,7 +278,8 @@ def _gpu_check() -> int:
             )
             write({"device": device.device_kind, "seed": seed, **vars(found)})
             failed += found.ok is False
-    print(f"{failed} checks failed" if failed else "no check failed")
+            unchecked += found.ok is None
+    print(f"{failed or 'no'} checks failed, {unchecked} could not be made here")
     return console.FAILED if failed else 0
 
 

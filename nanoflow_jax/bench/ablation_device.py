@@ -49,11 +49,11 @@ class Ground:
     device: jax.Device
 
     def __post_init__(self) -> None:
-        section = self.config.parallel
-        if section.tensor_parallel * section.data_parallel > 1:
+        section, processes = self.config.parallel, self.config.processes
+        if section.tensor_parallel * section.data_parallel * processes.num_processes > 1:
             raise ValueError(
-                "ablation compares modes on one device; leave out --tensor_parallel and "
-                "--data_parallel"
+                "ablation compares modes on one device; leave out --tensor_parallel, "
+                "--data_parallel and --num_processes"
             )
 
     @property
@@ -131,6 +131,7 @@ class Stage:
             most_pages=most_pages,
             page_major=ground.on_gpu or implementations.wants_page_major(choices),
             num_replicas=1,
+            least=lambda count: count,
         )
         self.num_pages = self._layout.shape.num_pages
         self._graph, state = nnx.split(model)

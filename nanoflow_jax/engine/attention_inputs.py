@@ -154,15 +154,17 @@ class KernelDecodeInputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelPrefillInputs:
-    """Items of the prefill kernel.
+    """Items of a prefill kernel.
 
     Attributes:
         form: What they depend on.
-        interpret: None on a GPU, or InterpretGPUParams.
+        attend: See `KernelPrefill`.
+        cuts_keys: Whether it can merge parts of a tile's keys.
     """
 
     form: KernelForm
-    interpret: Any
+    attend: Callable[..., Array]
+    cuts_keys: bool
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
         form, capacity = self.form, self._most_tiles(bucket)
@@ -185,7 +187,7 @@ class KernelPrefillInputs:
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.PrefillAttention:
         plans = _read_plans(arrays, "prefill_items", prefill_tiles.PrefillTiles, self.form.windows)
         return kernel_attention.KernelPrefill(
-            tiles=plans, num_ctas=self.form.num_ctas, interpret=self.interpret
+            tiles=plans, num_ctas=self.form.num_ctas, attend=self.attend
         )
 
     def _most_tiles(self, bucket: buckets.Bucket) -> int:
@@ -193,6 +195,8 @@ class KernelPrefillInputs:
 
     def _split(self, bucket: buckets.Bucket) -> prefill_tiles.KeySplit | None:
         """None, and no merge in the program, where whole tiles keep all CTAs busy."""
+        if not self.cuts_keys:
+            return None
         whole = bucket.tokens // prefill_tiles.tile_len(self.form.group)
         if whole * self.form.num_kv_heads >= self.form.num_ctas:
             return None

@@ -14,6 +14,8 @@ from nanoflow_jax.models import kernel_operations
 from nanoflow_jax.models import operations as operation_lib
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention_triton import decode_attention_triton
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention_triton import prefill_attention_triton
 
 
 def operations(choices: Choices) -> operation_lib.Operations:
@@ -61,8 +63,8 @@ def attention(
     )
     if (chosen := choices[Operation.DECODE_ATTENTION]).maker is not Maker.PLAIN:
         decode = attention_inputs.KernelDecodeInputs(form=form, attend=_decode_kernel(chosen))
-    if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
-        prefill = attention_inputs.KernelPrefillInputs(form=form, interpret=_interpret(chosen))
+    if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is not Maker.PLAIN:
+        prefill = _kernel_prefill(chosen, form)
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
 
 
@@ -76,6 +78,17 @@ def _decode_kernel(choice: Choice) -> Callable[..., Array]:
     if choice.maker is Maker.TRITON:
         return functools.partial(decode_attention_triton, interpret=choice.interpreted)
     return functools.partial(decode_attention, interpret=_interpret(choice))
+
+
+def _kernel_prefill(
+    choice: Choice, form: attention_inputs.KernelForm
+) -> attention_inputs.KernelPrefillInputs:
+    """The kernel, and plans that it can run."""
+    if choice.maker is Maker.TRITON:
+        attend = functools.partial(prefill_attention_triton, interpret=choice.interpreted)
+        return attention_inputs.KernelPrefillInputs(form=form, attend=attend, cuts_keys=False)
+    attend = functools.partial(prefill_attention, interpret=_interpret(choice))
+    return attention_inputs.KernelPrefillInputs(form=form, attend=attend, cuts_keys=True)
 
 
 def _interpret(choice: Choice) -> Any:

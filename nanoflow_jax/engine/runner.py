@@ -1,8 +1,8 @@
 """Holds weights, caches and compiled programs; launches steps and collects what they sampled."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,26 @@ class Collected:
 
     rows: Int32[np.ndarray, "R X"] | None
     prompt_rows: Sequence[tuple[PromptSlice, Int32[np.ndarray, "C X"]]]
+
+
+class StepRunner(Protocol):
+    """What an engine asks of its devices; `Runner` says what each member means."""
+
+    @property
+    def watch(self) -> compiler.CompileWatch: ...
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]: ...
+
+    def forward(self, inputs: ForwardInputs) -> Forwarded: ...
+
+    def sample(self, forwarded: Forwarded, inputs: SampleInputs | None) -> Launched: ...
+
+    def collect(self, launched: Launched) -> Collected: ...
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Runner:
