@@ -59,24 +59,34 @@ def _certain(reference: Sequence[Judged], limit: Rounding) -> list[Bool[np.ndarr
 def compare(
     found: Sequence[Judged], reference: Sequence[Judged], limit: Rounding
 ) -> dict[str, Any]:
-    """A mode beside the reference, as fields of `ablation.Comparison`."""
+    """A mode beside the reference, as fields of `ablation.Comparison`.
+
+    A token whose logits are no numbers is wrong.
+    """
     is_certain = _certain(reference, limit)
-    differs = [a.tokens != b.tokens for a, b in zip(found, reference, strict=True)]
+    pairs = [*zip(found, reference, strict=True)]
+    is_number = [np.isfinite(a.best) & np.isfinite(b.best) for a, b in pairs]
+    differs = [
+        (a.tokens != b.tokens) & sure | ~numbers
+        for (a, b), sure, numbers in zip(pairs, is_certain, is_number, strict=True)
+    ]
     # A maximum is off by no more than what it is the maximum of.
-    errors = [np.abs(a.best - b.best) for a, b in zip(found, reference, strict=True)]
-    worst = max((float(one.max()) for one in errors if one.size), default=0.0)
+    errors = [
+        float(np.abs(a.best[numbers] - b.best[numbers]).max(initial=0.0))
+        for (a, b), numbers in zip(pairs, is_number, strict=True)
+    ]
     return {
         "tokens": sum(len(step.tokens) for step in reference),
         "ties": sum(int((~one).sum()) for one in is_certain),
-        "wrong": sum(int((a & b).sum()) for a, b in zip(differs, is_certain, strict=True)),
-        "error": worst / _scale(reference),
+        "wrong": sum(int(one.sum()) for one in differs),
+        "error": max(errors, default=0.0) / _scale(reference),
         "most_error": limit.most_error,
         "tokens_sha256": _digest(found, is_certain),
     }
 
 
 def _scale(reference: Sequence[Judged]) -> float:
-    best = np.concatenate([step.best for step in reference])
+    best = np.concatenate([step.best[np.isfinite(step.best)] for step in reference])
     return float(np.abs(best).mean()) if best.size else 1.0
 
 

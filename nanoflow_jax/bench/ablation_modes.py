@@ -81,12 +81,8 @@ class Plans:
 
     @property
     def chained(self) -> Plan:
-        """The same nano-batches, of which each waits for the one issued before it."""
-        keys = self.cut.keys
-        order = tuple(
-            dataclasses.replace(nano, after=(*nano.after, keys[i - 1]))
-            for i, nano in enumerate(self.cut.order)
-        )
+        """The same nano-batches, of which each waits for all that were issued before it."""
+        order = tuple(dataclasses.replace(nano, after=self.cut.keys) for nano in self.cut.order)
         return dataclasses.replace(self.cut, order=order)
 
 

@@ -129,7 +129,7 @@ class Step:
         tokens: In the dense batch, padding left out.
         decode_rows: Requests with one token to do.
         context_tokens: Cached tokens that they see.
-        sampled_rows: Rows that sample, the first of the logits.
+        samplers: Requests for which a token is drawn, in the order of the rows of logits.
     """
 
     forwards: Mapping[str, runner.ForwardInputs]
@@ -137,7 +137,12 @@ class Step:
     tokens: int
     decode_rows: int
     context_tokens: int
-    sampled_rows: int
+    samplers: tuple[str, ...]
+
+    @property
+    def sampled_rows(self) -> int:
+        """Rows that sample, the first of the logits."""
+        return len(self.samplers)
 
 
 class Simulation:
@@ -209,7 +214,7 @@ class Simulation:
                     tokens=plan.num_tokens,
                     decode_rows=len(plan.decode),
                     context_tokens=sum(row.start + 1 for row in plan.decode),
-                    sampled_rows=sum(row.samples for row in plan.rows),
+                    samplers=tuple(row.request_id for row in plan.rows if row.samples),
                 )
             )
             self._commit_after(plan)

@@ -1,6 +1,7 @@
 """Draws how fast each mode was, as bars beside each other, as figure 9 of arXiv 2408.12757 does."""
 
 import html
+import statistics
 from collections.abc import Mapping, Sequence
 
 from nanoflow_jax.results import ablation, svg
@@ -99,8 +100,8 @@ def _group(
             f'fill="{colours[name]}"/>'
         )
         parts.append(f'<path class="whisker" d="M{middle} {_y(low, top)}V{_y(high, top)}"/>')
-        if best is not None:
-            ratio = one.per_s / modes[best].per_s
+        if best is not None and (found := ablation.ratios(one, modes[best])):
+            ratio = statistics.median(found)
             above = _y(high, top) - 4
             parts.append(f'<text x="{middle}" y="{above}" text-anchor="middle">{ratio:.2f}</text>')
     middle = x + width // 2
