@@ -25,6 +25,7 @@ from nanoflow_jax.engine import (
     sampling,
 )
 from nanoflow_jax.models import loading, transformer
+from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models.paged_attention import PagedAttention
 from nanoflow_jax.nanobatch.executor import Call
 from nanoflow_jax.nanobatch.plan import TokenRange
@@ -32,6 +33,7 @@ from nanoflow_jax.nanobatch.plan import TokenRange
 _ALONE = "decode attention alone"
 # Of keys and values, and of queries of attention alone: of variance 1.
 _SPREAD = 3.0**0.5
+_RANDOM_PAGES = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,14 @@ class Ground:
         return kernel_choice.choose(
             mode.kernels, self.machine, self.served, caps_products=mode.caps_products
         )
+
+    def operations(self, mode: Mode) -> operation_lib.Operations:
+        """What a mode's layers are made of, attention left out.
+
+        Raises:
+            ValueError: They cannot be had here.
+        """
+        return implementations.operations(self.choices(mode))
 
 
 class Stage:
@@ -227,7 +237,7 @@ class Stage:
                 layout=self._layout,
                 sizes=sizes,
                 bucket=load.bucket,
-                operations=implementations.operations(self.ground.choices(mode)),
+                operations=self.ground.operations(mode),
                 shares=programs.Shares(placement=self._placement, caches=None, weights=()),
                 keep_lanes=mode.keep_lanes,
             ),
@@ -509,10 +519,19 @@ def _is_same(one: Mode, other: Mode) -> bool:
 
 
 def _fill(cache: Any, seed: Any) -> Any:
+    """Random numbers on every page of a cache: some pages of them, again and again.
+
+    The whole at once would need its memory a second time.
+    """
     leaves, tree = jax.tree.flatten(cache)
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
-    drawn = [_random(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
+
+    def fill(key: Any, x: Array) -> Array:
+        count = min(_RANDOM_PAGES, x.shape[0])
+        some = _random(key, (count, *x.shape[1:]), x.dtype)
+        return jnp.take(some, jnp.arange(x.shape[0]) % count, axis=0)
+
+    return jax.tree.unflatten(tree, [fill(k, x) for k, x in zip(keys, leaves, strict=True)])
 
 
 def _random(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:

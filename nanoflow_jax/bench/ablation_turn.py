@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from nanoflow_jax.bench import (
     ablation_compare,
     ablation_modes,
@@ -80,7 +82,7 @@ def prepare(ground: Ground, case: Case, load: steady_state.Load, scale: Scale) -
     there, missing = [], dict(ways.missing)
     for mode in ways.modes:
         try:
-            ground.choices(mode)
+            ground.operations(mode)
         except ValueError as error:
             missing[mode.name] = str(error)
         else:
@@ -164,17 +166,19 @@ class Turn:
     def _one(self, prepared: Prepared) -> None:
         case = prepared.case.name
         for mode, reason in prepared.missing.items():
-            if (case, mode) not in self._told:
-                self._add({"type": "missing", "case": case, "mode": mode, "reason": reason})
-        left = [unit for unit in self._units(prepared) if not self._has(case, *unit)]
+            self._miss(case, mode, reason)
+        units = self._units(prepared)
+        left = [unit for unit in units if not self._has(case, *unit)]
         compared = all((case, mode.name) in self._told for mode in prepared.modes)
-        self._done += len(self._units(prepared)) - len(left)
+        self._done += len(units) - len(left)
         if not left and compared:
             return
-        programs = self._compile(prepared)
+        prepared, programs = self._compile(prepared)
+        there = {*self._units(prepared)}
+        self._done += len([unit for unit in left if unit not in there])
+        left = [unit for unit in left if unit in there]
         steps = self._steps_of(prepared)
-        if not compared:
-            self._compare(prepared, programs, steps[: self._scale.judged_steps])
+        self._compare(prepared, programs, steps[: self._scale.judged_steps])
         for number, (mode, round_number) in enumerate(left):
             if round_number and self._reports.clock() > self._end:
                 self._run.note(
@@ -186,6 +190,11 @@ class Turn:
                     self._add(sample)
             self._done += 1
             self._reports.progress(self._done, self._total, f"{case}: {mode}")
+
+    def _miss(self, case: str, mode: str, reason: str) -> None:
+        if (case, mode) not in self._told:
+            self._add({"type": "missing", "case": case, "mode": mode, "reason": reason})
+            self._told.add((case, mode))
 
     def _units(self, prepared: Prepared) -> list[tuple[str, int]]:
         """Modes and rounds in the order of time, to and fro."""
@@ -205,18 +214,48 @@ class Turn:
     def _has(self, case: str, mode: str, number: int) -> bool:
         return all((case, mode, number, i) in self._steps for i in range(self._scale.steps))
 
-    def _compile(self, prepared: Prepared) -> Programs:
-        begin = self._reports.clock()
-        programs = self._stage.compile(
-            prepared.modes, prepared.load, has_alone=not prepared.case.is_sweep
-        )
+    def _compile(self, prepared: Prepared) -> tuple[Prepared, Programs]:
+        """The case without the modes that do not compile, and the programs of the others."""
+        begin, load = self._reports.clock(), prepared.load
+        try:
+            programs = self._compile_modes(prepared)
+        except jax.errors.JaxRuntimeError as error:
+            self._run.note(f"{prepared.case.name}: one by one, as not all compiled")
+            prepared = self._that_compile(prepared, error)
+            programs = self._compile_modes(prepared)
         spent = self._reports.clock() - begin
-        load = prepared.load
         self._run.note(
             f"{prepared.case.name}: requests of {load.lengths}, {load.dense_batch} tokens a step, "
             f"compiled in {spent:.1f} s"
         )
-        return programs
+        return prepared, programs
+
+    def _compile_modes(self, prepared: Prepared) -> Programs:
+        return self._stage.compile(
+            prepared.modes, prepared.load, has_alone=not prepared.case.is_sweep
+        )
+
+    def _that_compile(self, prepared: Prepared, first_error: Exception) -> Prepared:
+        """The case with the modes that compile.
+
+        Raises:
+            JaxRuntimeError: Not even the mode that splits nothing does.
+        """
+        plain, *others = prepared.modes
+        there = [plain]
+        for mode in others:
+            alone = dataclasses.replace(prepared, modes=(plain, mode))
+            try:
+                self._compile_modes(alone)
+            except jax.errors.JaxRuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                self._run.note(f"FAILED: {prepared.case.name}: {mode.name}: {reason}")
+                self._miss(prepared.case.name, mode.name, f"does not compile: {reason}")
+            else:
+                there.append(mode)
+        if len(there) == len(prepared.modes):
+            raise first_error
+        return dataclasses.replace(prepared, modes=tuple(there))
 
     def _steps_of(self, prepared: Prepared) -> list[steady_state.Step]:
         stage, load = self._stage, prepared.load
@@ -243,10 +282,11 @@ class Turn:
         limit = ablation_compare.rounding(
             ground.dtype.name, num_layers=ground.source.config.num_layers
         )
+        left = [mode for mode in prepared.modes if (case, mode.name) not in self._told]
+        if not left:
+            return
         reference = self._stage.judge(programs, prepared.modes[0].name, steps)
-        for mode in prepared.modes:
-            if (case, mode.name) in self._told:
-                continue
+        for mode in left:
             found = self._stage.judge(programs, mode.name, steps, wanted=reference)
             fields = ablation_compare.compare(found, reference, limit)
             self._add({"type": "comparison", "case": case, "mode": mode.name, **fields})

@@ -145,6 +145,7 @@ class Bar:
     def __call__(self, done: int, total: int, note: str) -> None:
         """Shows how much is done of all, and how the last one went."""
         if self._meter is None:
-            self._meter = meter.Meter(total, unit=self._unit, stream=self._stream)
+            # What was done in a run before this one took no time of this one.
+            self._meter = meter.Meter(total, unit=self._unit, stream=self._stream, first=done - 1)
             self._stack.callback(self._meter.close)
         self._meter.update(done, note)

@@ -7,7 +7,7 @@ from nanoflow_jax.results import ablation, figures, manifest
 from nanoflow_jax.results.ablation import Role, Timed
 from nanoflow_jax.results.figures import Figure
 
-# Of the first overlapped mode that is best; see docs/metrics.md.
+# Of the fastest overlapped mode.
 LEAST_HIDDEN = 0.60
 LEAST_SPEEDUP = 1.20
 LEAST_SEQUENTIAL, LEAST_OVERLAPPED = 0.55, 0.72

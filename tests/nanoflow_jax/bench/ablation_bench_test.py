@@ -171,6 +171,38 @@ def test_a_mode_that_computes_something_else_is_found(tmp_path, monkeypatch):
     )
 
 
+def test_a_mode_that_does_not_compile_is_missing_with_its_reason(tmp_path, monkeypatch):
+    real = ablation_device.compiler.compile_all
+
+    def compile_all(jobs, **how):
+        if "split only" in {job.name for job in jobs}:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such thing\nat 0x0")
+        return real(jobs, **how)
+
+    monkeypatch.setattr(ablation_device.compiler, "compile_all", compile_all)
+    found, said = _run(tmp_path, _ALONE)
+    assert "FAILED: 6/4: split only: INTERNAL: no such thing" in said
+    samples = folder.read(tmp_path / found.folder).samples
+    reasons = {one.mode: one.reason for one in samples if isinstance(one, ablation.Missing)}
+    assert reasons["split only"] == "does not compile: INTERNAL: no such thing"
+    assert {*ablation.timed(samples)["6/4"]} == {
+        "sequential",
+        "split only again",
+        "decode attention alone",
+    }
+
+
+def test_what_does_not_compile_at_all_ends_the_run(tmp_path, monkeypatch):
+    def compile_all(jobs, **how):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
+
+    monkeypatch.setattr(ablation_device.compiler, "compile_all", compile_all)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such thing"):
+        _run(tmp_path, _ALONE)
+    (path,) = tmp_path.glob("*/*")
+    assert manifest.read(path).status == "failed"
+
+
 def test_graphs_and_their_controls_are_programs_of_the_same_tokens(tmp_path, monkeypatch):
     """On a CPU their order is XLA's own, but plans, barriers and tokens are those of a GPU."""
 
