@@ -16,7 +16,8 @@ from nanoflow_jax.bench import (
     steady_state,
     throughput_result,
 )
-from nanoflow_jax.bench.ablation_device import Ground, Stage
+from nanoflow_jax.bench.ablation_device import Stage
+from nanoflow_jax.bench.ablation_ground import Ground
 from nanoflow_jax.bench.ablation_scale import Case, Scale
 from nanoflow_jax.bench.ablation_turn import Prepared
 from nanoflow_jax.engine import build

@@ -13,8 +13,10 @@ from nanoflow_jax.bench import (
     measured,
     steady_state,
 )
-from nanoflow_jax.bench.ablation_device import Ground, Programs, Stage
+from nanoflow_jax.bench.ablation_device import Stage
+from nanoflow_jax.bench.ablation_ground import Ground
 from nanoflow_jax.bench.ablation_modes import Mode, Plans, Ways
+from nanoflow_jax.bench.ablation_programs import Programs
 from nanoflow_jax.bench.ablation_scale import Case, Scale, cases
 from nanoflow_jax.config import Executor, PlanSection
 from nanoflow_jax.engine import executors, inputs, kernel_choice, plan_choice
@@ -231,7 +233,7 @@ class Turn:
         return prepared, programs
 
     def _compile_modes(self, prepared: Prepared) -> Programs:
-        return self._stage.compile(
+        return self._stage.workshop.compile(
             prepared.modes, prepared.load, has_alone=not prepared.case.is_sweep
         )
 
@@ -264,7 +266,7 @@ class Turn:
         for mode in prepared.modes:
             alike = mode.plan, mode.kernels, mode.caps_products
             if alike not in writers:
-                writers[alike] = stage.builder(mode, load)
+                writers[alike] = stage.workshop.builder(mode, load)
             of[mode.name] = writers[alike]
         simulation = steady_state.Simulation(
             load,

@@ -17,6 +17,9 @@ from nanoflow_jax import config
 from nanoflow_jax.bench import (
     ablation_bench,
     ablation_device,
+    ablation_ground,
+    ablation_modes,
+    ablation_programs,
     ablation_scale,
     ablation_turn,
     measured,
@@ -67,7 +70,7 @@ def _run(root, scale=_SCALE, *, clock=None, progress=None, budget_s=1000.0, **kn
 
 def _ground(**knobs):
     section = _engine(**knobs)
-    return ablation_device.Ground(
+    return ablation_ground.Ground(
         config=section, source=build.open_model(section.model), device=jax.devices()[0]
     )
 
@@ -129,9 +132,9 @@ def test_what_is_replayed_draws_the_tokens_of_an_engine(monkeypatch):
         page_size=8,
         vocab_size=ground.source.config.vocab_size,
     )
-    writers = {mode.name: stage.builder(mode, load) for mode in prepared.modes}
+    writers = {mode.name: stage.workshop.builder(mode, load) for mode in prepared.modes}
     steps = simulation.record(12, writers)
-    programs = stage.compile(prepared.modes, load, has_alone=False)
+    programs = stage.workshop.compile(prepared.modes, load, has_alone=False)
     engine = engine_runs.build_small(batch_runs.FOLDER, max_requests=8, dense_batch=32)
     for mode in prepared.modes:
         drawn = {}
@@ -148,7 +151,7 @@ def test_what_is_replayed_draws_the_tokens_of_an_engine(monkeypatch):
 
 
 def test_a_mode_that_computes_something_else_is_found(tmp_path, monkeypatch):
-    real = ablation_device.programs.build_forward
+    real = ablation_programs.programs.build_forward
 
     def build_forward(*given, sizes, bucket, **how):
         made = real(*given, sizes=sizes, bucket=bucket, **how)
@@ -161,7 +164,7 @@ def test_a_mode_that_computes_something_else_is_found(tmp_path, monkeypatch):
 
         return forward
 
-    monkeypatch.setattr(ablation_device.programs, "build_forward", build_forward)
+    monkeypatch.setattr(ablation_programs.programs, "build_forward", build_forward)
     found, _ = _run(tmp_path, _ALONE)
     assert found.status == "failed"
     assert "6/4: split only drew " in found.message
@@ -172,14 +175,14 @@ def test_a_mode_that_computes_something_else_is_found(tmp_path, monkeypatch):
 
 
 def test_a_mode_that_does_not_compile_is_missing_with_its_reason(tmp_path, monkeypatch):
-    real = ablation_device.compiler.compile_all
+    real = ablation_programs.compiler.compile_all
 
     def compile_all(jobs, **how):
         if "split only" in {job.name for job in jobs}:
             raise jax.errors.JaxRuntimeError("INTERNAL: no such thing\nat 0x0")
         return real(jobs, **how)
 
-    monkeypatch.setattr(ablation_device.compiler, "compile_all", compile_all)
+    monkeypatch.setattr(ablation_programs.compiler, "compile_all", compile_all)
     found, said = _run(tmp_path, _ALONE)
     assert "FAILED: 6/4: split only: INTERNAL: no such thing" in said
     samples = folder.read(tmp_path / found.folder).samples
@@ -196,7 +199,7 @@ def test_what_does_not_compile_at_all_ends_the_run(tmp_path, monkeypatch):
     def compile_all(jobs, **how):
         raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
 
-    monkeypatch.setattr(ablation_device.compiler, "compile_all", compile_all)
+    monkeypatch.setattr(ablation_programs.compiler, "compile_all", compile_all)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no such thing"):
         _run(tmp_path, _ALONE)
     (path,) = tmp_path.glob("*/*")
@@ -213,7 +216,7 @@ def test_graphs_and_their_controls_are_programs_of_the_same_tokens(tmp_path, mon
 
     monkeypatch.setattr(executors, "choose", choose)
     # They say nothing to a CPU's compiler.
-    monkeypatch.setattr(ablation_device.Mode, "compiler_options", {})
+    monkeypatch.setattr(ablation_modes.Mode, "compiler_options", {})
     found, _ = _run(tmp_path)
     result = folder.read(tmp_path / found.folder)
     assert (found.status, found.message) == ("done", "")
@@ -357,7 +360,7 @@ def test_the_numbers_of_a_refilled_cache_are_random_and_the_same_each_time():
     prepared = ablation_turn.prepare(
         ground, ablation_scale.Case(name="6/4", load=load), load, _ALONE
     )
-    programs = stage.compile(prepared.modes[:1], load, has_alone=False)
+    programs = stage.workshop.compile(prepared.modes[:1], load, has_alone=False)
     found = []
     for _ in range(2):
         stage.refill(programs)
