@@ -33,7 +33,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "budget_seconds",
         480.0,
-        "After which kernels begins no problem; those that tell most come first.",
+        "After which kernels begins no problem and ablation no workload; those that tell most come "
+        "first.",
         lower_bound=0.0,
         **module,
     )
