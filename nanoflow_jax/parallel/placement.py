@@ -58,12 +58,14 @@ class Placement:
         kv_copies: Devices that keep the same kv head.
         split_experts: Whole experts on each device, rather than a part of each.
         by_columns: Products, of `o` and `down`, whose weight is split by columns.
+        adds_in_order: See `collectives.Group`.
     """
 
     mesh: jax.sharding.Mesh
     kv_copies: int = 1
     split_experts: bool = False
     by_columns: frozenset[str] = frozenset()
+    adds_in_order: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -72,7 +74,7 @@ class Placement:
     @property
     def group(self) -> collectives.Group:
         """These devices, from within one of them."""
-        return collectives.Group(num_devices=self.num_devices)
+        return collectives.Group(num_devices=self.num_devices, adds_in_order=self.adds_in_order)
 
     def with_columns(self, products: Collection[str], *, hidden_size: int) -> "Placement":
         """The same group, with the weights of some products split by columns.
