@@ -258,6 +258,10 @@ def _build_one(
         served,
         caps_products=executors.caps_products(plans.values()),
     )
+    executors.check_kernels(executor, choices)
+    together = None
+    if executors.runs_together(executor):
+        together = implementations.kernels_together(choices, served.config)
     model = _load(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = _layout(
@@ -312,7 +316,7 @@ def _build_one(
         placement=placement,
         threads=config.compile.threads,
         executor=executor,
-        operations=implementations.operations(choices),
+        operations=implementations.operations(choices, together=together),
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
     )

@@ -1,22 +1,31 @@
 """How the nano-operations of a plan are run at once, or not at all.
 
 With `graph`, XLA makes CUDA graphs whose nodes wait only for what they read (and for tokens, which
-hold lanes together), and does not merge what a plan has split. With `sequential` it makes its own
-order: one after another.
+hold lanes together), and does not merge what a plan has split. With `fused` attention and a product
+that the plan has beside it are one kernel of ours, and the rest runs one after another on all SMs.
+With `sequential` XLA makes its own order: one after another.
 """
 
 from collections.abc import Iterable, Mapping
 
 from nanoflow_jax.config import Executor
+from nanoflow_jax.engine.kernel_choice import Choices, Maker, Operation
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import Plan
 
 # What each of them undoes otherwise: docs/decisions.md, Overlap is read from compiled programs.
-_GRAPH_OPTIONS: Mapping[str, bool | int | str] = {
-    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-    "xla_gpu_graph_min_graph_size": 1,
+_SPLIT_OPTIONS: Mapping[str, bool | int | str] = {
     "xla_gpu_dot_merger_threshold_mb": 0,
     "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+}
+_OPTIONS: Mapping[Executor, Mapping[str, bool | int | str]] = {
+    Executor.GRAPH: {
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+        "xla_gpu_graph_min_graph_size": 1,
+        **_SPLIT_OPTIONS,
+    },
+    Executor.FUSED: _SPLIT_OPTIONS,
+    Executor.SEQUENTIAL: {},
 }
 
 
@@ -47,12 +56,34 @@ def _cuts(plan: Plan) -> bool:
 
 def compiler_options(executor: Executor) -> Mapping[str, bool | int | str]:
     """What XLA is told, for each forward program."""
-    return _GRAPH_OPTIONS if executor is Executor.GRAPH else {}
+    return _OPTIONS[executor]
 
 
 def keeps_lanes(executor: Executor) -> bool:
     """Whether kernels get tokens; see `nanobatch.executor.run`."""
     return executor is Executor.GRAPH
+
+
+def runs_together(executor: Executor) -> bool:
+    """Whether kernels that a plan lets run at once are one; see `nanobatch.executor.run`."""
+    return executor is Executor.FUSED
+
+
+def check_kernels(executor: Executor, choices: Choices) -> None:
+    """Makes sure that operations are made of what an executor can run.
+
+    Raises:
+        ValueError: Products or decode attention are no kernels that could run as one.
+    """
+    if not runs_together(executor):
+        return
+    for operation in (Operation.GEMM, Operation.DECODE_ATTENTION):
+        if choices[operation].maker is not Maker.MOSAIC:
+            raise ValueError(
+                f"--executor=fused runs products and decode attention in one {Maker.MOSAIC}, and "
+                f"{operation} is {choices[operation]}; take a plan that cuts (--plan=halves) and "
+                "--kernel_* that allow it, on a Hopper GPU or interpreted, or leave the flag out"
+            )
 
 
 def caps_products(plans: Iterable[Plan]) -> bool:

@@ -163,6 +163,7 @@ class Transformer(nnx.Module):
             caches,
             _LayerOperations(chosen, angles, attend, operations),
             keep_lanes=keep_lanes,
+            together=operations.together,
         )
 
     def _graph(self, layer: int, plan: Plan) -> nano_operations.LayerGraph:
@@ -225,7 +226,7 @@ class _LayerOperations:
 
     def __call__(self, call: Call, *reads: Any) -> Any:
         layer = self._layers[call.layer]
-        place = Place(num_ctas=call.num_ctas, token=call.token)
+        place = Place.of(call)
         # What XLA makes by itself takes no operand that it does not read.
         first, *rest = reads
         match call.operation:

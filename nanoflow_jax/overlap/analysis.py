@@ -1,9 +1,10 @@
 """What of a compiled step may run at once, beside what its plan wanted.
 
-XLA's graph of a step has a node for each kernel and copy. Those of one nano-operation are known
-by their named scopes, `layer_3/up_gate.1`; the one that does its work is its call of a kernel, or
-XLA's own product. The compiler tells of the beginning of a long graph only; none of it waits for
-the rest, so what is found there is exact, and the layers that follow repeat it.
+XLA's graph of a step has a node for each kernel and copy. Those of one nano-operation are known by
+their named scopes, `layer_3/up_gate.1`; the one that does its work is its call of a kernel, or
+XLA's own product. A kernel of several has the scopes of all of them. The compiler tells of the
+beginning of a long graph only; none of it waits for the rest, so what is found there is exact, and
+the layers that follow repeat it.
 """
 
 import dataclasses
@@ -59,15 +60,14 @@ class Analysis:
         self._places = {key: place for place, key in enumerate(plan.keys)}
         self._works: dict[Node, list[int]] = {}
         for index, launch in enumerate(self.graph.nodes):
-            node = self._node(launch)
-            if node is not None and _does_work(launch):
-                self._works.setdefault(node, []).append(index)
+            if _does_work(launch):
+                for node in self._nodes(launch):
+                    self._works.setdefault(node, []).append(index)
 
-    def _node(self, launch: Launch) -> Node | None:
-        found = _SCOPE.search(launch.scope)
-        if found is None or found[2] not in self._places:
-            return None
-        return Node(int(found[1]), self._places[found[2]])
+    def _nodes(self, launch: Launch) -> Iterator[Node]:
+        for layer, key in _SCOPE.findall(launch.scope):
+            if key in self._places:
+                yield Node(int(layer), self._places[key])
 
     def name(self, node: Node) -> str:
         """Layer and key, for people."""
@@ -82,12 +82,14 @@ class Analysis:
         return tuple(sorted(self._works, key=lambda node: self._works[node][0]))
 
     def are_unordered(self, one: Node, other: Node) -> bool:
-        """Whether the graph lets all work of two nano-operations run at once."""
-        return not any(
-            self.graph.are_ordered(first, second)
-            for first in self._works[one]
-            for second in self._works[other]
-        )
+        """Whether the graph lets all work of two nano-operations run at once, or as one kernel.
+
+        What decode attention does with the results of that kernel is not counted.
+        """
+        mine, others = self._works[one], self._works[other]
+        if not set(mine).isdisjoint(others):
+            return True
+        return not any(self.graph.are_ordered(first, second) for first in mine for second in others)
 
     def products_beside_attention(self) -> Iterator[Beside]:
         """Each decode attention that has products of other nano-operations around it.

@@ -73,6 +73,10 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         served,
         caps_products=executors.caps_products([step.plan]),
     )
+    executors.check_kernels(step.executor, choices)
+    together = None
+    if executors.runs_together(step.executor):
+        together = implementations.kernels_together(choices, step.model)
     kv_layout = _layout(step)
     placement = loading.place_model(step.model, jax.devices()[:1])
     sizes = programs.Sizes(
@@ -99,7 +103,7 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         layout=kv_layout,
         sizes=sizes,
         bucket=step.bucket,
-        operations=implementations.operations(choices),
+        operations=implementations.operations(choices, together=together),
         shares=programs.Shares(placement=placement, caches=None, weights=()),
         keep_lanes=executors.keeps_lanes(step.executor),
     )

@@ -1,7 +1,8 @@
 import pytest
 
 from nanoflow_jax.config import Executor
-from nanoflow_jax.engine import executors
+from nanoflow_jax.engine import executors, kernel_choice
+from nanoflow_jax.engine.kernel_choice import Maker, Operation
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.operations import LayerShape
 
@@ -26,6 +27,24 @@ def test_graphs_are_made_where_a_plan_cuts_and_there_is_a_gpu(asked, plans, on_g
 def test_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="--executor=graph makes CUDA graphs, and there is no GPU"):
         executors.choose(Executor.GRAPH, [_HALVES], on_gpu=False)
+
+
+def _choices(**made):
+    plain = kernel_choice.Choice(maker=Maker.PLAIN, reason="as asked")
+    by_operation = dict.fromkeys(Operation, plain)
+    for name, maker in made.items():
+        by_operation[Operation(name)] = kernel_choice.Choice(maker=maker, reason="Hopper")
+    return kernel_choice.Choices(by_operation=by_operation, num_ctas=132)
+
+
+def test_one_kernel_of_several_is_refused_where_one_of_them_is_none_of_ours():
+    both = {"gemm": Maker.MOSAIC, "decode_attention": Maker.MOSAIC}
+    executors.check_kernels(Executor.FUSED, _choices(**both))
+    for name, maker in (("gemm", Maker.PLAIN), ("decode_attention", Maker.TRITON)):
+        with pytest.raises(ValueError, match=f"--executor=fused .* {name} is {maker}"):
+            executors.check_kernels(Executor.FUSED, _choices(**both | {name: maker}))
+    for other in (Executor.GRAPH, Executor.SEQUENTIAL):
+        executors.check_kernels(other, _choices())
 
 
 def test_only_graphs_need_options_and_lanes():

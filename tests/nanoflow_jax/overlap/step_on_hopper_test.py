@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import deviceless
 import jax
@@ -45,6 +46,26 @@ def test_halves_of_an_8b_step_overlap_in_the_graph_as_the_plan_wants():
     beside = {one.attention.layer: one.products for one in found.products_beside_attention()}
     assert {found.plan.order[p.place].operation for p in beside[1]} >= {"o", "up_gate", "down"}
     assert found.too_ordered() == ()
+
+
+@pytest.mark.timeout(900)
+def test_attention_and_products_of_halves_are_one_kernel_where_fused():
+    found, claims = _claims(Executor.FUSED)
+    # Of a gated product beside decode attention jax 0.10 puts two values away, newer ones none.
+    assert found.spilled_bytes() <= (8 if jax.__version__.startswith("0.10.") else 0)
+    claims.pop("no kernel of ours spills registers")
+    assert all(claims.values()), claims
+    beside = {one.attention: one.products for one in found.products_beside_attention()}
+    assert {found.name(node): [*map(found.name, nodes)] for node, nodes in beside.items()} == {
+        "layer 1 decode_attention.0": ["layer 0 up_gate.1"],
+        "layer 1 decode_attention.1": ["layer 1 up_gate.0"],
+    }
+    assert all(kernel.grid[0] <= 132 for kernel in found.program.mosaic_kernels)
+    calls = [one for one in found.program.launches if one.kind == "kCustomCall"]
+    of_two = [one for one in calls if len(set(re.findall(r"layer_\d+/\w+\.\d+", one.scope))) == 2]
+    assert len(of_two) == 2 * _LAYERS
+    # Beside them decode attention has the merge of its parts.
+    assert sum("decode_attention." in one.scope for one in calls) == 2 * len(of_two)
 
 
 @pytest.mark.timeout(900)
