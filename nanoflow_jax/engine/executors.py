@@ -6,13 +6,19 @@ that the plan has beside it are one kernel of ours, and the rest runs one after 
 With `sequential` XLA makes its own order: one after another.
 """
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
 
 from nanoflow_jax.config import Executor
+from nanoflow_jax.engine import compiler
 from nanoflow_jax.engine.kernel_choice import Choices, Maker, Operation
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import Plan
 
+_LOG = logging.getLogger(__name__)
 # What each of them undoes otherwise: docs/decisions.md, Overlap is read from compiled programs.
 _SPLIT_OPTIONS: Mapping[str, bool | int | str] = {
     "xla_gpu_dot_merger_threshold_mb": 0,
@@ -29,25 +35,42 @@ _OPTIONS: Mapping[Executor, Mapping[str, bool | int | str]] = {
 }
 
 
-def choose(asked: Executor, plans: Iterable[Plan], *, on_gpu: bool) -> Executor:
+def choose(
+    asked: Executor,
+    plans: Iterable[Plan],
+    *,
+    on_gpu: bool,
+    refused_options: Callable[[Mapping[str, Any]], Mapping[str, str]] = compiler.refused_options,
+) -> Executor:
     """The executor of an engine, never `auto`.
 
     Args:
         asked: The knob.
         plans: Of all buckets.
         on_gpu: Whether it runs on one.
+        refused_options: Asks the installed jax; see `compiler.refused_options`.
 
     Raises:
-        ValueError: Graphs are asked for where there is no GPU.
+        ValueError: One is asked for that cannot run here.
     """
     if asked is Executor.GRAPH and not on_gpu:
         raise ValueError(
             "--executor=graph makes CUDA graphs, and there is no GPU here; leave it out, or look "
             "at the graph with python -m nanoflow_jax.overlap"
         )
+    chosen = asked
+    if asked is Executor.AUTO:
+        chosen = Executor.GRAPH if on_gpu and any(map(_cuts, plans)) else Executor.SEQUENTIAL
+    if not (refused := refused_options(compiler_options(chosen))):
+        return chosen
+    reason = (
+        f"--executor={chosen} needs options of XLA that jax {jax.__version__} does not take "
+        f"({'; '.join(refused.values())})"
+    )
     if asked is not Executor.AUTO:
-        return asked
-    return Executor.GRAPH if on_gpu and any(map(_cuts, plans)) else Executor.SEQUENTIAL
+        raise ValueError(f"{reason}; leave the flag out, or use a jax that this was tested with")
+    _LOG.warning("%s; operations run one after another, with nothing beside them", reason)
+    return Executor.SEQUENTIAL
 
 
 def _cuts(plan: Plan) -> bool:

@@ -1,7 +1,8 @@
+import jax
 import pytest
 
 from nanoflow_jax.config import Executor
-from nanoflow_jax.engine import executors, kernel_choice
+from nanoflow_jax.engine import compiler, executors, kernel_choice
 from nanoflow_jax.engine.kernel_choice import Maker, Operation
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.operations import LayerShape
@@ -27,6 +28,26 @@ def test_graphs_are_made_where_a_plan_cuts_and_there_is_a_gpu(asked, plans, on_g
 def test_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="--executor=graph makes CUDA graphs, and there is no GPU"):
         executors.choose(Executor.GRAPH, [_HALVES], on_gpu=False)
+
+
+def _refuse_graphs(options):
+    return {name: f"No such compile option: {name!r}" for name in options if "buffer" in name}
+
+
+def test_an_option_that_jax_does_not_take_is_reported(caplog):
+    caplog.set_level("WARNING")
+    lacks = {"on_gpu": True, "refused_options": _refuse_graphs}
+    with pytest.raises(ValueError, match=f"--executor=graph .* jax {jax.__version__} .*No such"):
+        executors.choose(Executor.GRAPH, [_HALVES], **lacks)
+    assert executors.choose(Executor.AUTO, [_HALVES], **lacks) is Executor.SEQUENTIAL
+    assert "--executor=graph needs options of XLA" in caplog.text
+    assert "xla_gpu_command_buffer_scheduling_mode" in caplog.text
+    assert executors.choose(Executor.FUSED, [_HALVES], **lacks) is Executor.FUSED
+
+
+@pytest.mark.parametrize("executor", [one for one in Executor if one is not Executor.AUTO])
+def test_this_jax_takes_the_options_of_every_executor(executor):
+    assert compiler.refused_options(executors.compiler_options(executor)) == {}
 
 
 def _choices(**made):
