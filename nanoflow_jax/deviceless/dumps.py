@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from nanoflow_jax.deviceless import hlo
-from nanoflow_jax.deviceless.program import Graph, Kernel, Launch, Memory, Program
+from nanoflow_jax.deviceless.program import Aside, Graph, Kernel, Launch, Memory, Program
 
 _THUNK = re.compile(r"^(?P<indent> *)(?P<id>\d+): (?P<kind>k\w+) *\[.*?\] ?(?P<rest>.*)$", re.M)
 _SHAPE = re.compile(
@@ -27,8 +27,11 @@ _NODE = re.compile(r"node (\d+) \(priority=\d+\): in=\[(.*?)\] out=\[")
 # a node takes a few hundred at most.
 _CUT_BYTES = 14_000
 _COMMAND_BUFFER = "kCommandBuffer"
+_ASYNC_START, _ASYNC_DONE = "kAsyncStart", "kAsyncDone"
 # What they stand around is started, not they.
-_AROUND = (_COMMAND_BUFFER, "kAsyncStart", "kAsyncDone")
+_AROUND = (_COMMAND_BUFFER, _ASYNC_START, _ASYNC_DONE)
+_STREAM = re.compile(r"stream=(\S+), async_id=(\d+)")
+_JOINED = re.compile(r"async_id=(\d+)")
 # A call of which some operands are parts of arrays: it stands alone inside, in a graph of its own.
 _SLICED = "kDynamicSliceFusion"
 
@@ -61,7 +64,7 @@ def read_program(folder: pathlib.Path, log: str) -> Program:
     dump = folder / "dump"
     thunks = _read_thunks(dump)
     names = _read_names(dump)
-    scopes = {one.name: one.scope for one in entry}
+    scopes = hlo.read_scopes(text) | {one.name: one.scope for one in entry if one.scope}
     launches = [
         _launch(one, names.get(one.id, ""), scopes) for one in thunks if one.kind not in _AROUND
     ]
@@ -72,6 +75,7 @@ def read_program(folder: pathlib.Path, log: str) -> Program:
         launches=tuple(launches),
         graphs=tuple(_graphs(thunks, names, scopes, log)),
         memory=Memory(**json.loads((folder / "memory.json").read_text())),
+        asides=tuple(_asides(thunks)),
     )
 
 
@@ -119,6 +123,19 @@ def _launch(thunk: _Thunk, name: str, scopes: Mapping[str, str]) -> Launch:
     )
 
 
+def _asides(thunks: list[_Thunk]) -> Iterator[Aside]:
+    """What is started on other streams."""
+    begun: dict[str, tuple[str, int, int]] = {}
+    count = 0
+    for i, thunk in enumerate(thunks):
+        if thunk.kind == _ASYNC_START and (found := _STREAM.search(thunk.rest)):
+            begun[found[2]] = (found[1], count, count + len(_inside(thunks, i)))
+        elif thunk.kind == _ASYNC_DONE and (ended := _JOINED.search(thunk.rest)):
+            stream, first, end = begun.pop(ended[1])
+            yield Aside(stream=stream, first=first, end=end, joined=count)
+        count += thunk.kind not in _AROUND
+
+
 def _graphs(
     thunks: Iterable[_Thunk], names: Mapping[int, str], scopes: Mapping[str, str], log: str
 ) -> Iterator[Graph]:
@@ -160,15 +177,18 @@ def _graph_sizes(buffers: Iterable[list[_Thunk]]) -> Iterator[int]:
 
 
 def _command_buffers(thunks: Iterable[_Thunk]) -> Iterator[list[_Thunk]]:
-    """What is in each: the thunks behind it that stand further to the right."""
+    """What is in each."""
     remaining = list(thunks)
     for index, thunk in enumerate(remaining):
         if thunk.kind == _COMMAND_BUFFER:
-            inside = itertools.takewhile(
-                lambda one, depth=thunk.depth: one.depth > depth,  # type: ignore[misc]
-                remaining[index + 1 :],
-            )
-            yield [one for one in inside if one.kind not in _AROUND]
+            yield _inside(remaining, index)
+
+
+def _inside(thunks: list[_Thunk], index: int) -> list[_Thunk]:
+    """What one thunk holds: those behind it that stand further to the right."""
+    depth = thunks[index].depth
+    held = itertools.takewhile(lambda one: one.depth > depth, thunks[index + 1 :])
+    return [one for one in held if one.kind not in _AROUND]
 
 
 def _xla_kernels(dump: pathlib.Path, thunks: Iterable[_Thunk], log: str) -> Iterator[Kernel]:

@@ -10,6 +10,7 @@ _LINE = re.compile(
 )
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLS = re.compile(r"calls=%([^\s,]+)")
+_NAMED = re.compile(r'^\s*(?:ROOT )?%(\S+) = .*?metadata=\{[^}]*?op_name="([^"]*)"', re.M)
 _SCOPE = re.compile(r'metadata=\{[^}]*?op_name="([^"]*)"')
 
 
@@ -18,6 +19,11 @@ def read_entry(text: str) -> tuple[Instruction, ...]:
     lines = text[text.index("\nENTRY ") :].split("\n")[2:]
     end = next(index for index, line in enumerate(lines) if line.startswith("}"))
     return tuple(_read(line, text) for line in lines[:end])
+
+
+def read_scopes(text: str) -> dict[str, str]:
+    """Scopes of instructions of all computations, by name, of those that have one."""
+    return {found[1]: found[2] for found in _NAMED.finditer(text)}
 
 
 def _read(line: str, text: str) -> Instruction:

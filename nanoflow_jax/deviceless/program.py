@@ -93,6 +93,25 @@ class Graph:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Aside:
+    """Launches that are started on another stream, as a run of the program's launches.
+
+    They wait for all before them on the main stream; the main stream goes on without them.
+
+    Attributes:
+        stream: XLA's name for it.
+        first: Index of the first of them.
+        end: Index behind the last of them, from which on the main stream goes on beside them.
+        joined: Index of the first launch of the main stream that waits for them.
+    """
+
+    stream: str
+    first: int
+    end: int
+    joined: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction:
     """One instruction of the optimised HLO's entry.
 
@@ -141,6 +160,7 @@ class Program:
         launches: All that is started, in order, graphs' nodes included.
         graphs: CUDA graphs, in order.
         memory: What it takes.
+        asides: What is started on other streams, in order.
     """
 
     hlo: str
@@ -149,6 +169,29 @@ class Program:
     launches: tuple[Launch, ...]
     graphs: tuple[Graph, ...]
     memory: Memory
+    asides: tuple[Aside, ...] = ()
+
+    @functools.cached_property
+    def by_streams(self) -> Graph:
+        """The order that streams keep of all launches, where no CUDA graph holds them."""
+        owners = {i: aside for aside in self.asides for i in range(aside.first, aside.end)}
+        joined: dict[int, list[int]] = {}
+        for aside in self.asides:
+            if aside.first < aside.end:
+                joined.setdefault(aside.joined, []).append(aside.end - 1)
+        main: list[int] = []  # what the main stream waits for
+        last: dict[str, list[int]] = {}
+        parents: list[tuple[int, ...]] = []
+        for i in range(len(self.launches)):
+            main = [*main, *joined.get(i, ())]
+            if (owner := owners.get(i)) is None:
+                parents.append(tuple(main))
+                main = [i]
+            else:
+                before = [*main, *last.get(owner.stream, ())] if i == owner.first else [i - 1]
+                parents.append(tuple(before))
+                last[owner.stream] = [i]
+        return Graph(nodes=self.launches, parents=tuple(parents), num_nodes=len(self.launches))
 
     @property
     def mosaic_kernels(self) -> tuple[Kernel, ...]:
@@ -190,6 +233,7 @@ class Program:
                 for graph in fields["graphs"]
             ),
             memory=Memory(**fields["memory"]),
+            asides=tuple(_made(Aside, one) for one in fields["asides"]),
         )
 
 

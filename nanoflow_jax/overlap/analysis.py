@@ -50,13 +50,17 @@ class Analysis:
             layers: The graph of each layer.
 
         Raises:
-            ValueError: The program has no CUDA graph.
+            ValueError: The program has neither a CUDA graph nor streams.
         """
-        if not program.graphs:
-            raise ValueError("the program has no CUDA graph; nothing can be said of its order")
+        if not program.graphs and not program.asides:
+            raise ValueError(
+                "the program has no CUDA graph and one stream; nothing can be said of its order"
+            )
         self.program, self.plan = program, plan
         self.wanted = Dependencies(plan, layers)
-        self.graph: Graph = max(program.graphs, key=lambda graph: graph.num_nodes)
+        self.graph: Graph = max(
+            program.graphs, key=lambda graph: graph.num_nodes, default=program.by_streams
+        )
         self._places = {key: place for place, key in enumerate(plan.keys)}
         self._works: dict[Node, list[int]] = {}
         for index, launch in enumerate(self.graph.nodes):

@@ -2,7 +2,15 @@ import dataclasses
 
 import pytest
 
-from nanoflow_jax.deviceless.program import Graph, Instruction, Kernel, Launch, Memory, Program
+from nanoflow_jax.deviceless.program import (
+    Aside,
+    Graph,
+    Instruction,
+    Kernel,
+    Launch,
+    Memory,
+    Program,
+)
 
 
 def _launch(name):
@@ -77,3 +85,19 @@ def test_programs_come_back_from_json_as_they_were():
     assert Program.from_json(_PROGRAM.to_json()) == _PROGRAM
     other = dataclasses.replace(_PROGRAM, hlo="other")
     assert Program.from_json(other.to_json()) != _PROGRAM
+
+
+def test_a_stream_of_its_own_waits_for_what_came_before_and_is_waited_for_where_it_joins():
+    # Main: a, d, e, h. Aside: b and c from a on, until e; f and g from e on, for nobody.
+    asides = (
+        Aside(stream="computation_stream[0]", first=1, end=3, joined=4),
+        Aside(stream="computation_stream[0]", first=5, end=7, joined=8),
+        Aside(stream="computation_stream[1]", first=7, end=7, joined=7),
+    )
+    program = dataclasses.replace(_PROGRAM, launches=tuple(map(_launch, "abcdefgh")), asides=asides)
+    graph = program.by_streams
+    assert graph.parents == ((), (0,), (1,), (0,), (3, 2), (4, 2), (5,), (4,))
+    assert not graph.are_ordered(2, 3)
+    assert graph.are_ordered(2, 4)
+    assert not graph.are_ordered(6, 7)
+    assert Program.from_json(program.to_json()) == program
