@@ -7,11 +7,13 @@ nothing behind in the compiled step. A token is an operand that a kernel takes a
 an edge in XLA's concurrent graph, which is how lanes stay lanes.
 
 Where kernels of several nano-operations can be one, `Together` makes it, of groups that `grouping`
-finds.
+finds. Where the memory lane has a stream of its own, barriers say in which order the program starts
+things: XLA goes through it in that order, and waits for the other stream where its result is read.
 """
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -84,6 +86,11 @@ class Together(Protocol):
         """What each of a group writes; all `num_ctas` of their calls are numbers."""
 
 
+# Starts an operation aside, on another stream, with what it reads; answers what it writes, and all
+# that must be there before it can start.
+StartAside = Callable[[Callable[..., Any], Sequence[Any]], tuple[Any, list[Array]]]
+
+
 def run(
     plan: Plan,
     layers: Sequence[operations.LayerGraph],
@@ -93,6 +100,7 @@ def run(
     *,
     keep_lanes: bool = False,
     together: Together | None = None,
+    start_aside: StartAside | None = None,
 ) -> tuple[Float[Array, "T D"], list[Any]]:
     """Runs all layers.
 
@@ -106,17 +114,25 @@ def run(
             needs none.
         together: Runs what the plan lets run at once in one kernel, and the rest with all SMs but
             those of collectives, as nothing else runs beside it. None runs each by itself.
+        start_aside: For operations of the memory lane; None runs them as all others.
 
     Returns:
         What leaves the last layer, and the updated caches.
     """
     graph = Dependencies(plan, layers)
-    running = _Run(graph, layers, _Values(plan, layers, x, caches), keep_lanes=keep_lanes)
+    values = _Values(plan, layers, x, caches)
+    running = _Run(graph, values, keep_lanes=keep_lanes, has_aside=start_aside is not None)
     if together is None:
         for node in graph.nodes:
-            member = running.start(node, num_ctas=plan.order[node.place].num_ctas)
+            nano = plan.order[node.place]
+            member = running.start(node, num_ctas=nano.num_ctas)
+            operate = functools.partial(run_operation, member.call)
             with scope(member.call):
-                written = run_operation(member.call, *member.reads)
+                if start_aside is not None and nano.lane is operations.Resource.MEMORY:
+                    written, begun = start_aside(operate, member.reads)
+                    running.begin_aside(nano.lane, begun)
+                else:
+                    written = operate(*member.reads)
             running.end(node, written)
     else:
         _run_groups(running, graph, run_operation, together)
@@ -150,19 +166,17 @@ def _run_groups(
 class _Run:
     """What nano-operations read and write as they run, and what they wait for.
 
-    Invariant: `_done` has, of each that has run, arrays behind which others can come.
+    Invariant: `_done` has, of each that has run, arrays behind which others can come; `_begun`, for
+    each lane, those that were there when an operation was started aside, until one in that lane has
+    come behind them.
     """
 
     def __init__(
-        self,
-        graph: Dependencies,
-        layers: Sequence[operations.LayerGraph],
-        values: "_Values",
-        *,
-        keep_lanes: bool,
+        self, graph: Dependencies, values: "_Values", *, keep_lanes: bool, has_aside: bool
     ) -> None:
         self.values = values
-        self._graph, self._layers, self._keep_lanes = graph, layers, keep_lanes
+        self._graph, self._keep_lanes, self._has_aside = graph, keep_lanes, has_aside
+        self._begun: dict[operations.Resource, list[Array]] = {}
         self._done: dict[Node, list[Array]] = {}
         self._waited_for: dict[Node, tuple[Node, ...]] = {}
         self._same_weights: dict[tuple[int, str], Node] = {}
@@ -173,8 +187,10 @@ class _Run:
         graph = self._graph
         nano, op = graph.plan.order[node.place], graph.operation(node)
         barriers = self._barriers(node, op)
-        tokens = _tokens(graph, node, self._idle) if self._keep_lanes else ()
+        tokens = _tokens(graph, node, self._idle) if self._keep_lanes or self._has_aside else ()
         self._waited_for[node] = (*tokens, *barriers)
+        if self._has_aside:  # which no operand would tell of where XLA makes the operation
+            tokens, barriers = (), [*barriers, *tokens]
         call = Call(
             layer=node.layer,
             operation=op.name,
@@ -186,6 +202,8 @@ class _Run:
         with scope(call):
             reads = [self.values.read(node.layer, value, nano.tokens) for value in op.reads]
             reads = _after(reads, self._made_by(barriers))
+            if nano.lane is not None:
+                reads = _after(reads, self._begun.pop(nano.lane, []))
             if op.writes == operations.CACHE:
                 reads.append(self.values.read(node.layer, operations.CACHE, nano.tokens))
         return Member(call=call, reads=reads)
@@ -199,6 +217,10 @@ class _Run:
             self._idle.add(node)
             # What comes after it comes after what it would have waited for.
             self._done[node] = self._made_by(self._waited_for[node])
+
+    def begin_aside(self, lane: operations.Resource, begun: list[Array]) -> None:
+        """Lets what is issued next in each other lane come after the start of an operation."""
+        self._begun = dict.fromkeys(set(operations.Resource) - {lane}, begun)
 
     def _barriers(self, node: Node, op: operations.Operation) -> list[Node]:
         if op.writes == operations.CACHE:

@@ -172,6 +172,35 @@ def test_kernels_that_run_as_one_change_no_result(plan):
     _check_as_plain(plan, together=_Together())
 
 
+@given(random_plans.plans())
+def test_operations_that_are_started_aside_change_no_result(plan):
+    def start_aside(operate, reads):
+        aside.append(operate.args[0])
+        return operate(*reads), [jax.tree.leaves(reads)[0]]
+
+    aside = []
+    _check_as_plain(plan, start_aside=start_aside)
+    lanes = [plan.order[plan.keys.index(call.key)].lane for call in aside]
+    assert all(lane is Resource.MEMORY for lane in lanes)
+    assert len(lanes) == 3 * sum(nano.lane is Resource.MEMORY for nano in plan.order)
+
+
+def test_what_is_issued_next_in_another_lane_comes_after_the_start_and_before_the_end():
+    plan = builders.halves(LayerShape(), num_tokens=8, device=builders.Device(granule=4))
+
+    def start_aside(operate, reads):
+        begun = jnp.exp(reads[1])
+        return (jnp.log(reads[0][0]),), [begun]
+
+    names, before = _trace(plan, 2, start_aside=start_aside)
+    starts, ends = _places(names, "exp"), _places(names, "log")
+    products = _places(names, "sin")
+    assert starts[1] in before[products[0]], "up_gate of half A, layer 0, beside decode B"
+    assert ends[1] not in before[products[0]]
+    assert starts[2] in before[products[1]] and ends[2] not in before[products[1]]
+    assert ends[1] in before[products[1]], "which o of half B reads"
+
+
 def test_kernels_of_one_have_the_plans_shares_and_others_all_sms():
     plan = builders.halves(LayerShape(), num_tokens=8, device=builders.Device(granule=4))
     operations, together = _Numbers(plan), _Together()
@@ -239,12 +268,12 @@ class _Marked:
         return middle + hidden
 
 
-def _trace(plan, num_layers):
+def _trace(plan, num_layers, **options):
     """The equations of a traced run, each as its primitive's name and the equations before it."""
 
     def run(x):
         layers, caches = [plan.graph] * num_layers, [jnp.float32(0)] * num_layers
-        return executor.run(plan, layers, x, caches, _Marked())
+        return executor.run(plan, layers, x, caches, _Marked(), **options)
 
     jaxpr = jax.make_jaxpr(run)(jnp.zeros(plan.num_tokens)).jaxpr
     made_by, before, names = {}, [], []
