@@ -316,7 +316,9 @@ def _build_one(
         placement=placement,
         threads=config.compile.threads,
         executor=executor,
-        operations=implementations.operations(choices, together=together),
+        operations=implementations.operations(
+            choices, together=together, start_aside=executors.start_aside(executor)
+        ),
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
     )

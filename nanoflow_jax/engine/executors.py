@@ -3,18 +3,23 @@
 With `graph`, XLA makes CUDA graphs whose nodes wait only for what they read (and for tokens, which
 hold lanes together), and does not merge what a plan has split. With `fused` attention and a product
 that the plan has beside it are one kernel of ours, and the rest runs one after another on all SMs.
-With `sequential` XLA makes its own order: one after another.
+With `streams` attention has a stream of its own, and barriers keep the order in which all is
+started; there are no CUDA graphs then, in which XLA would wait for it at once. With `sequential`
+XLA makes its own order: one after another.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
+from nanoflow_jax import compat
 from nanoflow_jax.config import Executor
 from nanoflow_jax.engine import compiler
 from nanoflow_jax.engine.kernel_choice import Choices, Maker, Operation
+from nanoflow_jax.nanobatch.executor import StartAside
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import Plan
 
@@ -24,10 +29,19 @@ _SPLIT_OPTIONS: Mapping[str, bool | int | str] = {
     "xla_gpu_dot_merger_threshold_mb": 0,
     "xla_gpu_all_reduce_combine_threshold_bytes": 0,
 }
+_NEEDS_GPU = {
+    Executor.GRAPH: "makes CUDA graphs",
+    Executor.STREAMS: "starts attention on a stream of its own",
+}
 _OPTIONS: Mapping[Executor, Mapping[str, bool | int | str]] = {
     Executor.GRAPH: {
         "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
         "xla_gpu_graph_min_graph_size": 1,
+        **_SPLIT_OPTIONS,
+    },
+    Executor.STREAMS: {
+        "xla_gpu_enable_command_buffer": "",
+        "xla_gpu_experimental_stream_annotation": True,
         **_SPLIT_OPTIONS,
     },
     Executor.FUSED: _SPLIT_OPTIONS,
@@ -41,6 +55,7 @@ def choose(
     *,
     on_gpu: bool,
     refused_options: Callable[[Mapping[str, Any]], Mapping[str, str]] = compiler.refused_options,
+    why_no_streams: Callable[[], str | None] = compiler.why_no_streams,
 ) -> Executor:
     """The executor of an engine, never `auto`.
 
@@ -49,23 +64,26 @@ def choose(
         plans: Of all buckets.
         on_gpu: Whether it runs on one.
         refused_options: Asks the installed jax; see `compiler.refused_options`.
+        why_no_streams: Likewise.
 
     Raises:
         ValueError: One is asked for that cannot run here.
     """
-    if asked is Executor.GRAPH and not on_gpu:
+    if asked in _NEEDS_GPU and not on_gpu:
         raise ValueError(
-            "--executor=graph makes CUDA graphs, and there is no GPU here; leave it out, or look "
-            "at the graph with python -m nanoflow_jax.overlap"
+            f"--executor={asked} {_NEEDS_GPU[asked]}, and there is no GPU here; leave it out, or "
+            "look at the order of a step with python -m nanoflow_jax.overlap"
         )
     chosen = asked
     if asked is Executor.AUTO:
         chosen = Executor.GRAPH if on_gpu and any(map(_cuts, plans)) else Executor.SEQUENTIAL
-    if not (refused := refused_options(compiler_options(chosen))):
+    refused = [*refused_options(compiler_options(chosen)).values()]
+    if chosen is Executor.STREAMS and (reason := why_no_streams()) is not None:
+        refused.append(reason)
+    if not refused:
         return chosen
     reason = (
-        f"--executor={chosen} needs options of XLA that jax {jax.__version__} does not take "
-        f"({'; '.join(refused.values())})"
+        f"--executor={chosen} needs what jax {jax.__version__} does not take ({'; '.join(refused)})"
     )
     if asked is not Executor.AUTO:
         raise ValueError(f"{reason}; leave the flag out, or use a jax that this was tested with")
@@ -85,6 +103,13 @@ def compiler_options(executor: Executor) -> Mapping[str, bool | int | str]:
 def keeps_lanes(executor: Executor) -> bool:
     """Whether kernels get tokens; see `nanobatch.executor.run`."""
     return executor is Executor.GRAPH
+
+
+def start_aside(executor: Executor) -> StartAside | None:
+    """How operations of the memory lane are started; see `nanobatch.executor.run`."""
+    if executor is not Executor.STREAMS:
+        return None
+    return functools.partial(compat.start_on_stream, stream=0)
 
 
 def runs_together(executor: Executor) -> bool:

@@ -10,18 +10,23 @@ from nanoflow_jax.engine.kernel_choice import Choice, Choices, Maker, Operation
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.models import architecture, kernel_groups, kernel_operations
 from nanoflow_jax.models import operations as operation_lib
+from nanoflow_jax.nanobatch import executor as nanobatch
 from pallas_kernels.decode_attention import decode_attention, prepare_decode
 from pallas_kernels.decode_attention_triton import decode_attention_triton
 
 
 def operations(
-    choices: Choices, *, together: kernel_groups.KernelGroups | None = None
+    choices: Choices,
+    *,
+    together: kernel_groups.KernelGroups | None = None,
+    start_aside: nanobatch.StartAside | None = None,
 ) -> operation_lib.Operations:
-    """Products of the layers.
+    """Products of the layers, and how they run beside attention.
 
     Args:
         choices: What was chosen.
         together: From `kernels_together`, where kernels are to run as one; None elsewhere.
+        start_aside: See `nanobatch.executor.run`.
     """
     made = operation_lib.PLAIN
     products, experts = made.products, made.experts
@@ -34,7 +39,9 @@ def operations(
         experts = kernel_operations.KernelExperts(
             num_ctas=choices.num_ctas, interpret=_interpret(grouped)
         )
-    return operation_lib.Operations(products=products, experts=experts, together=together)
+    return operation_lib.Operations(
+        products=products, experts=experts, together=together, start_aside=start_aside
+    )
 
 
 def kernels_together(

@@ -115,6 +115,7 @@ class Operations:
         group: Devices that share the model, of which this is one.
         together: Runs kernels of nano-operations in one where a plan lets them; None runs each by
             itself.
+        start_aside: For operations of the memory lane; see `nanobatch.executor.run`.
     """
 
     products: Products
@@ -122,6 +123,7 @@ class Operations:
     place: Place = ANYWHERE
     group: collectives.Group = collectives.ALONE
     together: executor.Together | None = None
+    start_aside: executor.StartAside | None = None
 
     def at(self, place: Place) -> "Operations":
         """The same operations somewhere else."""

@@ -164,6 +164,7 @@ class Transformer(nnx.Module):
             _LayerOperations(chosen, angles, attend, operations),
             keep_lanes=keep_lanes,
             together=operations.together,
+            start_aside=operations.start_aside,
         )
 
     def _graph(self, layer: int, plan: Plan) -> nano_operations.LayerGraph:

@@ -103,7 +103,9 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         layout=kv_layout,
         sizes=sizes,
         bucket=step.bucket,
-        operations=implementations.operations(choices, together=together),
+        operations=implementations.operations(
+            choices, together=together, start_aside=executors.start_aside(step.executor)
+        ),
         shares=programs.Shares(placement=placement, caches=None, weights=()),
         keep_lanes=executors.keeps_lanes(step.executor),
     )

@@ -18,6 +18,8 @@ _HALVES = builders.halves(LayerShape(), num_tokens=512)
         (Executor.AUTO, [_ONE], True, Executor.SEQUENTIAL),
         (Executor.AUTO, [_HALVES], False, Executor.SEQUENTIAL),
         (Executor.GRAPH, [_ONE], True, Executor.GRAPH),
+        (Executor.STREAMS, [_HALVES], True, Executor.STREAMS),
+        (Executor.FUSED, [_HALVES], False, Executor.FUSED),
         (Executor.SEQUENTIAL, [_HALVES], True, Executor.SEQUENTIAL),
     ],
 )
@@ -25,9 +27,20 @@ def test_graphs_are_made_where_a_plan_cuts_and_there_is_a_gpu(asked, plans, on_g
     assert executors.choose(asked, plans, on_gpu=on_gpu) is wanted
 
 
-def test_graphs_without_a_gpu_are_refused():
+def test_what_needs_a_gpu_is_refused_without_one():
     with pytest.raises(ValueError, match="--executor=graph makes CUDA graphs, and there is no GPU"):
         executors.choose(Executor.GRAPH, [_HALVES], on_gpu=False)
+    with pytest.raises(ValueError, match=r"--executor=streams starts attention .* no GPU"):
+        executors.choose(Executor.STREAMS, [_HALVES], on_gpu=False)
+
+
+def test_streams_are_refused_where_jax_cannot_name_one():
+    with pytest.raises(ValueError, match=r"--executor=streams needs .* \(it has no compute_on\)"):
+        executors.choose(
+            Executor.STREAMS, [_HALVES], on_gpu=True, why_no_streams=lambda: "it has no compute_on"
+        )
+    asks_nobody = {"on_gpu": True, "why_no_streams": lambda: pytest.fail("graphs have no streams")}
+    assert executors.choose(Executor.GRAPH, [_HALVES], **asks_nobody) is Executor.GRAPH
 
 
 def _refuse_graphs(options):
@@ -40,7 +53,7 @@ def test_an_option_that_jax_does_not_take_is_reported(caplog):
     with pytest.raises(ValueError, match=f"--executor=graph .* jax {jax.__version__} .*No such"):
         executors.choose(Executor.GRAPH, [_HALVES], **lacks)
     assert executors.choose(Executor.AUTO, [_HALVES], **lacks) is Executor.SEQUENTIAL
-    assert "--executor=graph needs options of XLA" in caplog.text
+    assert "--executor=graph needs what jax" in caplog.text
     assert "xla_gpu_command_buffer_scheduling_mode" in caplog.text
     assert executors.choose(Executor.FUSED, [_HALVES], **lacks) is Executor.FUSED
 
@@ -66,6 +79,13 @@ def test_one_kernel_of_several_is_refused_where_one_of_them_is_none_of_ours():
             executors.check_kernels(Executor.FUSED, _choices(**both | {name: maker}))
     for other in (Executor.GRAPH, Executor.SEQUENTIAL):
         executors.check_kernels(other, _choices())
+
+
+def test_streams_alone_start_attention_aside():
+    for executor in Executor:
+        starts = executors.start_aside(executor) is not None
+        assert starts is (executor is Executor.STREAMS)
+    assert executors.compiler_options(Executor.STREAMS)["xla_gpu_enable_command_buffer"] == ""
 
 
 def test_only_graphs_need_options_and_lanes():

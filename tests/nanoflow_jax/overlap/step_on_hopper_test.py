@@ -69,6 +69,18 @@ def test_attention_and_products_of_halves_are_one_kernel_where_fused():
 
 
 @pytest.mark.timeout(900)
+def test_attention_of_halves_has_a_stream_beside_the_products_of_the_other_half():
+    found, claims = _claims(Executor.STREAMS)
+    assert all(claims.values()), claims
+    assert not found.program.graphs
+    assert {aside.stream for aside in found.program.asides} == {"computation_stream[0]"}
+    assert len(found.program.asides) == 2 * _LAYERS
+    beside = {found.name(one.attention): one.products for one in found.products_beside_attention()}
+    names = [found.plan.order[p.place].operation for p in beside["layer 1 decode_attention.0"]]
+    assert set(names) >= {"o", "up_gate", "down"}
+
+
+@pytest.mark.timeout(900)
 def test_the_same_step_fails_the_check_where_xla_runs_one_after_another():
     _, claims = _claims(Executor.SEQUENTIAL)
     assert not claims["decode attention may run beside products of the other part"]
