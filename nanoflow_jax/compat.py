@@ -188,6 +188,14 @@ def device_kernels(launch: Callable[[], object]) -> list[tuple[str, float]]:
     return [(name, 1e-3 * milliseconds) for name, milliseconds in timings]
 
 
+def check_pallas_triton() -> None:
+    """Raises ValueError where this jax has no Triton backend of Pallas."""
+    if plt is None:
+        raise ValueError(
+            f"jax {jax.__version__} has no Triton backend of Pallas; 0.12.0.1 still has it"
+        )
+
+
 def triton_call(
     body: Callable[..., None],
     *,
@@ -210,10 +218,7 @@ def triton_call(
     Raises:
         ValueError: This jax has no such backend.
     """
-    if plt is None:
-        raise ValueError(
-            f"jax {jax.__version__} has no Triton backend of Pallas; 0.12.0.1 still has it"
-        )
+    check_pallas_triton()
     # The warning comes when the program is lowered, where no context of ours reaches.
     warnings.filterwarnings(
         "ignore", "The Pallas Triton backend is deprecated", category=DeprecationWarning

@@ -139,6 +139,12 @@ class BatchSection:
     async_scheduling: bool = knob(
         True, "Plan step i + 1 while the device runs step i. Off: one step at a time."
     )
+    batch_invariant: bool = knob(
+        False,
+        "Tokens and logprobs of a request are the same to the last bit alone and beside any "
+        "others: every step is a full dense batch, contexts are cut at fixed places, devices add "
+        "in one order, and what is computed again is computed in the same way.",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self, self.PREFIX)
@@ -167,7 +173,7 @@ class KernelsSection:
         "Ada, on Hopper too; interpret_triton: that one, interpreted on a CPU.",
     )
     prefill_attention: KernelUse = knob(
-        KernelUse.AUTO, "Attention of prompt chunks; as --kernel_grouped_gemm."
+        KernelUse.AUTO, "Attention of prompt chunks; as --kernel_decode_attention."
     )
 
     def __post_init__(self) -> None:
@@ -194,6 +200,55 @@ class ParallelSection:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.PREFIX)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessesSection:
+    """Processes, for good on several machines, that share one model."""
+
+    PREFIX = ""
+
+    coordinator: str = knob(
+        "",
+        "HOST:PORT at which process 0 listens for the others: an address of its machine, given to "
+        "all of them alike. Whoever can reach it can join: use a network of your own.",
+    )
+    num_processes: int = knob(
+        1,
+        "Processes that share the devices of --tensor_parallel, as many of each. All are started "
+        "with the same flags but --process_id; process 0 reads and writes.",
+        low=1,
+    )
+    process_id: int = knob(0, "Which of --num_processes this is, from 0.", low=0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+        if self.process_id >= self.num_processes:
+            raise ValueError(
+                f"--process_id={self.process_id} is none of --num_processes={self.num_processes}; "
+                f"give each process a number of its own, from 0 to {self.num_processes - 1}"
+            )
+        if (self.num_processes > 1) != bool(self.coordinator):
+            raise ValueError(
+                f"--coordinator={self.coordinator} and --num_processes={self.num_processes}: "
+                "several processes need the address at which process 0 listens, and one needs none"
+            )
+        if self.coordinator:
+            self.address  # noqa: B018 (raises for what is none)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the coordinator.
+
+        Raises:
+            ValueError: It is none.
+        """
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(
+                f"--coordinator={self.coordinator} is not HOST:PORT, such as 10.0.0.1:7000"
+            )
+        return host.strip("[]"), int(port)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,6 +308,7 @@ class EngineConfig:
     batch: BatchSection = dataclasses.field(default_factory=BatchSection)
     kernels: KernelsSection = dataclasses.field(default_factory=KernelsSection)
     parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
+    processes: ProcessesSection = dataclasses.field(default_factory=ProcessesSection)
     plans: PlanSection = dataclasses.field(default_factory=PlanSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
 

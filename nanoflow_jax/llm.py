@@ -18,6 +18,7 @@ import numpy as np
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import generator
 from nanoflow_jax.engine import build, interface
+from nanoflow_jax.parallel import peers
 from nanoflow_jax.request import Choice, Completion, FinishReason, SamplingParams, TokenLogprobs
 from nanoflow_jax.tokenizer import tokenizer, tool_formats
 from nanoflow_jax.tokenizer import words as words_lib
@@ -98,17 +99,27 @@ class LLM:
 
     @classmethod
     def from_config(
-        cls, config: config_lib.EngineConfig, reports: build.Reports | None = None
+        cls,
+        config: config_lib.EngineConfig,
+        reports: build.Reports | None = None,
+        group: peers.Group | None = None,
     ) -> "LLM":
-        """The same from a whole configuration, as programs have it."""
+        """The same from a whole configuration, as programs have it; see `build.build_engine`."""
         made = cls.__new__(cls)
-        made._start(config, reports)
+        made._start(config, reports, group)
         return made
 
-    def _start(self, config: config_lib.EngineConfig, reports: build.Reports | None) -> None:
+    def _start(
+        self,
+        config: config_lib.EngineConfig,
+        reports: build.Reports | None,
+        group: peers.Group | None = None,
+    ) -> None:
         self._source = build.open_model(config.model)
         self.words = self._load_words(config.model.tool_format)
-        self.engine: interface.TokenEngine = build.build_engine(config, self._source, reports)
+        self.engine: interface.TokenEngine = build.build_engine(
+            config, self._source, reports, group
+        )
         self.generator = generator.Generator(self.engine, self.words.tokenizer)
         self._num_requests = 0
 

@@ -1,17 +1,13 @@
 """Decode attention for GPUs without Hopper's units, through Pallas' Triton backend.
 
 Means what `decode_attention` means, takes the same plan, and is bound by memory as it is: each
-cached byte is read once. A CTA does what its workers in the plan would do, one after the other.
-Pages are fetched by `cp.async` (sm_80) some steps ahead of their use, into as much shared memory as
-the smallest of these GPUs has; an SM of one that runs alone has some 20 GB/s to itself, for which
-the three or four steps on their way are enough.
-
-Queries of a kv head are padded to the 16 rows of a tensor core's product. Sizes that are no power
-of 2 are masked: what is masked is not read.
+cached byte is read once. A CTA does what its workers in the plan would do, one after the other, and
+an SM of an A100 has some 20 GB/s to itself, for which the two steps of `triton_pages` that are on
+their way are enough. Queries of a kv head are padded to the 16 rows of a tensor core's product.
 
 Accuracy: that of `decode_attention`; with float32 operands all products are in float32.
 
-Source: as for `decode_attention`; the schedule of the loop is Triton's (Tillet et al., MAPL 2019).
+Source: as for `decode_attention`.
 """
 
 import dataclasses
@@ -24,56 +20,16 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import compat
+from pallas_kernels import triton_pages
 from pallas_kernels.decode_attention import check_batch, finish_decode
 from pallas_kernels.decode_role import DecodeOptions
 from pallas_kernels.decode_walk import Item, Walk
 from pallas_kernels.merge_parts import merge_runs_reference
+from pallas_kernels.triton_pages import Tile, padded
 from pallas_kernels.work_list import PARTS_PER_GROUP, TILE_LEN, WORKERS_PER_CTA, WorkList
 
-# Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
-_LOWEST = -1e30
-# Rows of the smallest product of tensor cores, and its summed columns.
-_LEAST_ROWS = 16
-_DTYPES = ("bfloat16", "float16", "float32")
 _MOST_GROUP = 64
-_MOST_HEAD_DIM = 256
-# Keys and values of one step of the loop.
-_STEP_BYTES = 32 << 10
-_NUM_STAGES = 5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tile:
-    """How the kernel runs.
-
-    Attributes:
-        step_len: Tokens a step of the loop reads; a power of 2 that divides the plan's tile.
-        num_warps: Of a CTA.
-        num_stages: Steps whose pages are on their way at a time.
-    """
-
-    step_len: int
-    num_warps: int
-    num_stages: int
-
-    def __post_init__(self) -> None:
-        if self.step_len < _LEAST_ROWS or TILE_LEN % self.step_len:
-            raise ValueError(
-                f"step_len={self.step_len} is not at least {_LEAST_ROWS}, or does not divide "
-                f"the plan's tiles of {TILE_LEN} tokens"
-            )
-
-
-def default_tile(*, head_dim: int, itemsize: int) -> Tile:
-    """What fits the 99 KiB that a CTA may have on the smallest of these GPUs (sm_86, sm_89).
-
-    Args:
-        head_dim: H.
-        itemsize: Bytes of an element of the cache.
-    """
-    token_bytes = 2 * pl.next_power_of_2(head_dim) * itemsize
-    step_len = min(max(_STEP_BYTES // token_bytes, _LEAST_ROWS), TILE_LEN)
-    return Tile(step_len=step_len, num_warps=4, num_stages=_NUM_STAGES)
+_NUM_WARPS = 4
 
 
 def decode_attention_triton(
@@ -118,11 +74,21 @@ def decode_attention_triton(
     """
     if num_ctas < 1:
         raise ValueError(f"num_ctas={num_ctas} is not at least 1")
-    check_batch(q, cache, page_table, context_lens, work, dtypes=_DTYPES, most_group=_MOST_GROUP)
+    check_batch(
+        q,
+        cache,
+        page_table,
+        context_lens,
+        work,
+        dtypes=triton_pages.DTYPES,
+        most_group=_MOST_GROUP,
+    )
     (R, N, H), K = q.shape, cache.shape[2]
-    if H > _MOST_HEAD_DIM:
-        raise ValueError(f"head_dim={H} is above {_MOST_HEAD_DIM}")
-    tile = tile or default_tile(head_dim=H, itemsize=q.dtype.itemsize)
+    if H > triton_pages.MOST_HEAD_DIM:
+        raise ValueError(f"head_dim={H} is above {triton_pages.MOST_HEAD_DIM}")
+    tile = tile or triton_pages.default_tile(
+        head_dim=H, itemsize=q.dtype.itemsize, num_warps=_NUM_WARPS
+    )
     options = DecodeOptions(scale=scale, window=window, softcap=softcap, interpreted=interpret)
     group, num_parts = N // K, PARTS_PER_GROUP * work.groups.shape[0]
     operands = [q.reshape(R * K, group, H), cache, page_table, context_lens]
@@ -193,63 +159,35 @@ def _kernel(refs: _Refs, options: DecodeOptions, tile: Tile) -> None:
 def _attend(
     refs: _Refs, item: Item, options: DecodeOptions, tile: Tile
 ) -> tuple[Float[Array, "G H"], Float[Array, "G"], Float[Array, "G"]]:
-    """Sum of values, largest score and sum of weights, over the tokens of an item."""
+    """See `triton_pages.attend`; over the tokens of an item."""
     _, group, H = refs.q.shape
-    M, S, dtype = refs.page_table.shape[1], refs.cache.shape[3], refs.cache.dtype
-    rows, columns = _padded(group), _padded(H)
-    is_column = (columns < H)[None]
+    rows, columns = padded(group), padded(H)
     query = compat.plt.load(
         refs.q.at[_row(refs, item), rows[:, None], columns[None]],
-        mask=(rows < group)[:, None] & is_column,
+        mask=(rows < group)[:, None] & (columns < H)[None],
         other=0,
     )
     length = item.length
     oldest = 0 if options.window is None else jnp.maximum(length - options.window, 0)
-    first = jnp.maximum(item.first_tile * TILE_LEN, oldest)
-    end = jnp.minimum((item.first_tile + item.num_tiles) * TILE_LEN, length)
-
-    def one_step(i: Any, running: Any) -> Any:
-        mixed, top, total = running
-        position = i * tile.step_len + jnp.arange(tile.step_len, dtype=jnp.int32)
-        is_seen = (position >= first) & (position < end)
-        page = compat.plt.load(
-            refs.page_table.at[item.request, jnp.minimum(lax.div(position, S), M - 1)],
-            mask=is_seen,
-            other=0,
-        )
-
-        def read(side: int) -> Any:
-            offset = lax.rem(position, S)
-            return compat.plt.load(
-                refs.cache.at[page[:, None], side, item.head, offset[:, None], columns[None]],
-                mask=is_seen[:, None] & is_column,
-                other=0,
-            )
-
-        scores = options.powers(_product(query, read(0).T))
-        scores = jnp.where(is_seen[None], scores, _LOWEST)
-        new_top = jnp.maximum(top, scores.max(axis=1))
-        fade = jnp.exp2(top - new_top)
-        weights = jnp.exp2(scores - new_top[:, None])
-        mixed = mixed * fade[:, None] + _product(weights.astype(dtype), read(1))
-        return mixed, new_top, total * fade + weights.sum(axis=1)
-
-    nothing = (
-        jnp.zeros((rows.shape[0], columns.shape[0]), jnp.float32),
-        jnp.full(rows.shape, _LOWEST, jnp.float32),
-        jnp.zeros(rows.shape, jnp.float32),
+    context = triton_pages.Context(
+        cache=refs.cache,
+        page_table=refs.page_table,
+        row=item.request,
+        head=item.head,
+        first=jnp.maximum(item.first_tile * TILE_LEN, oldest),
+        end=jnp.minimum((item.first_tile + item.num_tiles) * TILE_LEN, length),
     )
-    num_steps = lax.div(end + tile.step_len - 1, tile.step_len)
-    return lax.fori_loop(lax.div(first, tile.step_len), num_steps, one_step, nothing)
+    return triton_pages.attend(
+        query, context, options, tile, sees=lambda key: jnp.full_like(key, True, dtype=jnp.bool_)
+    )
 
 
-def _store(refs: _Refs, item: Item, part: Any, running: Any) -> None:
-    mixed, top, total = running
+def _store(refs: _Refs, item: Item, part: Any, result: Any) -> None:
+    mixed, top, total = result
     _, group, H = refs.q.shape
-    rows, columns = _padded(group), _padded(H)
+    rows, columns = padded(group), padded(H)
     is_row = rows < group
     is_real = is_row[:, None] & (columns < H)[None]
-    mixed = mixed / total[:, None]
     is_part = jnp.logical_not(item.is_whole)
     compat.plt.store(
         refs.out.at[_row(refs, item), rows[:, None], columns[None]],
@@ -264,12 +202,3 @@ def _store(refs: _Refs, item: Item, part: Any, running: Any) -> None:
 
 def _row(refs: _Refs, item: Item) -> Any:
     return item.request * refs.cache.shape[2] + item.head
-
-
-def _padded(size: int) -> Int32[Array, "X"]:
-    """Indices up to a power of 2 that tensor cores multiply."""
-    return jnp.arange(max(pl.next_power_of_2(size), _LEAST_ROWS), dtype=jnp.int32)
-
-
-def _product(x: Any, y: Any) -> Any:
-    return compat.plt.dot(x, y, allow_tf32=False)

@@ -20,6 +20,7 @@ and two warpgroups that take turns; pages as in PagedAttention (Kwon et al., arX
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from pallas_kernels.merge_parts import merge_parts
 from pallas_kernels.prefill_role import PrefillForm, PrefillRefs, prefill_role
 from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, PrefillTiles, tile_len
 
+_DTYPES = ("bfloat16", "float16")
 _HEAD_DIMS = (64, 128, 256)
 _PAGE_SIZES = (16, 32, 64, 128)
 
@@ -133,7 +135,7 @@ def prepare_prefill(
             out = _with_parts(out, parts, weights, tiles=tiles, form=form)
         if aligned:
             return out[:num_tokens]
-        return out.at[jnp.asarray(tiles.sources)].get(mode="fill", fill_value=0)
+        return gather_results(out, tiles)
 
     read = (tiles.starts, tiles.counts, tiles.positions, tiles.rows, tiles.num_tiles, tiles.cuts)
     return mosaic.Kernel(
@@ -216,23 +218,33 @@ def _with_parts(
     return out.at[places].set(merged.astype(out.dtype), mode="drop")
 
 
-def _check(
-    q: Any, cache: Any, page_table: Any, tiles: PrefillTiles, *, window: Any, softcap: Any
+def gather_results(out: Float[Array, "C N H"], tiles: PrefillTiles) -> Float[Array, "T N H"]:
+    """What tiles say of each token, from the results of all slots; zeros of tokens in no tile."""
+    return out.at[jnp.asarray(tiles.sources)].get(mode="fill", fill_value=0)
+
+
+def check_chunks(
+    q: Any, cache: Any, page_table: Any, tiles: PrefillTiles, *, dtypes: Sequence[str]
 ) -> None:
+    """Raises ValueError unless operands of `prefill_attention` fit each other.
+
+    Args:
+        q: Queries.
+        cache: Pages.
+        page_table: Pages of each row.
+        tiles: What to do.
+        dtypes: That q and the cache may have.
+    """
     if q.ndim != 3 or cache.ndim != 5 or cache.shape[1] != 2 or q.shape[2] != cache.shape[4]:
         raise ValueError(f"q{q.shape} and cache{cache.shape} are not [T, N, H] and [P, 2, K, S, H]")
     if 0 in (*q.shape, *cache.shape):
         raise ValueError(f"q{q.shape} and cache{cache.shape} must not be empty")
-    if q.dtype != cache.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype != cache.dtype or str(q.dtype) not in dtypes:
         raise ValueError(
-            f"q is {q.dtype} and the cache {cache.dtype}; both must be bfloat16 or float16"
+            f"q is {q.dtype} and the cache {cache.dtype}; both must be {' or '.join(dtypes)}"
         )
     if q.shape[1] % cache.shape[2]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {cache.shape[2]} KV heads")
-    if q.shape[2] not in _HEAD_DIMS:
-        raise ValueError(f"head width {q.shape[2]} is none of {_HEAD_DIMS}; use the plain path")
-    if cache.shape[3] not in _PAGE_SIZES:
-        raise ValueError(f"page size {cache.shape[3]} is none of {_PAGE_SIZES}")
     if page_table.ndim != 2 or page_table.dtype != jnp.int32:
         raise ValueError(f"page_table is {page_table.dtype}{page_table.shape}, not int32 [R, M]")
     shapes = [field.shape for field in tiles]
@@ -245,6 +257,16 @@ def _check(
         )
     if any(field.dtype != jnp.int32 for field in tiles):
         raise ValueError(f"tiles are {[str(field.dtype) for field in tiles]}, not int32")
+
+
+def _check(
+    q: Any, cache: Any, page_table: Any, tiles: PrefillTiles, *, window: Any, softcap: Any
+) -> None:
+    check_chunks(q, cache, page_table, tiles, dtypes=_DTYPES)
+    if q.shape[2] not in _HEAD_DIMS:
+        raise ValueError(f"head width {q.shape[2]} is none of {_HEAD_DIMS}; use the plain path")
+    if cache.shape[3] not in _PAGE_SIZES:
+        raise ValueError(f"page size {cache.shape[3]} is none of {_PAGE_SIZES}")
     for name, value in (("window", window), ("softcap", softcap)):
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value} is not above 0; None does without")

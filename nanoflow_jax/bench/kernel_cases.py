@@ -10,17 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanoflow_jax.bench.draw import Draw
+from nanoflow_jax.engine.kernel_choice import Maker
 from pallas_kernels import decode_attention as decode_lib
 from pallas_kernels import gemm as gemm_lib
 from pallas_kernels import grouped_gemm as grouped_lib
 from pallas_kernels import mosaic, prefill_tiles, work_list
 from pallas_kernels import prefill_attention as prefill_lib
+from pallas_kernels.decode_attention_triton import decode_attention_triton
+from pallas_kernels.prefill_attention_triton import prefill_attention_triton
 from pallas_kernels.side_by_side import side_by_side
 
 # Of the 2-norm of a result: its rounding, that of the weights that multiply values, and the GPU's
 # approximate exp2. Products of float32 are made of TF32, ten bits of mantissa.
 _GEMM_ERROR = {"bfloat16": 4e-3, "float32": 2e-3}
 _ATTENTION_ERROR = 1e-2
+# What tells a case of a maker from another one's.
+_SUFFIXES = {Maker.MOSAIC: "", Maker.TRITON: ", Triton"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,7 @@ class Case:
         reference: Takes the operands; the same results by the plain functions.
         relative_error: Largest distance of the two, as a share of the reference, in the 2-norm.
         num_ctas: Caps to run the kernel with.
+        maker: Whose kernel it is.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Case:
     reference: Callable[..., tuple[Any, ...]]
     relative_error: float
     num_ctas: Sequence[int]
+    maker: Maker = Maker.MOSAIC
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,8 @@ def cases(sizes: Sizes, seed: int) -> list[Case]:
         *(_prefill(sizes, draw, rows) for rows in sizes.tokens),
         _fused(sizes, draw),
         _pod(sizes, draw),
+        *(_decode(sizes, draw, size, maker=Maker.TRITON) for size in sizes.page_sizes),
+        *(_prefill(sizes, draw, rows, maker=Maker.TRITON) for rows in sizes.tokens),
     ]
 
 
@@ -227,7 +236,7 @@ def _decode_operands(sizes: Sizes, draw: Draw, page_size: int) -> tuple[Any, ...
     return q, cache, table, jnp.asarray(lens)
 
 
-def _decode(sizes: Sizes, draw: Draw, page_size: int) -> Case:
+def _decode(sizes: Sizes, draw: Draw, page_size: int, *, maker: Maker = Maker.MOSAIC) -> Case:
     operands = _decode_operands(sizes, draw, page_size)
     lens = np.asarray(operands[-1])
     is_plain = page_size == sizes.page_sizes[0]
@@ -239,11 +248,10 @@ def _decode(sizes: Sizes, draw: Draw, page_size: int) -> Case:
         work = work_list.plan_decode(
             lens, num_kv_heads=sizes.heads[1], num_ctas=num_ctas, window=form.get("window")
         )
-        q, cache, table, context_lens = arrays
-        made = decode_lib.decode_attention(
-            q, cache, table, context_lens, work, **form, num_ctas=num_ctas, interpret=interpret
-        )
-        return (made,)
+        attend: Callable[..., Any] = decode_lib.decode_attention
+        if maker is Maker.TRITON:
+            attend, interpret = decode_attention_triton, interpret is not None
+        return (attend(*arrays, work, **form, num_ctas=num_ctas, interpret=interpret),)
 
     def reference(*arrays: Any) -> tuple[Any, ...]:
         return (decode_lib.decode_attention_reference(*arrays, **form),)
@@ -251,7 +259,8 @@ def _decode(sizes: Sizes, draw: Draw, page_size: int) -> Case:
     more = "" if is_plain else ", window, soft-cap"
     return Case(
         name=f"decode attention, {sizes.requests} of up to {sizes.longest}, pages of {page_size}"
-        + more,
+        f"{more}{_SUFFIXES[maker]}",
+        maker=maker,
         operands=operands,
         kernel=kernel,
         reference=reference,
@@ -261,9 +270,9 @@ def _decode(sizes: Sizes, draw: Draw, page_size: int) -> Case:
 
 
 def _prefill_operands(
-    sizes: Sizes, draw: Draw, num_tokens: int
+    sizes: Sizes, draw: Draw, num_tokens: int, *, cuts_keys: bool = True
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arrays, and what is by name; where tokens are few, keys are cut into parts."""
+    """Arrays, and what is by name; where tokens are few, keys may be cut into parts."""
     heads, kv_heads = sizes.heads
     # Three chunks: the start of a prompt, one behind a long prefix, one token.
     first = num_tokens // 2
@@ -279,7 +288,7 @@ def _prefill_operands(
     group = heads // kv_heads
     split = None
     capacity = prefill_tiles.max_tiles(num_tokens, len(chunks), group=group)
-    if num_tokens < sizes.tokens[0]:
+    if cuts_keys and num_tokens < sizes.tokens[0]:
         used = {"num_kv_heads": kv_heads, "num_ctas": sizes.num_ctas[-1]}
         split = prefill_tiles.KeySplit(**used, max_parts=prefill_tiles.max_parts(**used))
         capacity += split.max_parts
@@ -290,20 +299,23 @@ def _prefill_operands(
     return (q, cache, table), {"tiles": tiles, "scale": sizes.head_dim**-0.5}
 
 
-def _prefill(sizes: Sizes, draw: Draw, num_tokens: int) -> Case:
-    operands, form = _prefill_operands(sizes, draw, num_tokens)
+def _prefill(sizes: Sizes, draw: Draw, num_tokens: int, *, maker: Maker = Maker.MOSAIC) -> Case:
+    is_triton = maker is Maker.TRITON
+    operands, form = _prefill_operands(sizes, draw, num_tokens, cuts_keys=not is_triton)
 
     def kernel(*arrays: Any, num_ctas: int, interpret: Any) -> tuple[Any, ...]:
-        made = prefill_lib.prefill_attention(
-            *arrays, **form, num_ctas=num_ctas, interpret=interpret
-        )
-        return (made,)
+        attend: Callable[..., Any] = prefill_lib.prefill_attention
+        if is_triton:
+            attend, interpret = prefill_attention_triton, interpret is not None
+        return (attend(*arrays, **form, num_ctas=num_ctas, interpret=interpret),)
 
     def reference(*arrays: Any) -> tuple[Any, ...]:
         return (prefill_lib.prefill_attention_reference(*arrays, **form),)
 
     return Case(
-        name=f"prefill attention, {num_tokens} tokens of 3 chunks, up to {sizes.longest}",
+        name=f"prefill attention, {num_tokens} tokens of 3 chunks, up to {sizes.longest}"
+        f"{_SUFFIXES[maker]}",
+        maker=maker,
         operands=operands,
         kernel=kernel,
         reference=reference,

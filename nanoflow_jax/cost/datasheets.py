@@ -1,60 +1,122 @@
-"""What datasheets promise of GPUs."""
+"""What datasheets, and one paper, promise of accelerators."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Datasheet:
-    """A GPU as its maker describes it.
+class Accelerator:
+    """A device as somebody describes it.
 
     Attributes:
-        bf16_flops: Dense products of bfloat16, operations per second.
-        memory_bytes_per_s: Of its memory.
+        bf16_flops: Dense products of 16-bit numbers, operations per second.
+        memory_bytes: Of its memory.
+        memory_bytes_per_s: To and from it.
+        link_bytes_per_s: To other devices of a node, one way.
     """
 
     name: str
-    num_sms: int
     bf16_flops: float
+    memory_bytes: float
     memory_bytes_per_s: float
+    link_bytes_per_s: float
     source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Datasheet(Accelerator):
+    """A GPU as its maker describes it."""
+
+    num_sms: int
 
 
 _HOPPER = "NVIDIA H100 Tensor Core GPU datasheet (dense: half of the figures with sparsity)"
 _H200 = "NVIDIA H200 Tensor Core GPU datasheet (dense: half of the figures with sparsity)"
 _AMPERE = "NVIDIA A100 Tensor Core GPU datasheet"
 _ADA = "NVIDIA L4 and L40S datasheets (dense: half of the figures with sparsity)"
-# By what the driver calls them; the first whose words are all in the name.
-_DATASHEETS: tuple[tuple[tuple[str, ...], Datasheet], ...] = tuple(
+# By what the driver calls them; the first whose words are all in the name. Then what people call
+# them, SMs, TFLOP/s, GB of memory, GB/s of it and of links one way.
+_DATASHEETS: tuple[tuple[tuple[str, ...], str, Datasheet], ...] = tuple(
     (
         tuple(words.split()),
+        short,
         Datasheet(
             name=name,
             num_sms=num_sms,
             bf16_flops=tera * 1e12,
+            memory_bytes=gigabytes * 1e9,
             memory_bytes_per_s=giga * 1e9,
+            link_bytes_per_s=link * 1e9,
             source=source,
         ),
     )
-    for words, name, num_sms, tera, giga, source in (
-        ("H200 NVL", "H200 NVL", 132, 835.5, 4800, _H200),
-        ("H200", "H200 SXM", 132, 989.5, 4800, _H200),
-        ("H100 NVL", "H100 NVL", 132, 835.5, 3900, _HOPPER),
-        ("H100 PCIe", "H100 PCIe", 114, 756, 2000, _HOPPER),
-        ("H100", "H100 SXM", 132, 989.5, 3350, _HOPPER),
-        ("A100 SXM4 40GB", "A100 SXM 40 GB", 108, 312, 1555, _AMPERE),
-        ("A100 PCIE 40GB", "A100 PCIe 40 GB", 108, 312, 1555, _AMPERE),
-        ("A100 SXM4 80GB", "A100 SXM 80 GB", 108, 312, 2039, _AMPERE),
-        ("A100 80GB PCIe", "A100 PCIe 80 GB", 108, 312, 1935, _AMPERE),
-        ("L40S", "L40S", 142, 362, 864, _ADA),
-        ("L4", "L4", 58, 121, 300, _ADA),
+    for words, short, name, num_sms, tera, gigabytes, giga, link, source in (
+        ("H200 NVL", "h200-nvl", "H200 NVL", 132, 835.5, 141, 4800, 450, _H200),
+        ("H200", "h200", "H200 SXM", 132, 989.5, 141, 4800, 450, _H200),
+        ("H100 NVL", "h100-nvl", "H100 NVL", 132, 835.5, 94, 3900, 300, _HOPPER),
+        ("H100 PCIe", "h100-pcie", "H100 PCIe", 114, 756, 80, 2000, 300, _HOPPER),
+        ("H100", "h100", "H100 SXM", 132, 989.5, 80, 3350, 450, _HOPPER),
+        ("A100 SXM4 40GB", "a100-40g", "A100 SXM 40 GB", 108, 312, 40, 1555, 300, _AMPERE),
+        ("A100 PCIE 40GB", "a100-40g-pcie", "A100 PCIe 40 GB", 108, 312, 40, 1555, 300, _AMPERE),
+        ("A100 SXM4 80GB", "a100-80g", "A100 SXM 80 GB", 108, 312, 80, 2039, 300, _AMPERE),
+        ("A100 80GB PCIe", "a100-80g-pcie", "A100 PCIe 80 GB", 108, 312, 80, 1935, 300, _AMPERE),
+        ("L40S", "l40s", "L40S", 142, 362, 48, 864, 32, _ADA),
+        ("L4", "l4", "L4", 58, 121, 24, 300, 32, _ADA),
     )
 )
+
+_TABLE_1 = "NanoFlow (arXiv 2408.12757v2), Table 1; links one way are half of its NetBW"
+# TFLOP/s, GB, GB/s of memory, GB/s of links both ways, as printed there.
+_PRINTED: dict[str, tuple[float, float, float, float]] = {
+    "v100": (125, 16, 900, 300),
+    "a100-40g": (312, 40, 1555, 600),
+    "a100-80g": (312, 80, 2000, 600),
+    "h100": (989, 80, 3352, 900),
+    "h200": (989, 96, 4800, 900),
+    "b100": (1800, 120, 8000, 1800),
+    "b200": (2250, 120, 8000, 1800),
+    "mi250": (362, 128, 3352, 800),
+    "mi300": (1307, 192, 5300, 1024),
+    "mi325x": (1307, 256, 6000, 1024),
+    "gaudi2": (1000, 96, 2400, 600),
+    "gaudi3": (1800, 128, 3700, 1200),
+    "ada6000": (182, 48, 960, 64),
+}
+_PAPER = "paper:"
 
 
 def datasheet(device_kind: str) -> Datasheet | None:
     """Of the GPU that a driver calls so, such as NVIDIA H100 80GB HBM3; None if it is not known."""
     words = set(device_kind.replace("-", " ").split())
-    for wanted, sheet in _DATASHEETS:
+    for wanted, _, sheet in _DATASHEETS:
         if words.issuperset(wanted):
             return sheet
     return None
+
+
+def accelerator_names() -> list[str]:
+    """What `accelerator` knows."""
+    return [short for _, short, _ in _DATASHEETS] + [_PAPER + name for name in _PRINTED]
+
+
+def accelerator(name: str) -> Accelerator:
+    """By what people call it, such as h200; `paper:` stands before rows of NanoFlow's Table 1.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    for _, short, sheet in _DATASHEETS:
+        if short == name:
+            return sheet
+    if name.removeprefix(_PAPER) not in _PRINTED or not name.startswith(_PAPER):
+        raise ValueError(
+            f"accelerator {name!r} is not known; take one of {', '.join(accelerator_names())}"
+        )
+    tera, gigabytes, giga, links = _PRINTED[name.removeprefix(_PAPER)]
+    return Accelerator(
+        name=name,
+        bf16_flops=tera * 1e12,
+        memory_bytes=gigabytes * 1e9,
+        memory_bytes_per_s=giga * 1e9,
+        link_bytes_per_s=links / 2 * 1e9,
+        source=_TABLE_1,
+    )

@@ -1,6 +1,7 @@
 """From knobs to a running engine: model folder, dtype, cache, buckets, compiled programs."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 import pathlib
@@ -22,7 +23,9 @@ from nanoflow_jax.engine import (
     implementations,
     inputs,
     interface,
+    invariance,
     kernel_choice,
+    lockstep,
     plan_choice,
     programs,
     replicas,
@@ -32,6 +35,7 @@ from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.models import architecture, huggingface, loading, presets, transformer
+from nanoflow_jax.parallel import peers
 from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets as bucket_lib
 from nanoflow_jax.scheduler import scheduler
@@ -90,6 +94,7 @@ class Settings:
     max_context_len: int
     buckets: tuple[str, ...]
     kernels: kernel_choice.Choices
+    batch_invariant: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +189,10 @@ def _run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype
 
 
 def build_engine(
-    config: config_lib.EngineConfig, source: ModelSource, reports: Reports | None = None
+    config: config_lib.EngineConfig,
+    source: ModelSource,
+    reports: Reports | None = None,
+    group: peers.Group | None = None,
 ) -> interface.TokenEngine:
     """Loads the model, makes the cache and compiles every program, for each replica.
 
@@ -192,21 +200,31 @@ def build_engine(
         config: The knobs.
         source: The opened model.
         reports: Called while it goes on; of the settings, which are those of each replica, once.
+        group: The processes that share the model, if there are several; this is process 0, and
+            the others `follow`.
 
     Raises:
         ValueError: The knobs do not fit each other, the model or the memory.
     """
     reports = reports or Reports()
     _use_compile_cache(config.compile.cache_dir)
+    if group is not None:
+        lockstep.announce(group, config, _fingerprint(config.model, source))
+        return _engine(_build_parts(config, source, reports, _shared_devices(config), group), group)
+    if config.processes.num_processes > 1:
+        raise ValueError(
+            f"--num_processes={config.processes.num_processes}: of the programs only "
+            "python -m nanoflow_jax.generate runs in several processes; leave it out"
+        )
     groups = _device_groups(config.parallel)
-    first = _build_one(config, source, reports, groups[0])
+    first = _engine(_build_parts(config, source, reports, groups[0]))
     if len(groups) == 1:
         return first
     engines: list[interface.TokenEngine] = [first]
     quiet = dataclasses.replace(reports, settings=lambda settings: None)
     try:
         for devices in groups[1:]:
-            engines.append(_build_one(config, source, quiet, devices))
+            engines.append(_engine(_build_parts(config, source, quiet, devices)))
     except BaseException:
         for one in engines:
             one.close()
@@ -214,13 +232,68 @@ def build_engine(
     return replicas.Replicas(engines)
 
 
-def _build_one(
+def follow(
+    config: config_lib.EngineConfig, group: peers.Group, reports: Reports | None = None
+) -> None:
+    """Has its share of what process 0 builds, and runs what that runs, until its farewell.
+
+    Args:
+        config: The knobs of this process; what they say of the engine is what process 0 says.
+        group: The processes; this is not process 0.
+        reports: Called while the model is built.
+
+    Raises:
+        ValueError: This process has another model, or the knobs do not fit.
+        JaxRuntimeError: A device of this process failed.
+    """
+    wanted = lockstep.awaited(group)
+    if wanted is None:
+        return
+    own = dataclasses.replace(
+        wanted.config,
+        model=dataclasses.replace(wanted.config.model, model=config.model.model),
+        processes=config.processes,
+        compile=config.compile,
+    )
+    source = open_model(own.model)
+    if _fingerprint(own.model, source) != wanted.fingerprint:
+        raise ValueError(
+            f"--model={own.model.model} is not the model of process 0, or other files of it; give "
+            "all processes copies of one folder"
+        )
+    _use_compile_cache(own.compile.cache_dir)
+    parts = _build_parts(own, source, reports or Reports(), _shared_devices(own), group)
+    lockstep.follow(parts.step_runner, group)
+    parts.step_runner.close()
+
+
+def _fingerprint(section: config_lib.ModelSection, source: ModelSource) -> str:
+    if section.random_weights or source.folder is None:
+        return hashlib.sha256(repr(source.config).encode()).hexdigest()
+    return source.folder.fingerprint()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """A runner, and what the host side of an engine must know of it."""
+
+    source: ModelSource
+    config: config_lib.EngineConfig
+    step_runner: runner.Runner
+    sizes: programs.Sizes
+    buckets: Sequence[bucket_lib.Bucket]
+    page_size: int
+    context_len: int
+
+
+def _build_parts(
     config: config_lib.EngineConfig,
     source: ModelSource,
     reports: Reports,
     devices: Sequence[jax.Device],
-) -> engine.Engine:
-    device = devices[0]
+    group: peers.Group | None = None,
+) -> _Parts:
+    device = next(one for one in devices if one.process_index == jax.process_index())
     defaults = _CPU if device.platform == "cpu" else _GPU
     dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
     context = context_len(config.model, source.config)
@@ -234,9 +307,11 @@ def _build_one(
             f"--dense_batch={dense_batch} is less than --max_requests={max_requests}: each "
             "running request needs a token of room"
         )
-    bucket_list = _buckets(config.batch.buckets, max_requests, dense_batch)
-    placement = loading.place_model(
-        source.config, devices, split_experts=config.parallel.expert_parallel
+    is_invariant = config.batch.batch_invariant
+    bucket_list = _buckets(config.batch, max_requests, dense_batch)
+    placement = dataclasses.replace(
+        loading.place_model(source.config, devices, split_experts=config.parallel.expert_parallel),
+        adds_in_order=is_invariant,
     )
     page_size = min(config.cache.page_size or defaults.page_size, context)
     served = kernel_choice.Served(
@@ -249,6 +324,8 @@ def _build_one(
     plans = plan_choice.choose(
         config.plans, bucket_list, shape, num_sms=kernel_choice.num_ctas(machine)
     )
+    if is_invariant:
+        invariance.check_plans(plans)
     executor = executors.choose(
         config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
     )
@@ -271,6 +348,7 @@ def _build_one(
         most_pages=max_requests * max_pages,
         page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
         num_replicas=config.parallel.data_parallel,
+        least=group.least if group is not None else lambda num_pages: num_pages,
     )
     sizes = programs.Sizes(
         max_requests=max_requests,
@@ -286,13 +364,20 @@ def _build_one(
             group=served.config.group_size,
             windows=served.config.distinct_windows,
             tile_len=min(defaults.tile_len, dense_batch),
+            fixed_split=invariance.fixed_split(
+                num_tokens=kv_layout.shape.num_pages * page_size, context_len=context
+            )
+            if is_invariant
+            else None,
         ),
         plans=plans,
     )
+    if is_invariant:
+        sizes = dataclasses.replace(sizes, samplers=invariance.SAMPLERS)
     reports.settings(
         Settings(
             num_replicas=config.parallel.data_parallel,
-            device=_device_name(device.device_kind, config.parallel),
+            device=_device_name(device.device_kind, config),
             dtype=dtype.name,
             model_bytes=loading.model_bytes(source.config, dtype),
             cache_bytes=kv_layout.shape.cache_bytes
@@ -305,6 +390,7 @@ def _build_one(
             max_context_len=context,
             buckets=tuple(str(b) for b in bucket_list),
             kernels=choices,
+            batch_invariant=is_invariant,
         )
     )
     step_runner = runner.Runner(
@@ -316,29 +402,46 @@ def _build_one(
         placement=placement,
         threads=config.compile.threads,
         executor=executor,
+        options=invariance.compiler_options(plans.values()) if is_invariant else {},
         operations=implementations.operations(
             choices, together=together, start_aside=executors.start_aside(executor)
         ),
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
     )
-    limits = scheduler.Limits(
-        max_requests=max_requests,
-        dense_batch=dense_batch,
+    return _Parts(
+        source=source,
+        config=config,
+        step_runner=step_runner,
+        sizes=sizes,
+        buckets=bucket_list,
         page_size=page_size,
-        penalty_requests=sizes.penalty_requests,
+        context_len=context,
     )
+
+
+def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
+    """The host side, over the runner of this process or those of all."""
+    sizes, source = parts.sizes, parts.source
+    limits = scheduler.Limits(
+        max_requests=sizes.max_requests,
+        dense_batch=sizes.dense_batch,
+        page_size=parts.page_size,
+        penalty_requests=sizes.penalty_requests,
+        fixed_ways=parts.config.batch.batch_invariant,
+    )
+    own = parts.step_runner
     return engine.Engine(
-        step_runner,
-        scheduler.Scheduler(limits, bucket_list, pages.PageAllocator(sizes.num_pages)),
-        inputs.InputBuilder(sizes, page_size=page_size, max_context_len=context),
+        own if group is None else lockstep.LeadRunner(own, group),
+        scheduler.Scheduler(limits, parts.buckets, pages.PageAllocator(sizes.num_pages)),
+        inputs.InputBuilder(sizes, page_size=parts.page_size, max_context_len=parts.context_len),
         engine.Limits(
             vocab_size=source.config.vocab_size,
-            max_context_len=context,
+            max_context_len=parts.context_len,
             eos_ids=source.eos_ids,
         ),
         grammars=_grammars(source),
-        run_ahead=config.batch.async_scheduling,
+        run_ahead=parts.config.batch.async_scheduling,
     )
 
 
@@ -364,12 +467,16 @@ def context_len(section: config_lib.ModelSection, config: architecture.ModelConf
     return asked or config.max_context_len
 
 
-def _buckets(text: str, max_requests: int, dense_batch: int) -> tuple[bucket_lib.Bucket, ...]:
+def _buckets(
+    section: config_lib.BatchSection, max_requests: int, dense_batch: int
+) -> tuple[bucket_lib.Bucket, ...]:
     found = (
-        bucket_lib.parse_buckets(text)
-        if text
+        bucket_lib.parse_buckets(section.buckets)
+        if section.buckets
         else bucket_lib.default_buckets(max_requests=max_requests, dense_batch=dense_batch)
     )
+    if section.batch_invariant:
+        found = invariance.one_bucket(found, asked=section.buckets)
     return bucket_lib.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
 
 
@@ -406,8 +513,34 @@ def _device_groups(section: config_lib.ParallelSection) -> list[list[jax.Device]
     return [found[i : i + size] for i in range(0, wanted, size)]
 
 
-def _device_name(kind: str, section: config_lib.ParallelSection) -> str:
+def _shared_devices(config: config_lib.EngineConfig) -> list[jax.Device]:
+    """As many devices of each process, in their order."""
+    size, count = config.parallel.tensor_parallel, config.processes.num_processes
+    if config.parallel.data_parallel > 1:
+        raise ValueError(
+            f"--data_parallel={config.parallel.data_parallel} and --num_processes={count}: "
+            "replicas are of one process; start a job for each, which --process_count can share out"
+        )
+    if size % count:
+        raise ValueError(
+            f"--tensor_parallel={size} cannot be shared out evenly over --num_processes={count}"
+        )
+    found: list[jax.Device] = []
+    for i in range(count):
+        own = [device for device in jax.devices() if device.process_index == i]
+        if len(own) < size // count:
+            raise ValueError(
+                f"--tensor_parallel={size} needs {size // count} devices of each of "
+                f"--num_processes={count}, and process {i} has {len(own)}"
+            )
+        found += own[: size // count]
+    return found
+
+
+def _device_name(kind: str, config: config_lib.EngineConfig) -> str:
+    section, count = config.parallel, config.processes.num_processes
     name = kind if section.tensor_parallel == 1 else f"{section.tensor_parallel} x {kind}"
+    name += "" if count == 1 else f" in {count} processes"
     replicas_of = "" if section.data_parallel == 1 else f"{section.data_parallel} replicas, each "
     return replicas_of + name
 
@@ -420,12 +553,14 @@ def _layout(
     most_pages: int,
     page_major: bool,
     num_replicas: int,
+    least: Callable[[int], int],
 ) -> layout_lib.KvLayout:
     """The cache of one layer: as many pages as memory allows and all requests could use.
 
-    Each device has some kv heads of every page.
+    Each device has some kv heads of every page. `least` gives the least number of all processes.
     """
-    device, num_devices = placement.mesh.devices.flat[0], placement.num_devices
+    local = placement.mesh.local_devices
+    device = local[0]
     kind = layout_lib.PageMajorLayout if page_major else layout_lib.TokenMinorLayout
     shape = layout_lib.CacheShape(
         num_pages=1,
@@ -436,7 +571,7 @@ def _layout(
     )
     num_pages, page_bytes = section.num_pages, shape.page_bytes * served.config.num_layers
     # The host's memory is one, however many devices it plays.
-    sharers = num_devices * num_replicas if device.platform == "cpu" else 1
+    sharers = len(local) * num_replicas if device.platform == "cpu" else 1
     free = _free_bytes(device) // sharers
     if not num_pages:
         share = _HOST_SHARE if device.platform == "cpu" else 1.0
@@ -452,7 +587,7 @@ def _layout(
             "no memory for a single page of the KV cache; use a smaller model, "
             "--dtype=bfloat16, or raise --cache_memory_fraction"
         )
-    return kind(shape=dataclasses.replace(shape, num_pages=num_pages))
+    return kind(shape=dataclasses.replace(shape, num_pages=least(num_pages)))
 
 
 def _free_bytes(device: jax.Device) -> int:

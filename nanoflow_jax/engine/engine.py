@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -70,7 +70,7 @@ class Engine:
 
     def __init__(
         self,
-        step_runner: runner.Runner,
+        step_runner: runner.StepRunner,
         step_scheduler: scheduler.Scheduler,
         builder: inputs.InputBuilder,
         limits: Limits,
@@ -135,7 +135,7 @@ class Engine:
         return self._runner.watch.num_late
 
     @property
-    def compile_seconds(self) -> dict[str, float]:
+    def compile_seconds(self) -> Mapping[str, float]:
         """Time to make each program."""
         return self._runner.compile_seconds
 
@@ -235,8 +235,9 @@ class Engine:
         self._in_flight = None
         counts = self._counts()
         ran = {key: counts[key] for key in self._start_over()}
-        _LOG.error("a step of %d requests failed; it is done again: %s", len(ran), error)
+        _LOG.error("a step of %d requests failed: %s", len(ran), error)
         self._runner.reset()
+        _LOG.info("the requests of the failed step are computed again")
         guilty = self._recovery.blame(ran)
         if guilty is not None:
             message = f"the device failed on this request, also when it ran alone: {error}"

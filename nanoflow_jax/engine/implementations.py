@@ -13,6 +13,8 @@ from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.nanobatch import executor as nanobatch
 from pallas_kernels.decode_attention import decode_attention, prepare_decode
 from pallas_kernels.decode_attention_triton import decode_attention_triton
+from pallas_kernels.prefill_attention import prefill_attention, prepare_prefill
+from pallas_kernels.prefill_attention_triton import prefill_attention_triton
 
 
 def operations(
@@ -71,6 +73,7 @@ def attention(
     group: int,
     windows: Sequence[int | None],
     tile_len: int,
+    fixed_split: attention_inputs.FixedSplit | None = None,
 ) -> attention_inputs.AttentionInputs:
     """Attention, and what the host plans of it.
 
@@ -80,6 +83,7 @@ def attention(
         group: G, query heads for each kv head of a device.
         windows: Of the model's layers, each once.
         tile_len: Tokens in a tile of the plain path.
+        fixed_split: See `KernelForm`; the plain path cuts nothing.
     """
     decode: attention_inputs.DecodeInputs = attention_inputs.PlainDecodeInputs(layout=layout)
     prefill: attention_inputs.PrefillInputs = attention_inputs.PlainPrefillInputs(
@@ -90,11 +94,12 @@ def attention(
         group=group,
         windows=windows,
         num_ctas=choices.num_ctas,
+        fixed_split=fixed_split,
     )
     if (chosen := choices[Operation.DECODE_ATTENTION]).maker is not Maker.PLAIN:
         decode = _decode_inputs(form, chosen)
-    if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is Maker.MOSAIC:
-        prefill = attention_inputs.KernelPrefillInputs(form=form, interpret=_interpret(chosen))
+    if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is not Maker.PLAIN:
+        prefill = _kernel_prefill(chosen, form)
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
 
 
@@ -115,6 +120,22 @@ def _decode_inputs(
         form=form,
         attend=functools.partial(decode_attention, interpret=interpret),
         prepare=functools.partial(prepare_decode, interpret=interpret),
+    )
+
+
+def _kernel_prefill(
+    choice: Choice, form: attention_inputs.KernelForm
+) -> attention_inputs.KernelPrefillInputs:
+    """The kernel, and plans that it can run."""
+    if choice.maker is Maker.TRITON:
+        attend = functools.partial(prefill_attention_triton, interpret=choice.interpreted)
+        return attention_inputs.KernelPrefillInputs(form=form, attend=attend, cuts_keys=False)
+    interpret = _interpret(choice)
+    return attention_inputs.KernelPrefillInputs(
+        form=form,
+        attend=functools.partial(prefill_attention, interpret=interpret),
+        cuts_keys=True,
+        prepare=functools.partial(prepare_prefill, interpreted=interpret is not None),
     )
 
 

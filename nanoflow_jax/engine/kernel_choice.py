@@ -138,6 +138,11 @@ class _Kernel:
 
 
 _HOPPER: Mapping[str, Any] = {"maker": Maker.MOSAIC, "majors": (9,), "family": "Hopper"}
+_BEFORE_HOPPER: Mapping[str, Any] = {
+    "maker": Maker.TRITON,
+    "majors": (8,),
+    "family": "Ampere and Ada",
+}
 # In order of preference. A kernel for other devices is one more entry.
 _KERNELS: Mapping[Operation, Sequence[_Kernel]] = {
     Operation.GEMM: (
@@ -156,10 +161,8 @@ _KERNELS: Mapping[Operation, Sequence[_Kernel]] = {
             **_HOPPER,
         ),
         _Kernel(
-            maker=Maker.TRITON,
-            majors=(8,),
-            family="Ampere and Ada",
             check=lambda s: kernel_attention.check_decode_triton(s.config, s.dtype, s.page_size),
+            **_BEFORE_HOPPER,
         ),
     ),
     Operation.PREFILL_ATTENTION: (
@@ -167,10 +170,17 @@ _KERNELS: Mapping[Operation, Sequence[_Kernel]] = {
             check=lambda s: kernel_attention.check_prefill(s.config, s.dtype, s.page_size),
             **_HOPPER,
         ),
+        _Kernel(
+            check=lambda s: kernel_attention.check_prefill_triton(s.config, s.dtype, s.page_size),
+            **_BEFORE_HOPPER,
+        ),
     ),
 }
-# Compute capabilities that the Triton kernel is compiled for in tests, by their first number.
-_TRITON_MAJORS = (8, 9)
+# Compute capabilities that kernels are compiled for in tests, by their first number.
+_COMPILED_FOR: Mapping[Maker, tuple[tuple[int, ...], str]] = {
+    Maker.MOSAIC: ((9,), "Hopper"),
+    Maker.TRITON: ((8, 9), "Ampere and Ada and on Hopper"),
+}
 # XLA has a thread for each core, or NPROC; the warpgroups of an interpreted CTA need one each.
 _LEAST_THREADS = 4
 # Enough to see shares of work; each is a few threads.
@@ -236,7 +246,10 @@ def _choose(operation: Operation, use: KernelUse, machine: Machine, served: Serv
         kernel = _made_by(
             Maker.MOSAIC if use is KernelUse.INTERPRET else Maker.TRITON, operation, flag
         )
-        (_check_interpreted if interpreted else _check_triton)(flag, kernel, machine)
+        if interpreted:
+            _check_interpreted(flag, kernel, machine)
+        elif reason := _not_compiled(kernel.maker, machine):
+            raise ValueError(f"{flag}: {reason}; leave the flag out")
     try:
         kernel.check(served)
     except ValueError as error:
@@ -298,13 +311,12 @@ def _described(machine: Machine) -> str:
     return "{} of compute capability {}.{}".format(machine.name, *machine.compute_capability)
 
 
-def _check_triton(flag: str, kernel: _Kernel, machine: Machine) -> None:
-    major = (machine.compute_capability or (None,))[0]
-    if major not in _TRITON_MAJORS:
-        raise ValueError(
-            f"{flag}: the {kernel.maker} runs on {kernel.family} and on Hopper, and this is "
-            f"{_described(machine)}; leave the flag out"
-        )
+def _not_compiled(maker: Maker, machine: Machine) -> str | None:
+    """Why a maker's kernels are not compiled for a device; None if they are."""
+    majors, families = _COMPILED_FOR[maker]
+    if (machine.compute_capability or (None,))[0] in majors:
+        return None
+    return f"the {maker} runs on {families}, and this is {_described(machine)}"
 
 
 def _check_interpreted(flag: str, kernel: _Kernel, machine: Machine) -> None:
@@ -330,3 +342,25 @@ def check_interpreter(machine: Machine) -> None:
             f"interpreted kernels wait for ever for one of fewer than {_LEAST_THREADS} threads; "
             "set NPROC=8 in the environment"
         )
+
+
+def why_not(maker: Maker, machine: Machine) -> str | None:
+    """What keeps a maker's kernels from a machine, on which they are interpreted if it has no GPU.
+
+    Args:
+        maker: Of kernels.
+        machine: Where they should run.
+
+    Returns:
+        A reason; None if they run.
+    """
+    if machine.compute_capability is not None and (reason := _not_compiled(maker, machine)):
+        return reason
+    try:
+        if maker is Maker.TRITON:
+            compat.check_pallas_triton()
+        elif machine.compute_capability is None:
+            check_interpreter(machine)
+    except ValueError as error:
+        return str(error)
+    return None

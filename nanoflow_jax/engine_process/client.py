@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine_process import messages, tickets, wire
+from nanoflow_jax import wire
+from nanoflow_jax.engine_process import messages, tickets
 
 _LOG = logging.getLogger(__name__)
 _BUFFER_BYTES = 4 << 20

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from nanoflow_jax import llm, start_up
+from nanoflow_jax import llm, start_up, wire
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.batch import fingerprint
 from nanoflow_jax.engine import build
-from nanoflow_jax.engine_process import messages, preparing, wire
+from nanoflow_jax.engine_process import messages, preparing
 
 
 def run(sock: socket.socket) -> int:

@@ -2,9 +2,7 @@
 
 import contextlib
 import pathlib
-import signal
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -16,6 +14,7 @@ from nanoflow_jax.batch import job, resume, rows
 from nanoflow_jax.batch import run as run_lib
 from nanoflow_jax.engine import build
 from nanoflow_jax.generate import command_line
+from nanoflow_jax.parallel import peers
 
 # Requests that wait while others run, as a multiple of those: the next is always at hand.
 _LOOKAHEAD = 2
@@ -28,6 +27,7 @@ def run(
     *,
     say: Callable[[str], None],
     stream: TextIO | None = None,
+    group: peers.Group | None = None,
 ) -> int:
     """Runs the job that the flags describe.
 
@@ -37,6 +37,7 @@ def run(
         sampling: Defaults of rows that do not say.
         say: Shows a line.
         stream: Where progress is shown; stderr if not given.
+        group: The processes that share the model, if there are several.
 
     Returns:
         The exit code.
@@ -59,7 +60,7 @@ def run(
         if opened.is_finished:
             say(f"{_summary(opened.state())}; nothing is left to do (--restart begins again)")
             return 0
-        state = _answer(opened, config, say, stream or sys.stderr)
+        state = _answer(opened, config, say, stream or sys.stderr, group)
         say(_summary(state))
         if state.other_model is not None:
             say(
@@ -98,11 +99,18 @@ def _trouble(options: resume.Options, error: OSError) -> str:
 
 
 def _answer(
-    opened: resume.Job, config: config_lib.EngineConfig, say: Callable[[str], None], stream: TextIO
+    opened: resume.Job,
+    config: config_lib.EngineConfig,
+    say: Callable[[str], None],
+    stream: TextIO,
+    group: peers.Group | None,
 ) -> run_lib.State:
     chosen: list[build.Settings] = []
     reports = start_up.reports(say, also_settings=chosen.append)
-    with llm.LLM.from_config(config, reports) as model, _interrupt_flag() as should_stop:
+    with (
+        llm.LLM.from_config(config, reports, group) as model,
+        console.interrupt_flag() as should_stop,
+    ):
         shown = meter.Meter(opened.num_rows, unit="row", stream=stream, first=opened.num_done)
         try:
             return opened.run(
@@ -121,28 +129,6 @@ def _answer(
             ) from error
         finally:
             shown.close()
-
-
-@contextlib.contextmanager
-def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Makes the first Ctrl-C or SIGTERM a question to ask between steps; the next is as ever."""
-    asked = False
-
-    def on_signal(number: int, frame: types.FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, on_signal) for number in wanted}
-    try:
-        yield lambda: asked
-    finally:
-        restore()
 
 
 def _summary(state: run_lib.State) -> str:

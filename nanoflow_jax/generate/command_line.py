@@ -68,6 +68,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("debug", False, "Show where errors came from.", **common)
 
 
+def shared(values: flags.FlagValues) -> dict[str, str]:
+    """Flags of an engine that all processes of one model must be given alike, by name."""
+    own = ("model", "process_id", "compile_cache_dir", "compile_threads")
+    names = config_lib.knob_names(config_lib.EngineConfig)
+    return {f"--{name}": str(values[name].value) for name in names if name not in own}
+
+
 def sampling(values: flags.FlagValues) -> dict[str, Any]:
     """The sampling fields that the command line sets.
 

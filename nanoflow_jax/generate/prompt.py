@@ -9,6 +9,7 @@ from nanoflow_jax import generator
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.console import RunError
 from nanoflow_jax.engine import build, sequence
+from nanoflow_jax.parallel import peers
 from nanoflow_jax.request import SamplingParams
 from nanoflow_jax.tokenizer import tokenizer
 
@@ -35,6 +36,7 @@ def run(
     *,
     write: Callable[[str], None],
     reports: build.Reports,
+    group: peers.Group | None = None,
 ) -> Speed:
     """Loads a model and continues one prompt, which is checked before a weight is read.
 
@@ -44,6 +46,7 @@ def run(
         params: Its seed is set.
         write: Takes the text as it comes; token ids with spaces if there is no tokenizer.
         reports: Called while the engine starts.
+        group: The processes that share the model, if there are several.
 
     Raises:
         ValueError: The model, the prompt or the parameters cannot be used.
@@ -64,11 +67,12 @@ def run(
         prompt = words.encode(prompt)
     generator.check_words(params, words)
     _check(config.model, source, prompt, params)
-    if not config.batch.max_requests and not config.batch.buckets:
+    batch = config.batch
+    if not (batch.max_requests or batch.buckets or batch.batch_invariant):
         # Programs for more requests than there are would only be compiled.
-        batch = dataclasses.replace(config.batch, max_requests=params.n)
+        batch = dataclasses.replace(batch, max_requests=params.n)
         config = dataclasses.replace(config, batch=batch)
-    engine = build.build_engine(config, source, reports)
+    engine = build.build_engine(config, source, reports, group)
     try:
         return _generate(generator.Generator(engine, words), list(prompt), params, write, words)
     finally:

@@ -130,13 +130,21 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Weights in total, embeddings included, biases and norms left out."""
+        return self._num_parameters(0 if self.moe is None else self.moe.num_experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Weights that one token meets: of the experts, those that it is sent to."""
+        return self._num_parameters(0 if self.moe is None else self.moe.num_active)
+
+    def _num_parameters(self, experts_counted: int) -> int:
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
         total = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         for layer in range(self.num_layers):
             total += attention
             if self.moe is not None and self.is_sparse(layer):
                 expert = 3 * self.hidden_size * self.moe.intermediate_size
-                total += self.moe.num_experts * (expert + self.hidden_size)
+                total += experts_counted * expert + self.moe.num_experts * self.hidden_size
             else:
                 total += 3 * self.hidden_size * self.intermediate_size
         return total

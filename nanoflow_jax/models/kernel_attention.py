@@ -15,6 +15,7 @@ from pallas_kernels import decode_attention as decode_lib
 from pallas_kernels import mosaic, prefill_tiles, work_list
 from pallas_kernels import prefill_attention as prefill_lib
 from pallas_kernels.decode_attention_triton import decode_attention_triton
+from pallas_kernels.prefill_attention_triton import prefill_attention_triton
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,15 @@ class KernelPrefill:
     Attributes:
         tiles: Of the step's chunks, for each window of the model.
         num_ctas: Most SMs to use.
-        interpret: None on a GPU, or InterpretGPUParams.
+        attend: A kernel of `pallas_kernels` with the operands of its `prefill_attention`, told
+            whether it is interpreted.
+        prepare: The same, of its `prepare_prefill`; None if it cannot run beside other kernels.
     """
 
     tiles: Mapping[int | None, prefill_tiles.PrefillTiles]
     num_ctas: int
-    interpret: Any
+    attend: Callable[..., Array]
+    prepare: Callable[..., mosaic.Kernel] | None = None
 
     def __call__(
         self,
@@ -76,20 +80,12 @@ class KernelPrefill:
         *,
         place: Place,
     ) -> Float[Array, "T N H"]:
-        kernel = prefill_lib.prepare_prefill(
-            q,
-            cache,
-            page_table,
-            self.tiles[spec.window],
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            interpreted=self.interpret is not None,
-        )
-        if place.run_kernel is not None:
-            return place.run_kernel(kernel)
+        operands = (q, cache, page_table, self.tiles[spec.window])
+        form = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
+        if place.run_kernel is not None and self.prepare is not None:
+            return place.run_kernel(self.prepare(*operands, **form))
         num_ctas = place.num_ctas or self.num_ctas
-        return mosaic.run(kernel, num_ctas=num_ctas, token=place.token, interpret=self.interpret)
+        return self.attend(*operands, **form, num_ctas=num_ctas, token=place.token)
 
 
 def check_decode(config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int) -> None:
@@ -117,12 +113,7 @@ def _try_decode(
 ) -> None:
     lens = np.ones((1,), np.int32)
     work = work_list.plan_decode(lens, num_kv_heads=config.num_kv_heads, num_ctas=1)
-    for window in config.distinct_windows:
-        form = {
-            "scale": config.query_scale,
-            "window": window,
-            "softcap": config.attention_softcap,
-        }
+    for form in _forms(config):
         jax.eval_shape(
             lambda q, cache, table, lens, form=form: decode(q, cache, table, lens, work, **form),
             *_operands(config, dtype, page_size),
@@ -132,6 +123,27 @@ def _try_decode(
 
 def check_prefill(config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int) -> None:
     """Raises ValueError where the prefill kernel cannot serve a model; the kernel says why."""
+    _try_prefill(
+        lambda *batch, **form: _results(prefill_lib.prepare_prefill(*batch, **form)),
+        config,
+        dtype,
+        page_size,
+    )
+
+
+def check_prefill_triton(
+    config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int
+) -> None:
+    """As `check_prefill`, of the kernel for GPUs before Hopper."""
+    _try_prefill(prefill_attention_triton, config, dtype, page_size)
+
+
+def _try_prefill(
+    prefill: Callable[..., Any],
+    config: architecture.ModelConfig,
+    dtype: np.dtype[Any],
+    page_size: int,
+) -> None:
     group = config.group_size
     tiles = prefill_tiles.build_prefill_tiles(
         [(0, 1, 0, 0)],
@@ -139,21 +151,17 @@ def check_prefill(config: architecture.ModelConfig, dtype: np.dtype[Any], page_s
         capacity=prefill_tiles.max_tiles(1, 1, group=group),
         num_tokens=1,
     )
-    for window in config.distinct_windows:
+    for form in _forms(config):
         jax.eval_shape(
-            lambda q, cache, table, window=window: _results(
-                prefill_lib.prepare_prefill(
-                    q,
-                    cache,
-                    table,
-                    tiles,
-                    scale=config.query_scale,
-                    window=window,
-                    softcap=config.attention_softcap,
-                )
-            ),
+            lambda q, cache, table, form=form: prefill(q, cache, table, tiles, **form),
             *_operands(config, dtype, page_size),
         )
+
+
+def _forms(config: architecture.ModelConfig) -> list[dict[str, Any]]:
+    """What the model says of scores, for each of its windows."""
+    scores = {"scale": config.query_scale, "softcap": config.attention_softcap}
+    return [{**scores, "window": window} for window in config.distinct_windows]
 
 
 def _operands(

@@ -5,73 +5,19 @@ import jax
 import jax.numpy as jnp
 import kernel_runs
 import numpy as np
+import prefill_runs
 import pytest
 
 from nanoflow_jax.kv_cache import attention, tiles
 from nanoflow_jax.kv_cache.layout import CacheShape, PageMajorLayout
 from pallas_kernels.prefill_attention import prefill_attention, prefill_attention_reference
-from pallas_kernels.prefill_tiles import KeySplit, PrefillTiles, build_prefill_tiles, max_tiles
+from pallas_kernels.prefill_tiles import KeySplit, PrefillTiles, build_prefill_tiles
 
 # The interpreter multiplies in numpy, which warns of the NaN in keys that nobody sees.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 # Weights rounded to bfloat16, and the output.
 _RELATIVE = 4e-3
-# Nothing, one token at the end of a page, a chunk over its own pages only, one in mid-page.
-_RAGGED = ((3, 6, 0, 1), (9, 40, 100, 0), (49, 0, 5, 2), (49, 1, 127, 3))
-
-
-def _operands(
-    chunks=_RAGGED,
-    *,
-    num_tokens=56,
-    heads=(4, 1),
-    head_dim=64,
-    page_size=64,
-    dtype=jnp.bfloat16,
-    window=None,
-    softcap=None,
-    aligned=False,
-    split=None,
-):
-    """Chunks over shuffled pages; NaN wherever no request has written."""
-    num_heads, num_kv_heads = heads
-    random = np.random.default_rng([num_tokens, head_dim, page_size])
-    num_rows = 1 + max(row for *_, row in chunks)
-    ends = np.zeros(num_rows, int)
-    for _, length, position, row in chunks:
-        ends[row] = position + length
-    pages_each = -(-ends // page_size)
-    pages = random.permutation(pages_each.sum() + 2)
-    table = np.full((num_rows, pages_each.max() + 1), pages[-1])
-    cache = np.full((len(pages), 2, num_kv_heads, page_size, head_dim), np.nan)
-    for row, end in enumerate(ends):
-        own, pages = np.split(pages, [pages_each[row]])
-        table[row, : len(own)] = own
-        for page in own:
-            written = min(page_size, end)
-            shape = (2, num_kv_heads, written, head_dim)
-            cache[page, :, :, :written] = random.standard_normal(shape)
-            end -= written
-    group = num_heads // num_kv_heads
-    room = 0 if split is None else split.max_parts
-    return {
-        "q": kernel_runs.normal(1, num_tokens, num_heads, head_dim, dtype=dtype),
-        "cache": jnp.asarray(cache, dtype),
-        "page_table": jnp.asarray(table, jnp.int32),
-        "tiles": build_prefill_tiles(
-            chunks,
-            group=group,
-            capacity=max_tiles(num_tokens, num_rows, group=group) + room,
-            num_tokens=num_tokens,
-            window=window,
-            aligned=aligned,
-            split=split,
-        ),
-        "scale": head_dim**-0.5,
-        "window": window,
-        "softcap": softcap,
-    }
 
 
 def _check(operands, **more):
@@ -88,30 +34,18 @@ def _compare(found, operands, *, relative, **more):
     kernel_runs.check_close(found, wanted, relative=relative)
 
 
-_CASES = [
-    ({}, 2),
-    ({"chunks": [(0, 50, 14, 0)], "page_size": 16}, 132),
-    ({"chunks": [(0, 30, 237, 0)], "page_size": 32, "heads": (5, 1), "window": 70}, 1),
-    ({"chunks": [(2, 9, 0, 0)], "page_size": 16, "heads": (3, 1), "window": 4}, 2),
-    ({"page_size": 128, "head_dim": 128, "heads": (7, 1), "softcap": 3.0}, 2),
-    ({"chunks": [(1, 20, 60, 0)], "head_dim": 256, "heads": (6, 2)}, 1),
-    ({"chunks": [(0, 9, 130, 0)], "page_size": 128, "head_dim": 256, "heads": (16, 1)}, 1),
-    ({"chunks": [(0, 140, 0, 0)], "num_tokens": 140, "heads": (1, 1), "dtype": jnp.float16}, 1),
-]
-
-
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("more", "num_ctas"), _CASES)
+@pytest.mark.parametrize(("more", "num_ctas"), prefill_runs.CASES)
 def test_chunks_get_their_reference_on_any_number_of_ctas(more, num_ctas):
-    _check(_operands(**more), num_ctas=num_ctas)
+    _check(prefill_runs.operands(**more), num_ctas=num_ctas)
 
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
 def test_aligned_chunks_are_written_in_place_and_leave_their_neighbours_alone():
     chunks = ((8, 5, 30, 0), (16, 33, 2, 1), (56, 1, 0, 2))
-    operands = _operands(chunks, num_tokens=60, softcap=20.0, aligned=True)
+    operands = prefill_runs.operands(chunks, num_tokens=60, softcap=20.0, aligned=True)
     _check(operands, aligned=True, num_ctas=2)
 
 
@@ -157,16 +91,40 @@ _CUT = [
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("more", "num_ctas"), _CUT, ids=["mixed", "window", "wide"])
 def test_tiles_whose_keys_are_cut_get_their_reference_on_any_number_of_ctas(more, num_ctas):
-    operands = _operands(**more)
+    operands = prefill_runs.operands(**more)
     assert operands["tiles"].cuts[:, 1].max() > 1
     _check(operands, num_ctas=num_ctas, **{name: True for name in ("aligned",) if name in more})
 
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_token_has_the_same_bits_wherever_its_chunk_begins_and_lies(window):
+    size = {"num_tokens": 72, "page_size": 32, "heads": (4, 2), "window": window}
+    # Tokens [270, 310) of a request: as one chunk; as two, at other places beside another request.
+    whole = prefill_runs.operands([(0, 40, 270, 0)], **size)
+    parts = prefill_runs.operands([(3, 24, 270, 0), (27, 5, 9, 1), (48, 16, 294, 0)], **size)
+    one = np.asarray(whole["q"])
+    parts["q"] = parts["q"].at[3:27].set(one[:24]).at[48:64].set(one[24:40])
+    parts["cache"], parts["page_table"] = _with_row(parts, whole)
+    with kernel_runs.interpreting() as interpret:
+        found = [prefill_attention(**o, num_ctas=2, interpret=interpret) for o in (whole, parts)]
+    together, apart = map(np.asarray, found)
+    np.testing.assert_array_equal(np.concatenate([apart[3:27], apart[48:64]]), together[:40])
+
+
+def _with_row(operands, other):
+    """The cache with that of another appended, and row 0 of the table as there."""
+    cache, table, first = operands["cache"], operands["page_table"], other["page_table"][0]
+    row = jnp.pad(first + len(cache), (0, table.shape[1] - len(first)))
+    return jnp.concatenate([cache, other["cache"]]), table.at[0].set(row)
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
 def test_requests_may_share_pages():
     chunks = ((0, 10, 70, 0), (10, 12, 64, 1))
-    operands = _operands(chunks, num_tokens=24)
+    operands = prefill_runs.operands(chunks, num_tokens=24)
     table = operands["page_table"]
     operands["page_table"] = table.at[1, 0].set(table[0, 0])
     _check(operands, token=jnp.full((3,), jnp.nan))
@@ -175,14 +133,14 @@ def test_requests_may_share_pages():
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
 def test_a_step_without_chunks_gives_zeros():
-    operands = _operands([(0, 0, 5, 0)], num_tokens=8, heads=(1, 1))
+    operands = prefill_runs.operands([(0, 0, 5, 0)], num_tokens=8, heads=(1, 1))
     with kernel_runs.interpreting() as interpret:
         found = prefill_attention(**operands, interpret=interpret)
     assert not found.any()
 
 
 def test_the_reference_is_the_plain_path():
-    operands = _operands(window=60, softcap=2.0, page_size=16)
+    operands = prefill_runs.operands(window=60, softcap=2.0, page_size=16)
     cache = operands["cache"]
     shape = CacheShape(
         num_pages=cache.shape[0], page_size=16, num_kv_heads=1, head_dim=64, dtype=cache.dtype
@@ -196,7 +154,7 @@ def test_the_reference_is_the_plain_path():
             *map(
                 jnp.asarray,
                 tiles.build_prefill_tiles(
-                    [tiles.Chunk(*chunk) for chunk in _RAGGED], tile_len=8, capacity=10
+                    [tiles.Chunk(*chunk) for chunk in prefill_runs.RAGGED], tile_len=8, capacity=10
                 ),
             )
         ),
@@ -313,8 +271,8 @@ def test_operands_that_do_not_fit_are_refused(change, message):
 
 @pytest.mark.gpu
 def test_chunks_on_a_gpu_get_their_reference():
-    for more, _ in _CASES + _CUT:
+    for more, _ in prefill_runs.CASES + _CUT:
         for num_ctas in (1, 3, 132):
-            operands = _operands(**more)
+            operands = prefill_runs.operands(**more)
             found = prefill_attention(**operands, num_ctas=num_ctas)
             _compare(found, operands, relative=1e-2)

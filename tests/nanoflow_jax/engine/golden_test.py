@@ -19,6 +19,7 @@ _SHAPES = {
     "Triton": {
         "cache_page_size": 5,
         "kernel_decode_attention": "interpret_triton",
+        "kernel_prefill_attention": "interpret_triton",
         "dense_batch": 24,
         "buckets": "24:12:12",
     },
@@ -35,7 +36,7 @@ _SHAPES |= {
 # Every case whole and chunked; the narrow shape where windows or key groups are odd.
 _PAIRS = [(case, shape) for case in cases.CASES for shape in ("whole", "chunked")]
 _PAIRS += [(case, "narrow") for case in ("llama3", "mistral", "gemma2") if case in cases.CASES]
-# The kernel for GPUs before Hopper: with groups of queries, and with windows and a soft-cap.
+# Kernels for GPUs before Hopper: with groups of queries, and with windows and a soft-cap.
 _PAIRS += [(case, "Triton") for case in ("llama3", "gemma2") if case in cases.CASES]
 # Biases, windows, tied and untied embeddings, query norms; kv heads kept twice; experts.
 _PAIRS += [(case, "2 devices") for case in ("qwen2", "qwen3_moe")]

@@ -24,6 +24,7 @@ _H200 = dataclasses.replace(_CPU, name="NVIDIA H200", compute_capability=(9, 0),
 _A100 = dataclasses.replace(_CPU, name="NVIDIA A100", compute_capability=(8, 0), num_sms=108)
 _B200 = dataclasses.replace(_CPU, name="NVIDIA B200", compute_capability=(10, 0), num_sms=148)
 _ATTENTION = (Operation.DECODE_ATTENTION, Operation.PREFILL_ATTENTION)
+_EACH_ATTENTION = pytest.mark.parametrize("operation", _ATTENTION)
 _PLAIN = {f"kernel_{operation}": "plain" for operation in Operation}
 
 
@@ -95,58 +96,94 @@ def test_a_plan_that_caps_products_takes_our_kernel_unless_something_else_is_ask
     assert chosen(_CPU).maker is Maker.PLAIN
 
 
-def test_ampere_takes_the_triton_kernel_for_decode_attention_and_xla_for_the_rest():
+def test_ampere_takes_triton_kernels_for_attention_and_xla_for_the_rest():
     found = _choose(_A100, _served("mixtral-8x7b"))
-    assert found[Operation.DECODE_ATTENTION] == Choice(maker=Maker.TRITON, reason="Ampere and Ada")
-    others = [found[other] for other in Operation if other is not Operation.DECODE_ATTENTION]
+    for operation in _ATTENTION:
+        assert found[operation] == Choice(maker=Maker.TRITON, reason="Ampere and Ada")
+    others = [found[other] for other in Operation if other not in _ATTENTION]
     assert {choice.maker for choice in others} == {Maker.PLAIN}
     assert others[0].reason == (
         "the kernel is made for Hopper, and this is NVIDIA A100 of compute capability 8.0"
     )
 
 
-def test_a_jax_without_the_triton_backend_leaves_ampere_to_xla_and_says_so(monkeypatch):
+@_EACH_ATTENTION
+def test_a_jax_without_the_triton_backend_leaves_ampere_to_xla_and_says_so(monkeypatch, operation):
     monkeypatch.setattr(compat, "plt", None)
     reason = f"jax {jax.__version__} has no Triton backend of Pallas; 0.12.0.1 still has it"
     wanted = Choice(maker=Maker.PLAIN, reason=reason)
-    assert _choose(_A100)[Operation.DECODE_ATTENTION] == wanted
+    assert _choose(_A100)[operation] == wanted
     with _refuses(
-        "--kernel_decode_attention=triton: the kernel cannot serve this model: "
+        f"--kernel_{operation}=triton: the kernel cannot serve this model: "
         f"{reason}; leave the flag out for the plain path"
     ):
-        _choose(_A100, kernel_decode_attention="triton")
+        _choose(_A100, **{f"kernel_{operation}": "triton"})
 
 
-def test_hopper_takes_the_triton_kernel_where_it_is_asked_to():
-    found = _choose(_H200, kernel_decode_attention="triton")
-    assert found[Operation.DECODE_ATTENTION] == Choice(maker=Maker.TRITON, reason="as asked")
+@_EACH_ATTENTION
+def test_hopper_takes_the_triton_kernel_where_it_is_asked_to(operation):
+    found = _choose(_H200, **{f"kernel_{operation}": "triton"})
+    assert found[operation] == Choice(maker=Maker.TRITON, reason="as asked")
 
 
+@_EACH_ATTENTION
 @pytest.mark.parametrize(
     ("machine", "device"),
     [(_CPU, "cpu"), (_B200, "NVIDIA B200 of compute capability 10.0")],
 )
-def test_the_triton_kernel_is_refused_where_it_is_not_compiled_for_the_device(machine, device):
+def test_the_triton_kernel_is_refused_where_it_is_not_compiled_for_the_device(
+    machine, device, operation
+):
     with _refuses(
-        "--kernel_decode_attention=triton: the Triton kernel runs on Ampere and Ada and on Hopper, "
+        f"--kernel_{operation}=triton: the Triton kernel runs on Ampere and Ada and on Hopper, "
         f"and this is {device}; leave the flag out"
     ):
-        _choose(machine, kernel_decode_attention="triton")
+        _choose(machine, **{f"kernel_{operation}": "triton"})
+
+
+@pytest.mark.parametrize(
+    ("maker", "machine", "reason"),
+    [
+        (Maker.MOSAIC, _H200, None),
+        (Maker.TRITON, _H200, None),
+        (Maker.TRITON, _A100, None),
+        (
+            Maker.MOSAIC,
+            _A100,
+            "the Mosaic kernel runs on Hopper, and this is NVIDIA A100 of compute capability 8.0",
+        ),
+        (
+            Maker.TRITON,
+            _B200,
+            "the Triton kernel runs on Ampere and Ada and on Hopper, and this is NVIDIA B200 of "
+            "compute capability 10.0",
+        ),
+        (Maker.MOSAIC, _CPU, None),
+        (Maker.TRITON, dataclasses.replace(_CPU, can_interpret=False, num_threads=1), None),
+        (
+            Maker.MOSAIC,
+            dataclasses.replace(_CPU, num_threads=3),
+            "interpreted kernels wait for ever for one of fewer than 4 threads; set NPROC=8 in the "
+            "environment",
+        ),
+    ],
+)
+def test_what_keeps_kernels_from_a_machine_is_told(maker, machine, reason):
+    assert kernel_choice.why_not(maker, machine) == reason
 
 
 @pytest.mark.parametrize("use", ["triton", "interpret_triton"])
 def test_an_operation_without_a_triton_kernel_says_so(use):
-    with _refuses(
-        f"--kernel_prefill_attention={use}: there is no Triton kernel for it; leave the flag out"
-    ):
-        _choose(_A100, kernel_prefill_attention=use)
+    with _refuses(f"--kernel_gemm={use}: there is no Triton kernel for it; leave the flag out"):
+        _choose(_A100, kernel_gemm=use)
 
 
-def test_any_jax_interprets_the_triton_kernel_without_compiling_as_it_runs():
+@_EACH_ATTENTION
+def test_any_jax_interprets_the_triton_kernel_without_compiling_as_it_runs(operation):
     machine = dataclasses.replace(_CPU, can_interpret=False, num_threads=1)
-    found = _choose(machine, kernel_decode_attention="interpret_triton")
+    found = _choose(machine, **{f"kernel_{operation}": "interpret_triton"})
     wanted = Choice(maker=Maker.TRITON, reason="as asked", interpreted=True)
-    assert found[Operation.DECODE_ATTENTION] == wanted
+    assert found[operation] == wanted
     assert not found.any_interpreted
 
 

@@ -2,10 +2,10 @@ import socket
 import subprocess
 import sys
 
-from nanoflow_jax import config
+from nanoflow_jax import config, wire
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import engine as engine_lib
-from nanoflow_jax.engine_process import messages, wire, worker
+from nanoflow_jax.engine_process import messages, worker
 
 
 class _FakeConnection:

@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine_process import messages, wire
+from nanoflow_jax import wire
+from nanoflow_jax.engine_process import messages
 
 
 def _submit() -> messages.Submit:

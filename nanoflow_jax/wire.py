@@ -1,12 +1,10 @@
-"""Frames on the socket between front and engine: a length of four bytes, then msgpack."""
+"""Frames on a socket between processes of ours: a length of four bytes, then msgpack."""
 
 import socket
 import struct
 from typing import Any
 
 import msgspec
-
-from nanoflow_jax.engine_process import messages
 
 _LENGTH = struct.Struct("<I")
 HEADER_BYTES = _LENGTH.size
@@ -24,7 +22,7 @@ class Codec:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(incoming)
 
-    def frame(self, message: messages.ToEngine | messages.FromEngine) -> bytes:
+    def frame(self, message: msgspec.Struct) -> bytes:
         """The bytes of a message, its length first."""
         data = self._encoder.encode(message)
         return _LENGTH.pack(len(data)) + data

@@ -1,0 +1,1 @@
+"""Finds how a model is best served: what bounds it, and which pipeline hides what."""

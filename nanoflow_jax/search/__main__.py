@@ -1,0 +1,203 @@
+"""What bounds a model on some devices, before anything is run; and made-up requests to run.
+
+`python -m nanoflow_jax.search cost --model=llama-2-70b --device=a100-80g --devices=8
+    --input_len=512 --output_len=512 [--plot=FILE.svg]`
+`python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
+
+Exit codes: 0 done, 2 wrong flags or files, 130 interrupted.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+from absl import flags as absl_flags
+
+from checkpoints import folder as checkpoint_folder
+from nanoflow_jax import console
+from nanoflow_jax.cost import datasheets, serving
+from nanoflow_jax.models import architecture, huggingface, presets
+from nanoflow_jax.search import cost_plot, cost_report
+from nanoflow_jax.workload import traces
+
+_FLAGS = absl_flags.FLAGS
+_PRESET = "preset:"
+
+
+def define(values: absl_flags.FlagValues) -> None:
+    """Defines the program's flags."""
+    absl_flags.DEFINE_string(
+        "model",
+        None,
+        f"A model folder, or one of {', '.join(presets.names())}.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_string(
+        "device",
+        "h200",
+        f"One of {', '.join(datasheets.accelerator_names())}; those of `paper:` are as NanoFlow's "
+        "Table 1 prints them.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_integer(
+        "devices", 1, "How many serve the model.", lower_bound=1, flag_values=values
+    )
+    absl_flags.DEFINE_integer(
+        "stages", 1, "Pipeline stages among them.", lower_bound=1, flag_values=values
+    )
+    absl_flags.DEFINE_float(
+        "teraflops",
+        None,
+        "What products really reach on a device, in TFLOP/s; unset: what its maker promises.",
+        lower_bound=0.1,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_float("input_len", 512, "Tokens of a prompt, on average.", flag_values=values)
+    absl_flags.DEFINE_float(
+        "output_len", 512, "Tokens generated for it, on average.", flag_values=values
+    )
+    absl_flags.DEFINE_enum(
+        "trace",
+        None,
+        sorted(serving.TRACES),
+        "A public trace: its mean lengths in place of these two, or its requests.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_integer(
+        "requests", 1000, "How many to make up.", lower_bound=1, flag_values=values
+    )
+    absl_flags.DEFINE_float(
+        "rate",
+        None,
+        "Requests that come in a second; unset: all are there at once.",
+        lower_bound=1e-9,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_integer("seed", 0, "Of what is made up.", lower_bound=0, flag_values=values)
+    absl_flags.DEFINE_string(
+        "output", None, "Made-up requests go into this CSV file.", flag_values=values
+    )
+    absl_flags.DEFINE_float(
+        "dense_batch",
+        None,
+        "Tokens of a step; unset: the most that memory allows.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_string(
+        "plot", None, "Also draw where the workload sits, in this SVG file.", flag_values=values
+    )
+
+
+def _model(name: str | None) -> tuple[str, architecture.ModelConfig]:
+    if not name:
+        raise ValueError(
+            "--model names the model to work it out for: a folder, or one of "
+            f"{', '.join(presets.names())}"
+        )
+    short = name.removeprefix(_PRESET)
+    if short in presets.names():
+        return short, huggingface.read_config(presets.load(short))
+    if not pathlib.Path(name).is_dir():
+        raise ValueError(
+            f"--model={name} is neither a folder nor one of {', '.join(presets.names())}"
+        )
+    opened = checkpoint_folder.ModelFolder.open(pathlib.Path(name))
+    return name, huggingface.read_config(opened.config)
+
+
+def _cluster() -> serving.Cluster:
+    accelerator = datasheets.accelerator(_FLAGS.device)
+    if _FLAGS.teraflops is not None:
+        accelerator = dataclasses.replace(accelerator, bf16_flops=_FLAGS.teraflops * 1e12)
+    return serving.Cluster(
+        accelerator=accelerator, num_devices=_FLAGS.devices, num_stages=_FLAGS.stages
+    )
+
+
+def _workload() -> serving.Workload:
+    if _FLAGS.trace is not None:
+        return serving.TRACES[_FLAGS.trace]
+    return serving.Workload(input_len=_FLAGS.input_len, output_len=_FLAGS.output_len)
+
+
+def _cost() -> int:
+    name, config = _model(_FLAGS.model)
+    asked = cost_report.Question(
+        model_name=name,
+        config=config,
+        cluster=_cluster(),
+        workload=_workload(),
+        dense_batch=_FLAGS.dense_batch,
+    )
+    found = cost_report.answer(asked)
+    if _FLAGS.plot:
+        _draw(asked, found)
+    print(cost_report.text(asked, found))
+    return 0
+
+
+def _draw(asked: cost_report.Question, found: cost_report.Answer) -> None:
+    """The workload among others on the same devices."""
+    others = {
+        **serving.TRACES,
+        **{
+            f"{ahead}/{out}": serving.Workload(input_len=ahead, output_len=out)
+            for ahead, out in ((512, 512), (1024, 512), (512, 1024))
+        },
+    }
+    costs = {
+        name: serving.serving_cost(found.sizes, asked.cluster, one)
+        for name, one in others.items()
+        if one != asked.workload
+    }
+    name = f"asked, {asked.workload.input_len:g}/{asked.workload.output_len:g}"
+    cluster = asked.cluster
+    title = f"{asked.model_name} on {cluster.num_devices} x {cluster.accelerator.name}"
+    picture = cost_plot.draw({name: found.cost, **costs}, asked=name, title=title)
+    try:
+        pathlib.Path(_FLAGS.plot).write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--plot={_FLAGS.plot} cannot be written: {error.strerror}") from error
+
+
+def _trace() -> int:
+    if not _FLAGS.output:
+        raise ValueError("--output names the CSV file that the requests go into")
+    workload = _workload()
+    name = _FLAGS.trace or f"{workload.input_len:g}/{workload.output_len:g}"
+    made = traces.generate(name, _FLAGS.requests, seed=_FLAGS.seed, rate=_FLAGS.rate)
+    try:
+        with pathlib.Path(_FLAGS.output).open("w", encoding="utf-8") as file:
+            traces.write_csv(made, file)
+    except OSError as error:
+        raise ValueError(f"--output={_FLAGS.output} cannot be written: {error.strerror}") from error
+    ahead, out = made.input_lens.mean(), made.output_lens.mean()
+    print(
+        f"{_FLAGS.requests:,} requests like {name}: {ahead:.1f} tokens in and {out:.1f} out on "
+        f"average, over {made.arrivals_s[-1]:,.1f} s"
+    )
+    return 0
+
+
+_COMMANDS = {"cost": _cost, "trace": _trace}
+
+
+def _run(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in _COMMANDS:
+        raise ValueError(
+            f"say what to do: one of {', '.join(_COMMANDS)}; got {' '.join(arguments) or 'nothing'}"
+        )
+    return _COMMANDS[arguments[0]]()
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program; returns its exit code."""
+    return console.run(
+        lambda: _run(argv[1:]), say=lambda text: print(text, file=sys.stderr), debug=False
+    )
+
+
+if __name__ == "__main__":
+    define(_FLAGS)
+    console.start(main)

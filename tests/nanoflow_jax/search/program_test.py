@@ -1,0 +1,132 @@
+import xml.etree.ElementTree
+
+import pytest
+from absl import flags as absl_flags
+
+from nanoflow_jax.engine import build
+from nanoflow_jax.search import __main__ as program
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """Runs the program; gives its exit code, what it printed, and what it complained of."""
+
+    def run(*arguments):
+        values = absl_flags.FlagValues()
+        program.define(values)
+        monkeypatch.setattr(program, "_FLAGS", values)
+        code = program.main(list(values(["search", *arguments])))
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run
+
+
+def _line(text, start):
+    (found,) = [line for line in text.splitlines() if line.startswith(start)]
+    return found.split()
+
+
+def test_a_preset_is_told_with_its_bounds_its_operations_and_its_ceilings(ask):
+    code, text, _ = ask("cost", "--model=llama-2-70b", "--device=paper:a100-80g", "--devices=8")
+    assert code == 0
+    assert "bound by compute: memory / compute 0.18, network / compute 0.277" in text
+    # Of each operation and step: 2 x tokens x weights.
+    tokens = float(text.split("dense batch: ")[1].split(" ")[0].replace(",", ""))
+    kqv = float(_line(text, "kqv")[1].replace(",", ""))
+    assert kqv == pytest.approx(2 * tokens * 8192 * 10240 * 80 / 1e9, rel=1e-3)
+    rows = ("decode_attention", "prefill_attention", "o", "up_gate", "down", "collectives", "head")
+    compute = sum(float(_line(text, f"{name} ")[4]) for name in ("kqv", *rows))
+    assert float(_line(text, "all ")[1]) == pytest.approx(compute, abs=0.05)
+
+
+def test_what_products_reach_moves_the_optimum_and_nothing_of_memory(ask):
+    _, promised, _ = ask("cost", "--model=preset:llama-3-8b")
+    _, reached, _ = ask("cost", "--model=llama-3-8b", "--teraflops=494.75")  # half of it
+    first, second = (
+        float(_line(text, "  products alone")[-4].replace(",", "")) for text in (promised, reached)
+    )
+    assert first == pytest.approx(2 * second, abs=2)
+    memory = [text.split("memory read once ")[1].split(" ")[0] for text in (promised, reached)]
+    assert memory[0] == memory[1]
+
+
+def test_a_folder_is_worked_out_by_its_config(ask):
+    code, text, _ = ask("cost", f"--model={build.embedded_folder()}", "--device=l4")
+    assert code == 0
+    assert "1 x L4, 512 tokens in and 512 out" in text
+
+
+def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
+    path = tmp_path / "plot.svg"
+    code, _, _ = ask(
+        "cost", "--model=llama-3-8b", "--input_len=100", "--output_len=2000", f"--plot={path}"
+    )
+    assert code == 0
+    picture = xml.etree.ElementTree.fromstring(path.read_text())
+    texts = [one.text for one in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"asked, 100/2000", "lmsys", "splitwise", "sharegpt", "512/512"} <= set(texts)
+    bold = [
+        one.text
+        for one in picture.iter("{http://www.w3.org/2000/svg}text")
+        if one.get("font-weight") == "bold"
+    ]
+    assert bold == ["asked, 100/2000"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to do: one of cost, trace; got nothing"),
+        (["price"], "say what to do: one of cost, trace; got price"),
+        (["trace"], "--output names the CSV file that the requests go into"),
+        (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
+        (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),
+        (["cost"], "--model names the model to work it out for"),
+        (["cost", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
+        (["cost", "--model=llama-3-8b", "--device=tpu"], "accelerator 'tpu' is not known; take"),
+        (["cost", "--model=llama-3.1-405b"], "weights of 812 GB do not fit in 141 GB; take more"),
+        (
+            ["cost", "--model=llama-3-8b", "--output_len=0"],
+            "requests without output fill no memory; give a dense batch",
+        ),
+        (["cost", "--model=llama-3-8b", "--input_len=0"], "requests of 0 and 512 tokens cannot be"),
+        (
+            ["cost", "--model=llama-3-8b", "--dense_batch=1e6"],
+            "--dense_batch=1e+06 is more than memory can feed: it holds",
+        ),
+        (
+            ["cost", "--model=llama-3-8b", "--devices=3", "--stages=2"],
+            "3 devices cannot be 2 equal stages",
+        ),
+        (
+            ["cost", "--model=llama-3-8b", "--plot=/nowhere/plot.svg"],
+            "--plot=/nowhere/plot.svg cannot be written: No such file or directory",
+        ),
+    ],
+)
+def test_what_cannot_be_answered_is_a_message(ask, arguments, message):
+    code, text, complaint = ask(*arguments)
+    assert (code, text) == (2, "")
+    assert complaint.startswith(f"error: {message}")
+
+
+def test_prompts_alone_are_worked_out_for_a_given_dense_batch(ask):
+    code, text, _ = ask("cost", "--model=llama-3-8b", "--output_len=0", "--dense_batch=2048")
+    assert code == 0
+    assert "nothing is generated, so nothing stays cached" in text
+    assert float(_line(text, "decode_attention")[1]) == 0.0
+
+
+def test_made_up_requests_are_written_and_summed_up(ask, tmp_path):
+    path = tmp_path / "requests.csv"
+    arguments = ("trace", "--trace=lmsys", "--requests=500", "--rate=10", f"--output={path}")
+    code, text, _ = ask(*arguments)
+    assert code == 0
+    assert text.startswith("500 requests like lmsys: ")
+    written = path.read_text()
+    assert len(written.splitlines()) == 501
+    ask(*arguments)
+    assert path.read_text() == written
+    ask(*arguments, "--seed=1")
+    assert path.read_text() != written
