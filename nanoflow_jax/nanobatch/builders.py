@@ -1,7 +1,7 @@
 """Plans that follow from a model's shape and a few sizes."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from nanoflow_jax.nanobatch import legality, operations
 from nanoflow_jax.nanobatch.operations import Resource
@@ -32,17 +32,24 @@ class Device:
     granule: int = GRANULE
 
 
-def one(shape: operations.LayerShape, *, num_tokens: int, num_sms: int = H200_SMS) -> Plan:
+def one(
+    shape: operations.LayerShape,
+    *,
+    num_tokens: int,
+    num_sms: int = H200_SMS,
+    by_columns: Collection[str] = (),
+) -> Plan:
     """The plain forward pass: nothing is split, and one operation runs after another.
 
-    Products over several devices take the all-reduce.
+    Products over several devices take the all-reduce, but those of `by_columns` the gathers.
     """
     whole = TokenRange(0, num_tokens)
     graph = operations.layer_graph(shape)
     order = [
         NanoOperation(operation=op.name, tokens=whole, lane=Resource.COMPUTE)
         for op in graph.operations
-        if op.choice is None or op.choice.way == "reduce"
+        if op.choice is None
+        or op.choice.way == ("gather" if op.choice.product in by_columns else "reduce")
     ]
     return _finish("one", shape, order, num_tokens=num_tokens, num_sms=num_sms, granule=GRANULE)
 
