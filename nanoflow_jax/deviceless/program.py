@@ -171,6 +171,11 @@ class Program:
     memory: Memory
     asides: tuple[Aside, ...] = ()
 
+    @property
+    def order(self) -> Graph:
+        """The largest CUDA graph, or where there is none, what streams keep."""
+        return max(self.graphs, key=lambda graph: graph.num_nodes, default=self.by_streams)
+
     @functools.cached_property
     def by_streams(self) -> Graph:
         """The order that streams keep of all launches, where no CUDA graph holds them."""

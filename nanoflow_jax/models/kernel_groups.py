@@ -55,6 +55,7 @@ class KernelGroups:
         heads = {"norm_kqv": c.num_heads + 2 * c.num_kv_heads, "o": c.num_heads}
         widths = {name: count * c.head_dim for name, count in heads.items()}
         widths |= {"up_gate": 2 * hidden, "down": hidden}
+        widths |= {"o_columns": widths["o"], "down_columns": hidden}
         return c.hidden_size * widths[name] if name in widths else None
 
     def run(

@@ -58,9 +58,7 @@ class Analysis:
             )
         self.program, self.plan = program, plan
         self.wanted = Dependencies(plan, layers)
-        self.graph: Graph = max(
-            program.graphs, key=lambda graph: graph.num_nodes, default=program.by_streams
-        )
+        self.graph: Graph = program.order
         self._places = {key: place for place, key in enumerate(plan.keys)}
         self._works: dict[Node, list[int]] = {}
         for index, launch in enumerate(self.graph.nodes):

@@ -95,9 +95,10 @@ def text(
     findings: Sequence[Finding], program: Program, step: Step, prediction: Prediction | str
 ) -> str:
     """The report."""
-    graph = max(program.graphs, key=lambda one: one.num_nodes)
+    graph = program.order
+    kind = "a graph" if program.graphs else "streams"
     lines = [
-        f"plan {step.plan.name}, executor {step.executor}, bucket {step.bucket}: a graph of "
+        f"plan {step.plan.name}, executor {step.executor}, bucket {step.bucket}: {kind} of "
         f"{graph.num_nodes} nodes; of the first {len(graph.nodes)}, {graph.critical_path} wait "
         "for each other"
     ]

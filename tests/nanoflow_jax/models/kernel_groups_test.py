@@ -64,6 +64,14 @@ def test_the_work_of_a_product_is_its_multiplications_and_of_attention_nothing_i
     }
 
 
+def test_a_product_by_columns_has_the_work_of_one_along_the_summed_axis():
+    graph = layer_graph(LayerShape(num_devices=2))
+    works = {op.name: _GROUPS.work(op, _TOKENS) for op in graph.operations}
+    assert works["o_columns"] == works["o"]
+    assert works["down_columns"] == works["down"]
+    assert works["o_reduce"] is None
+
+
 def test_a_token_multiplies_with_the_weights_of_its_own_experts():
     works = _works(_GROUPS, is_sparse=True)
     assert works["up_gate"] == 10 * 2 * 64 * 2 * 32

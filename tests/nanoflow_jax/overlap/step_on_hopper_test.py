@@ -23,15 +23,19 @@ _8B = dataclasses.replace(
 _PLAN = builders.halves(_8B.layer_shape, num_tokens=_BUCKET.tokens)
 
 
-def _claims(executor):
-    deviceless.skip_without_compiler()
-    asked = step.Step(
+def _asked(executor):
+    return step.Step(
         model=_8B,
         bucket=_BUCKET,
         plan=_PLAN,
         executor=executor,
         kernels=config.KernelsSection(),
     )
+
+
+def _claims(executor):
+    deviceless.skip_without_compiler()
+    asked = _asked(executor)
     program = step.compile_step(asked, cache=deviceless.cache_folder())
     found = analysis.Analysis(program, _PLAN, [_PLAN.graph] * _LAYERS)
     return found, {one.claim: one.holds for one in report.check(found, asked)}
@@ -73,6 +77,8 @@ def test_attention_of_halves_has_a_stream_beside_the_products_of_the_other_half(
     assert not found.program.graphs
     assert {aside.stream for aside in found.program.asides} == {"computation_stream[0]"}
     assert len(found.program.asides) == 2 * _LAYERS
+    text = report.text([], found.program, _asked(Executor.STREAMS), "of none")
+    assert text.startswith(f"plan halves, executor streams, bucket {_BUCKET}: streams of ")
     beside = {found.name(one.attention): one.products for one in found.products_beside_attention()}
     names = [found.plan.order[p.place].operation for p in beside["layer 1 decode_attention.0"]]
     assert set(names) >= {"o", "up_gate", "down"}
