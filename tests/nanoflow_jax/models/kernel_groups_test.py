@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanoflow_jax.models import architecture, kernel_operations
+from nanoflow_jax.models import architecture, kernel_attention, kernel_operations
 from nanoflow_jax.models.kernel_groups import KernelGroups
 from nanoflow_jax.models.operations import Place
+from nanoflow_jax.models.transformer import AttentionSpec
 from nanoflow_jax.nanobatch.executor import Call, Member
 from nanoflow_jax.nanobatch.operations import LayerShape, layer_graph
 from nanoflow_jax.nanobatch.plan import TokenRange
@@ -144,3 +145,35 @@ def test_where_nothing_is_to_do_there_is_no_kernel():
     traced, made = _trace(_member("decode_attention", 48), _member("decode_attention", 84))
     assert made == [(None,), (None,)]
     assert "Mesh(" not in str(traced)
+
+
+_SPEC = AttentionSpec(scale=0.5, window=24, softcap=None)
+
+
+def _decode(**made):
+    attention = kernel_attention.KernelDecode(works={24: "plan"}, num_ctas=48, **made)
+    return lambda place: attention("q", "cache", "pages", "lens", _SPEC, place=place)
+
+
+def _prefill(**made):
+    attention = kernel_attention.KernelPrefill(tiles={24: "plan"}, num_ctas=48, **made)
+    return lambda place: attention("q", "cache", "pages", _SPEC, place=place)
+
+
+@pytest.mark.parametrize("make", [_decode, _prefill])
+def test_attention_hands_its_kernel_to_who_runs_it_and_runs_it_itself_elsewhere(make):
+    def attend(*operands, num_ctas, token, **form):
+        return "attended", operands, form, num_ctas, token
+
+    def prepare(*operands, **form):
+        form.pop("merge_ctas", None)
+        return "kernel", operands, form
+
+    attention = make(attend=attend, prepare=prepare)
+    place = Place(run_kernel=lambda kernel: ("ran", kernel))
+    ran, (kernel, operands, form) = attention(place)
+    assert (ran, kernel) == ("ran", "kernel")
+    assert form == {"scale": 0.5, "window": 24, "softcap": None}
+    assert operands[-1] == "plan"
+    for num_ctas, given in ((48, Place()), (5, Place(num_ctas=5))):
+        assert attention(given) == ("attended", operands, form, num_ctas, None)
