@@ -32,6 +32,8 @@ class Executor(enum.StrEnum):
     AUTO = "auto"
     SEQUENTIAL = "sequential"
     GRAPH = "graph"
+    STREAMS = "streams"
+    FUSED = "fused"
 
 
 def knob(
@@ -271,8 +273,9 @@ class PlanSection:
     executor: Executor = knob(
         Executor.AUTO,
         "Who runs a plan. graph: CUDA graphs whose parts wait only for what they read; "
-        "sequential: XLA's own order, one after another. auto: graph on a GPU where a plan cuts, "
-        "else sequential.",
+        "streams: attention on a stream of its own; fused: one kernel for attention and the "
+        "product that the plan has beside it, the rest one after another; sequential: XLA's own "
+        "order, one after another. auto: graph on a GPU where a plan cuts, else sequential.",
     )
 
     def __post_init__(self) -> None:

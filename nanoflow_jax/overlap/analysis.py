@@ -2,11 +2,13 @@
 
 The order of a program has a node for each kernel, copy and collective. Those of one nano-operation
 are known by their named scopes, `layer_3/up_gate.1`; those that do its work are its calls of
-kernels, its collective or XLA's own product, or all of them where XLA makes it of short kernels.
-The compiler tells of the beginning of a long graph only; none of it waits for the rest, so what is
-found there is exact, and the layers that follow repeat it.
+kernels, its collective or XLA's own product, or all of them where XLA makes it of short kernels. A
+kernel of several has the scopes of all of them. The compiler tells of the beginning of a long graph
+only; none of it waits for the rest, so what is found there is exact, and the layers that follow
+repeat it.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -78,8 +80,7 @@ class Analysis:
         self._places = {key: place for place, key in enumerate(plan.keys)}
         self._works: dict[Node, list[int]] = {}
         for index, launch in enumerate(self.graph.nodes):
-            node = self._node(launch)
-            if node is not None:
+            for node in dict.fromkeys(self._nodes(launch)):
                 self._works.setdefault(node, []).append(index)
         # Those of which something else than short kernels of XLA's was found.
         self._calls = set()
@@ -95,11 +96,10 @@ class Analysis:
             calls = [i for i in found if (launches[i].kernel or "").startswith(_PRODUCTS)]
         return sorted(calls + [i for i in found if launches[i].kind in _COLLECTIVES])
 
-    def _node(self, launch: Launch) -> Node | None:
-        found = _SCOPE.search(launch.scope)
-        if found is None or found[2] not in self._places:
-            return None
-        return Node(int(found[1]), self._places[found[2]])
+    def _nodes(self, launch: Launch) -> Iterator[Node]:
+        for layer, key in _SCOPE.findall(launch.scope):
+            if key in self._places:
+                yield Node(int(layer), self._places[key])
 
     def name(self, node: Node) -> str:
         """Layer and key, for people."""
@@ -115,12 +115,14 @@ class Analysis:
         return tuple(node for node in self.wanted.nodes if node in self._works)
 
     def are_unordered(self, one: Node, other: Node) -> bool:
-        """Whether the program lets all work of two nano-operations run at once."""
-        return not any(
-            self.graph.are_ordered(first, second)
-            for first in self._works[one]
-            for second in self._works[other]
-        )
+        """Whether the program lets all work of two nano-operations run at once, or as one kernel.
+
+        What decode attention does with the results of that kernel is not counted.
+        """
+        mine, others = self._works[one], self._works[other]
+        if not set(mine).isdisjoint(others):
+            return True
+        return not any(self.graph.are_ordered(first, second) for first in mine for second in others)
 
     def beside(self, *names: str) -> Iterator[Beside]:
         """Nano-operations of these operations, with what is to run beside them of other tokens.
@@ -184,12 +186,16 @@ class Analysis:
             durations_s: Of each nano-operation, by its key in the plan.
         """
         seconds = [0.0] * len(self.graph.nodes)
+        owners = collections.Counter(index for works in self._works.values() for index in works)
         total = 0.0
         for node, works in self._works.items():
             duration = durations_s[self.plan.keys[node.place]]
             total += duration
-            for index in works:
-                seconds[index] = duration / len(works)
+            # A kernel of several has all their time at once; what follows it, such as the merge of
+            # parts, is short.
+            shared = [index for index in works if owners[index] > 1]
+            for index in shared or works:
+                seconds[index] = max(seconds[index], duration / len(shared or works))
         ends: list[float] = []
         for parents, duration in zip(self.graph.parents, seconds, strict=True):
             ends.append(duration + max((ends[parent] for parent in parents), default=0.0))
@@ -207,21 +213,24 @@ class Analysis:
     def most_ctas(self) -> tuple[int, tuple[Node, ...]]:
         """The most CTAs of calls that may run at once, and the nano-operations that they are of.
 
-        The many small CTAs of XLA's short kernels are not counted.
+        The many small CTAs of XLA's short kernels are not counted, those of a kernel of several
+        nano-operations once.
         """
         nodes = [node for node in self.seen if node in self._calls]
         ctas = {node: self._num_ctas(node) for node in nodes}
 
-        def widest(allowed: list[Node]) -> tuple[int, tuple[Node, ...]]:
+        def widest(allowed: list[Node], counted: frozenset[int]) -> tuple[int, tuple[Node, ...]]:
             best: tuple[int, tuple[Node, ...]] = (0, ())
             for i, node in enumerate(allowed):
                 beside = [other for other in allowed[i + 1 :] if self.are_unordered(node, other)]
-                width, others = widest(beside)
-                if ctas[node] + width > best[0]:
-                    best = ctas[node] + width, (node, *others)
+                width, others = widest(beside, counted.union(self._works[node]))
+                if counted.isdisjoint(self._works[node]):
+                    width += ctas[node]
+                if width > best[0]:
+                    best = width, (node, *others)
             return best
 
-        return widest(nodes)
+        return widest(nodes, frozenset())
 
     def _num_ctas(self, node: Node) -> int:
         """CTAs of its largest kernel; what is no kernel keeps to its share or takes all."""

@@ -2,7 +2,14 @@ import dataclasses
 
 import pytest
 
-from nanoflow_jax.deviceless.program import Graph, Instruction, Kernel, Launch, Memory, Program
+from nanoflow_jax.deviceless.program import (
+    Graph,
+    Instruction,
+    Kernel,
+    Launch,
+    Memory,
+    Program,
+)
 
 
 def _launch(name):
