@@ -137,6 +137,12 @@ class BatchSection:
     async_scheduling: bool = knob(
         True, "Plan step i + 1 while the device runs step i. Off: one step at a time."
     )
+    batch_invariant: bool = knob(
+        False,
+        "Tokens and logprobs of a request are the same to the last bit alone and beside any "
+        "others: every step is a full dense batch, contexts are cut at fixed places, devices add "
+        "in one order, and what is computed again is computed in the same way.",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self, self.PREFIX)
@@ -291,6 +297,27 @@ class CompileSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSection:
+    """Traces of steps for xprof."""
+
+    PREFIX = "profile_"
+
+    steps: int = knob(0, "Steps to record into --profile_dir, once. 0: none.", low=0)
+    after: int = knob(16, "Steps before those of --profile_steps, to warm up.", low=0)
+    dir: str = knob(
+        "",
+        "Folder of xprof traces. Empty: a server has no /start_profile and /stop_profile.",
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+        if self.steps and not self.dir:
+            raise ValueError(
+                f"--profile_steps={self.steps} has no place for its trace; give --profile_dir"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """All of an engine's knobs."""
 
@@ -302,6 +329,7 @@ class EngineConfig:
     processes: ProcessesSection = dataclasses.field(default_factory=ProcessesSection)
     plans: PlanSection = dataclasses.field(default_factory=PlanSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
+    profile: ProfileSection = dataclasses.field(default_factory=ProfileSection)
 
     @classmethod
     def from_knobs(cls, **knobs: Any) -> "EngineConfig":
@@ -366,9 +394,6 @@ class ServerSection:
     )
     engine_stall_s: float = knob(
         300.0, "An engine that has requests and is silent for so long is ended.", low=1.0
-    )
-    profile_dir: str = knob(
-        "", "Folder of xprof traces. Empty: no /start_profile and /stop_profile."
     )
 
     def __post_init__(self) -> None:

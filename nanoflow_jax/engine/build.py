@@ -23,12 +23,14 @@ from nanoflow_jax.engine import (
     implementations,
     inputs,
     interface,
+    invariance,
     kernel_choice,
     lockstep,
     plan_choice,
     programs,
     replicas,
     runner,
+    step_trace,
 )
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
@@ -93,6 +95,7 @@ class Settings:
     max_context_len: int
     buckets: tuple[str, ...]
     kernels: kernel_choice.Choices
+    batch_invariant: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ def _stored_dtype(raw: Mapping[str, Any]) -> str:
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
 
 
-def _run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
+def run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
     """The number format to run in.
 
     CPUs without bfloat16 products emulate them at a tenth of the speed, so auto means float32
@@ -205,7 +208,7 @@ def build_engine(
         ValueError: The knobs do not fit each other, the model or the memory.
     """
     reports = reports or Reports()
-    _use_compile_cache(config.compile.cache_dir)
+    use_compile_cache(config.compile.cache_dir)
     if group is not None:
         lockstep.announce(group, config, _fingerprint(config.model, source))
         return _engine(_build_parts(config, source, reports, _shared_devices(config), group), group)
@@ -220,9 +223,10 @@ def build_engine(
         return first
     engines: list[interface.TokenEngine] = [first]
     quiet = dataclasses.replace(reports, settings=lambda settings: None)
+    untraced = dataclasses.replace(config, profile=config_lib.ProfileSection())
     try:
         for devices in groups[1:]:
-            engines.append(_engine(_build_parts(config, source, quiet, devices)))
+            engines.append(_engine(_build_parts(untraced, source, quiet, devices)))
     except BaseException:
         for one in engines:
             one.close()
@@ -259,7 +263,7 @@ def follow(
             f"--model={own.model.model} is not the model of process 0, or other files of it; give "
             "all processes copies of one folder"
         )
-    _use_compile_cache(own.compile.cache_dir)
+    use_compile_cache(own.compile.cache_dir)
     parts = _build_parts(own, source, reports or Reports(), _shared_devices(own), group)
     lockstep.follow(parts.step_runner, group)
     parts.step_runner.close()
@@ -284,6 +288,11 @@ class _Parts:
     context_len: int
 
 
+def defaults_of(device: jax.Device) -> Defaults:
+    """What measured best on a device's kind."""
+    return _CPU if device.platform == "cpu" else _GPU
+
+
 def _build_parts(
     config: config_lib.EngineConfig,
     source: ModelSource,
@@ -292,8 +301,8 @@ def _build_parts(
     group: peers.Group | None = None,
 ) -> _Parts:
     device = next(one for one in devices if one.process_index == jax.process_index())
-    defaults = _CPU if device.platform == "cpu" else _GPU
-    dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
+    defaults = defaults_of(device)
+    dtype = run_dtype(config.model.dtype, source.stored_dtype, device.platform)
     context = context_len(config.model, source.config)
     asked = config.batch.dense_batch
     max_requests = config.batch.max_requests or min(
@@ -305,9 +314,11 @@ def _build_parts(
             f"--dense_batch={dense_batch} is less than --max_requests={max_requests}: each "
             "running request needs a token of room"
         )
-    bucket_list = _buckets(config.batch.buckets, max_requests, dense_batch)
-    placement = loading.place_model(
-        source.config, devices, split_experts=config.parallel.expert_parallel
+    is_invariant = config.batch.batch_invariant
+    bucket_list = _buckets(config.batch, max_requests, dense_batch)
+    placement = dataclasses.replace(
+        loading.place_model(source.config, devices, split_experts=config.parallel.expert_parallel),
+        adds_in_order=is_invariant,
     )
     page_size = min(config.cache.page_size or defaults.page_size, context)
     served = kernel_choice.Served(
@@ -320,6 +331,14 @@ def _build_parts(
     plans = plan_choice.choose(
         config.plans, bucket_list, shape, num_sms=kernel_choice.num_ctas(machine)
     )
+    if is_invariant:
+        invariance.check_plans(plans)
+    placement = placement.with_columns(
+        plan_choice.by_columns(plans.values()), hidden_size=source.config.hidden_size
+    )
+    served = dataclasses.replace(
+        served, num_devices=placement.num_devices, by_columns=placement.by_columns
+    )
     executor = executors.choose(
         config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
     )
@@ -329,17 +348,20 @@ def _build_parts(
         served,
         caps_products=executors.caps_products(plans.values()),
     )
-    model = _load(config.model, source, dtype, placement, reports)
+    model = load_weights(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
-    kv_layout = _layout(
+    kv_layout = make_layout(
         placement,
         config.cache,
         served,
         most_pages=max_requests * max_pages,
         page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
         num_replicas=config.parallel.data_parallel,
-        least=group.least if group is not None else lambda num_pages: num_pages,
     )
+    if group is not None:  # the machine with the least memory decides
+        agreed = group.least(kv_layout.shape.num_pages)
+        shape_here = dataclasses.replace(kv_layout.shape, num_pages=agreed)
+        kv_layout = dataclasses.replace(kv_layout, shape=shape_here)
     sizes = programs.Sizes(
         max_requests=max_requests,
         max_pages=max_pages,
@@ -354,9 +376,16 @@ def _build_parts(
             group=served.config.group_size,
             windows=served.config.distinct_windows,
             tile_len=min(defaults.tile_len, dense_batch),
+            fixed_split=invariance.fixed_split(
+                num_tokens=kv_layout.shape.num_pages * page_size, context_len=context
+            )
+            if is_invariant
+            else None,
         ),
         plans=plans,
     )
+    if is_invariant:
+        sizes = dataclasses.replace(sizes, samplers=invariance.SAMPLERS)
     reports.settings(
         Settings(
             num_replicas=config.parallel.data_parallel,
@@ -373,6 +402,7 @@ def _build_parts(
             max_context_len=context,
             buckets=tuple(str(b) for b in bucket_list),
             kernels=choices,
+            batch_invariant=is_invariant,
         )
     )
     step_runner = runner.Runner(
@@ -384,6 +414,7 @@ def _build_parts(
         placement=placement,
         threads=config.compile.threads,
         executor=executor,
+        options=invariance.compiler_options(plans.values()) if is_invariant else {},
         operations=implementations.operations(choices),
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
@@ -407,6 +438,7 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         dense_batch=sizes.dense_batch,
         page_size=parts.page_size,
         penalty_requests=sizes.penalty_requests,
+        fixed_ways=parts.config.batch.batch_invariant,
     )
     own = parts.step_runner
     return engine.Engine(
@@ -420,6 +452,7 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         ),
         grammars=_grammars(source),
         run_ahead=parts.config.batch.async_scheduling,
+        trace=step_trace.StepTrace(parts.config.profile),
     )
 
 
@@ -445,22 +478,27 @@ def context_len(section: config_lib.ModelSection, config: architecture.ModelConf
     return asked or config.max_context_len
 
 
-def _buckets(text: str, max_requests: int, dense_batch: int) -> tuple[bucket_lib.Bucket, ...]:
+def _buckets(
+    section: config_lib.BatchSection, max_requests: int, dense_batch: int
+) -> tuple[bucket_lib.Bucket, ...]:
     found = (
-        bucket_lib.parse_buckets(text)
-        if text
+        bucket_lib.parse_buckets(section.buckets)
+        if section.buckets
         else bucket_lib.default_buckets(max_requests=max_requests, dense_batch=dense_batch)
     )
+    if section.batch_invariant:
+        found = invariance.one_bucket(found, asked=section.buckets)
     return bucket_lib.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
 
 
-def _load(
+def load_weights(
     section: config_lib.ModelSection,
     source: ModelSource,
     dtype: np.dtype[Any],
     placement: placement_lib.Placement,
     reports: Reports,
 ) -> transformer.Transformer:
+    """The model with its weights on its devices, random ones where they are asked for."""
     if section.random_weights or source.folder is None:
         return loading.random_model(
             source.config,
@@ -519,7 +557,7 @@ def _device_name(kind: str, config: config_lib.EngineConfig) -> str:
     return replicas_of + name
 
 
-def _layout(
+def make_layout(
     placement: placement_lib.Placement,
     section: config_lib.CacheSection,
     served: kernel_choice.Served,
@@ -527,11 +565,10 @@ def _layout(
     most_pages: int,
     page_major: bool,
     num_replicas: int,
-    least: Callable[[int], int],
-) -> layout_lib.KvLayout:
+) -> layout_lib.PageMajorLayout | layout_lib.TokenMinorLayout:
     """The cache of one layer: as many pages as memory allows and all requests could use.
 
-    Each device has some kv heads of every page. `least` gives the least number of all processes.
+    Each device has some kv heads of every page.
     """
     local = placement.mesh.local_devices
     device = local[0]
@@ -561,7 +598,7 @@ def _layout(
             "no memory for a single page of the KV cache; use a smaller model, "
             "--dtype=bfloat16, or raise --cache_memory_fraction"
         )
-    return kind(shape=dataclasses.replace(shape, num_pages=least(num_pages)))
+    return kind(shape=dataclasses.replace(shape, num_pages=num_pages))
 
 
 def _free_bytes(device: jax.Device) -> int:
@@ -572,7 +609,7 @@ def _free_bytes(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _use_compile_cache(folder: str) -> None:
+def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs, unless somebody has already set where."""
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is not None or not folder:

@@ -12,7 +12,7 @@ The plain forward pass is the plan in which nothing is split.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from nanoflow_jax.nanobatch import operations
@@ -116,6 +116,34 @@ class Plan:
             name: tuple(sorted(places, key=lambda i: self.order[i].tokens))
             for name, places in found.items()
         }
+
+    @functools.cached_property
+    def ways(self) -> Mapping[str, frozenset[str]]:
+        """By product of several ways, those that some of its tokens take; see `Choice`.
+
+        A plan for one device says nothing; in a group of devices its products sum by themselves,
+        as in the way `reduce`.
+        """
+        found: dict[str, set[str]] = {}
+        for nano in self.order:
+            choice = self.graph.by_name[nano.operation].choice
+            if choice is not None:
+                found.setdefault(choice.product, set()).add(choice.way)
+        return {product: frozenset(ways) for product, ways in found.items()}
+
+    @property
+    def changes_bits(self) -> bool:
+        """Whether a token's last bits may differ from those of the plain pass.
+
+        They may where an operation that adds up has fewer rows, which XLA's kernels may add in
+        another order, or is done in another way than the plain pass does it.
+        """
+        return any(
+            (nano.tokens.length < self.num_tokens and (op.has_weights or not op.is_token_wise))
+            or (op.choice is not None and op.choice.way != "reduce")
+            for nano in self.order
+            for op in (self.graph.by_name[nano.operation],)
+        )
 
     @property
     def max_shift(self) -> int:

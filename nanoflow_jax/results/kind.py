@@ -70,8 +70,8 @@ class Kind:
 
     Attributes:
         name: As manifests say it.
-        sample: A msgspec.Struct; fields `case`, `mode`, `round` and `step`, where it has them, are
-            checked for gaps.
+        sample: A msgspec.Struct, or a union of tagged ones; fields `case`, `mode`, `round` and
+            `step`, where it has them, are checked for gaps.
         files: Names of files that a finished run must have, of `manifest.FILES`.
         needs_ceilings: Whether ceilings must have been measured before and after.
         level: What a single finished run is worth.
@@ -81,7 +81,7 @@ class Kind:
     """
 
     name: str
-    sample: type
+    sample: Any
     files: Callable[[Run], frozenset[str]]
     needs_ceilings: Callable[[Run], bool]
     level: Callable[[Run], Level]
