@@ -80,6 +80,27 @@ def compile_all(
     return done
 
 
+def refused_options(options: Mapping[str, Any]) -> dict[str, str]:
+    """Which compiler options the installed jax does not take, and what it says of each.
+
+    Names and values of XLA's options change from release to release; all of them are known on any
+    device.
+
+    Args:
+        options: By name, as in `Job`.
+    """
+    nothing = jax.jit(lambda: 0).lower()
+    refused = {}
+    for name, value in options.items():
+        try:
+            nothing.compile(compiler_options={name: value})
+        except jax.errors.JaxRuntimeError as error:
+            if "INVALID_ARGUMENT" not in str(error):
+                raise
+            refused[name] = str(error)
+    return refused
+
+
 @contextlib.contextmanager
 def _cache_trouble_told_once() -> Iterator[None]:
     """Says once, and what to do, what JAX says of each program that its cache cannot give or take.

@@ -223,3 +223,15 @@ def test_each_job_is_compiled_with_its_own_options():
     compiler.compile_all([good], threads=1, progress=lambda *_: None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         compiler.compile_all([good, bad], threads=1, progress=lambda *_: None)
+
+
+def test_options_that_jax_does_not_take_are_found():
+    refused = compiler.refused_options(
+        {
+            "xla_gpu_no_such_option": True,
+            "xla_gpu_command_buffer_scheduling_mode": "SOMEHOW",
+            "xla_gpu_graph_min_graph_size": 1,
+        }
+    )
+    assert refused.keys() == {"xla_gpu_no_such_option", "xla_gpu_command_buffer_scheduling_mode"}
+    assert "SOMEHOW" in refused["xla_gpu_command_buffer_scheduling_mode"]
