@@ -148,7 +148,6 @@ def _layout(free, monkeypatch, *, page_major=False, num_devices=1, num_replicas=
         most_pages=50,
         page_major=page_major,
         num_replicas=num_replicas,
-        least=lambda count: count,
     )
 
 
