@@ -11,7 +11,7 @@ class Kernel:
     """One kernel, as ptxas made it.
 
     Attributes:
-        name: Of its function; several kernels of Mosaic may have one name.
+        name: Of its function.
         is_mosaic: Whether it is ours, or else XLA's.
         registers: Of each thread.
         spill_bytes: Stored and loaded again for want of registers.
@@ -39,7 +39,7 @@ class Launch:
         name: Of the instruction in the optimised HLO.
         kind: XLA's word for it: kCustomKernel, kCustomCall, kCopy, kCublasLtMatmul...
         scope: Path of the named scopes and the operation that it stems from; empty if unknown.
-        kernel: Function that it runs if it is a kernel of XLA's; equal ones share one.
+        kernel: Function that it runs if it is a kernel, of XLA's or ours; equal ones share one.
     """
 
     name: str
@@ -50,7 +50,9 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One CUDA graph, or as much of its beginning as the compiler tells of: some hundred nodes.
+    """What may run at once: of a CUDA graph, or of a program.
+
+    Of a CUDA graph it is as much of the beginning as the compiler tells of: some hundred nodes.
 
     Attributes:
         nodes: In an order in which they could run; none waits for one that is left out.
@@ -93,25 +95,6 @@ class Graph:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Aside:
-    """Launches that are started on another stream, as a run of the program's launches.
-
-    They wait for all before them on the main stream; the main stream goes on without them.
-
-    Attributes:
-        stream: XLA's name for it.
-        first: Index of the first of them.
-        end: Index behind the last of them, from which on the main stream goes on beside them.
-        joined: Index of the first launch of the main stream that waits for them.
-    """
-
-    stream: str
-    first: int
-    end: int
-    joined: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction:
     """One instruction of the optimised HLO's entry.
 
@@ -122,6 +105,7 @@ class Instruction:
         num_bytes: Of its result.
         operands: Names of what it reads.
         scope: See `Launch`.
+        kernel: What tells the Mosaic kernel that it calls from others; None if it calls none.
     """
 
     name: str
@@ -130,6 +114,7 @@ class Instruction:
     num_bytes: int
     operands: tuple[str, ...]
     scope: str
+    kernel: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,11 +141,11 @@ class Program:
     Attributes:
         hlo: Optimised HLO.
         instructions: Of its entry, in the order of the schedule.
-        kernels: One per function; equal ones of Mosaic may be there once.
+        kernels: One per function: those of XLA's, then ours in the order in which they first run.
         launches: All that is started, in order, graphs' nodes included.
         graphs: CUDA graphs, in order.
+        order: All of it: graphs one after another, and what runs on other streams beside them.
         memory: What it takes.
-        asides: What is started on other streams, in order.
     """
 
     hlo: str
@@ -168,35 +153,8 @@ class Program:
     kernels: tuple[Kernel, ...]
     launches: tuple[Launch, ...]
     graphs: tuple[Graph, ...]
+    order: Graph
     memory: Memory
-    asides: tuple[Aside, ...] = ()
-
-    @property
-    def order(self) -> Graph:
-        """The largest CUDA graph, or where there is none, what streams keep."""
-        return max(self.graphs, key=lambda graph: graph.num_nodes, default=self.by_streams)
-
-    @functools.cached_property
-    def by_streams(self) -> Graph:
-        """The order that streams keep of all launches, where no CUDA graph holds them."""
-        owners = {i: aside for aside in self.asides for i in range(aside.first, aside.end)}
-        joined: dict[int, list[int]] = {}
-        for aside in self.asides:
-            if aside.first < aside.end:
-                joined.setdefault(aside.joined, []).append(aside.end - 1)
-        main: list[int] = []  # what the main stream waits for
-        last: dict[str, list[int]] = {}
-        parents: list[tuple[int, ...]] = []
-        for i in range(len(self.launches)):
-            main = [*main, *joined.get(i, ())]
-            if (owner := owners.get(i)) is None:
-                parents.append(tuple(main))
-                main = [i]
-            else:
-                before = [*main, *last.get(owner.stream, ())] if i == owner.first else [i - 1]
-                parents.append(tuple(before))
-                last[owner.stream] = [i]
-        return Graph(nodes=self.launches, parents=tuple(parents), num_nodes=len(self.launches))
 
     @property
     def mosaic_kernels(self) -> tuple[Kernel, ...]:
@@ -209,12 +167,16 @@ class Program:
         return tuple(one for one in self.instructions if one.opcode in ("copy", "copy-start"))
 
     def kernel(self, name: str) -> Kernel:
-        """XLA's kernel of that name.
+        """The kernel of that name.
 
         Raises:
             KeyError: There is none.
         """
-        return {one.name: one for one in self.kernels if not one.is_mosaic}[name]
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Kernel]:
+        return {one.name: one for one in self.kernels}
 
     def to_json(self) -> str:
         """All of it, for `from_json`."""
@@ -229,17 +191,18 @@ class Program:
             instructions=tuple(_made(Instruction, one) for one in fields["instructions"]),
             kernels=tuple(_made(Kernel, one) for one in fields["kernels"]),
             launches=tuple(_made(Launch, one) for one in fields["launches"]),
-            graphs=tuple(
-                Graph(
-                    nodes=tuple(_made(Launch, one) for one in graph["nodes"]),
-                    parents=tuple(map(tuple, graph["parents"])),
-                    num_nodes=graph["num_nodes"],
-                )
-                for graph in fields["graphs"]
-            ),
+            graphs=tuple(map(_graph, fields["graphs"])),
+            order=_graph(fields["order"]),
             memory=Memory(**fields["memory"]),
-            asides=tuple(_made(Aside, one) for one in fields["asides"]),
         )
+
+
+def _graph(fields: dict[str, Any]) -> Graph:
+    return Graph(
+        nodes=tuple(_made(Launch, one) for one in fields["nodes"]),
+        parents=tuple(map(tuple, fields["parents"])),
+        num_nodes=fields["num_nodes"],
+    )
 
 
 def _made(kind: type[Any], fields: dict[str, Any]) -> Any:

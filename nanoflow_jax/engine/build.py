@@ -30,6 +30,7 @@ from nanoflow_jax.engine import (
     programs,
     replicas,
     runner,
+    step_trace,
 )
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
@@ -176,7 +177,7 @@ def _stored_dtype(raw: Mapping[str, Any]) -> str:
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
 
 
-def _run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
+def run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
     """The number format to run in.
 
     CPUs without bfloat16 products emulate them at a tenth of the speed, so auto means float32
@@ -207,7 +208,7 @@ def build_engine(
         ValueError: The knobs do not fit each other, the model or the memory.
     """
     reports = reports or Reports()
-    _use_compile_cache(config.compile.cache_dir)
+    use_compile_cache(config.compile.cache_dir)
     if group is not None:
         lockstep.announce(group, config, _fingerprint(config.model, source))
         return _engine(_build_parts(config, source, reports, _shared_devices(config), group), group)
@@ -222,9 +223,10 @@ def build_engine(
         return first
     engines: list[interface.TokenEngine] = [first]
     quiet = dataclasses.replace(reports, settings=lambda settings: None)
+    untraced = dataclasses.replace(config, profile=config_lib.ProfileSection())
     try:
         for devices in groups[1:]:
-            engines.append(_engine(_build_parts(config, source, quiet, devices)))
+            engines.append(_engine(_build_parts(untraced, source, quiet, devices)))
     except BaseException:
         for one in engines:
             one.close()
@@ -261,7 +263,7 @@ def follow(
             f"--model={own.model.model} is not the model of process 0, or other files of it; give "
             "all processes copies of one folder"
         )
-    _use_compile_cache(own.compile.cache_dir)
+    use_compile_cache(own.compile.cache_dir)
     parts = _build_parts(own, source, reports or Reports(), _shared_devices(own), group)
     lockstep.follow(parts.step_runner, group)
     parts.step_runner.close()
@@ -286,6 +288,11 @@ class _Parts:
     context_len: int
 
 
+def defaults_of(device: jax.Device) -> Defaults:
+    """What measured best on a device's kind."""
+    return _CPU if device.platform == "cpu" else _GPU
+
+
 def _build_parts(
     config: config_lib.EngineConfig,
     source: ModelSource,
@@ -294,8 +301,8 @@ def _build_parts(
     group: peers.Group | None = None,
 ) -> _Parts:
     device = next(one for one in devices if one.process_index == jax.process_index())
-    defaults = _CPU if device.platform == "cpu" else _GPU
-    dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
+    defaults = defaults_of(device)
+    dtype = run_dtype(config.model.dtype, source.stored_dtype, device.platform)
     context = context_len(config.model, source.config)
     asked = config.batch.dense_batch
     max_requests = config.batch.max_requests or min(
@@ -345,9 +352,9 @@ def _build_parts(
     together = None
     if executors.runs_together(executor):
         together = implementations.kernels_together(choices, served.config)
-    model = _load(config.model, source, dtype, placement, reports)
+    model = load_weights(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
-    kv_layout = _layout(
+    kv_layout = make_layout(
         placement,
         config.cache,
         served,
@@ -451,6 +458,7 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         ),
         grammars=_grammars(source),
         run_ahead=parts.config.batch.async_scheduling,
+        trace=step_trace.StepTrace(parts.config.profile),
     )
 
 
@@ -489,13 +497,14 @@ def _buckets(
     return bucket_lib.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
 
 
-def _load(
+def load_weights(
     section: config_lib.ModelSection,
     source: ModelSource,
     dtype: np.dtype[Any],
     placement: placement_lib.Placement,
     reports: Reports,
 ) -> transformer.Transformer:
+    """The model with its weights on its devices, random ones where they are asked for."""
     if section.random_weights or source.folder is None:
         return loading.random_model(
             source.config,
@@ -554,7 +563,7 @@ def _device_name(kind: str, config: config_lib.EngineConfig) -> str:
     return replicas_of + name
 
 
-def _layout(
+def make_layout(
     placement: placement_lib.Placement,
     section: config_lib.CacheSection,
     served: kernel_choice.Served,
@@ -606,7 +615,7 @@ def _free_bytes(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _use_compile_cache(folder: str) -> None:
+def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs, unless somebody has already set where."""
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is not None or not folder:

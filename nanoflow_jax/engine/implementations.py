@@ -135,7 +135,7 @@ def _kernel_prefill(
         form=form,
         attend=functools.partial(prefill_attention, interpret=interpret),
         cuts_keys=True,
-        prepare=functools.partial(prepare_prefill, interpreted=interpret is not None),
+        prepare=functools.partial(prepare_prefill, interpret=interpret),
     )
 
 

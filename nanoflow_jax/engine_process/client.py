@@ -65,7 +65,7 @@ class EngineClient:
             max_restarts: In ten minutes; after one more end of the engine, `run` raises.
             stall_s: An engine that has requests and says nothing for so long is ended.
         """
-        self._config = config
+        self.config = config
         self._say = say
         self._on_step = on_step
         self._on_abort = on_abort
@@ -228,7 +228,7 @@ class EngineClient:
             )
             watch = asyncio.create_task(self._watch())
             try:
-                self._send(messages.Start(config=self._config))
+                self._send(messages.Start(config=self.config))
                 await self._read(reader)
             finally:
                 watch.cancel()

@@ -31,7 +31,7 @@ ProgressCall = Callable[[Progress], None]
 
 def place_model(
     config: architecture.ModelConfig,
-    devices: Sequence[jax.Device],
+    devices: Sequence[jax.Device] | int,
     *,
     split_experts: bool = False,
 ) -> placement_lib.Placement:

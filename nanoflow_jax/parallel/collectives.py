@@ -84,7 +84,7 @@ ALONE = Group()
 
 
 def on_each(
-    function: Callable[..., Any], mesh: jax.sharding.Mesh, *, in_specs: Any, out_specs: Any
+    function: Callable[..., Any], mesh: mesh_lib.AnyMesh, *, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """A program in which each device of a mesh runs a function on its shares of the arguments."""
     if mesh.size == 1:

@@ -54,14 +54,14 @@ class Placement:
     """One group of devices that holds a model.
 
     Attributes:
-        mesh: The devices.
+        mesh: The devices, or a mesh of absent ones for programs that are only compiled.
         kv_copies: Devices that keep the same kv head.
         split_experts: Whole experts on each device, rather than a part of each.
         adds_in_order: See `collectives.Group`.
         by_columns: Products, of `o` and `down`, whose weight is split by columns.
     """
 
-    mesh: jax.sharding.Mesh
+    mesh: mesh_lib.AnyMesh
     kv_copies: int = 1
     split_experts: bool = False
     adds_in_order: bool = False
@@ -69,7 +69,7 @@ class Placement:
 
     @property
     def num_devices(self) -> int:
-        return int(self.mesh.devices.size)
+        return int(self.mesh.size)
 
     @property
     def group(self) -> collectives.Group:
@@ -114,14 +114,18 @@ class Placement:
         """How an array with these axis letters lies on the mesh; see `spec`."""
         return jax.sharding.NamedSharding(self.mesh, self.spec(axes, product))
 
-    def zeros(self, share: jax.ShapeDtypeStruct, axes: str) -> Shaped[jax.Array, "..."]:
-        """An array of zeros of which each device has a share of this shape."""
-        spec = self.spec(axes)
+    def whole(self, share: jax.ShapeDtypeStruct, axes: str) -> jax.ShapeDtypeStruct:
+        """What an array is of which each device has a share of this shape."""
         sizes = [
             size * (self.num_devices if part else 1)
-            for size, part in zip(share.shape, spec, strict=True)
+            for size, part in zip(share.shape, self.spec(axes), strict=True)
         ]
-        return jnp.zeros(sizes, share.dtype, device=self.sharding(axes))
+        return jax.ShapeDtypeStruct(sizes, share.dtype, sharding=self.sharding(axes))
+
+    def zeros(self, share: jax.ShapeDtypeStruct, axes: str) -> Shaped[jax.Array, "..."]:
+        """An array of zeros of which each device has a share of this shape."""
+        whole = self.whole(share, axes)
+        return jnp.zeros(whole.shape, whole.dtype, device=whole.sharding)
 
     def lay_out(self, whole: Shaped[Any, "..."], axes: str) -> Shaped[Any, "..."]:
         """A weight as the devices hold it: kv heads repeated, vocabulary padded with zeros.
@@ -151,19 +155,23 @@ class Placement:
 
 
 def place(
-    widths: ModelWidths, devices: Sequence[jax.Device], *, split_experts: bool = False
+    widths: ModelWidths, devices: Sequence[jax.Device] | int, *, split_experts: bool = False
 ) -> Placement:
     """Lays a model out on devices.
 
     Args:
         widths: The sizes that are split.
-        devices: One group; each holds its share of every layer.
+        devices: One group, each of which holds its share of every layer; or how many absent ones.
         split_experts: Whole experts on each device (expert parallel) rather than parts of all.
 
     Raises:
         ValueError: A size cannot be split evenly.
     """
-    count = len(devices)
+    mesh: mesh_lib.AnyMesh
+    if isinstance(devices, int):
+        count, mesh = devices, mesh_lib.absent_mesh(devices)
+    else:
+        count, mesh = len(devices), mesh_lib.build_mesh(devices)
     reason = _why_not(widths, count, split_experts)
     if reason is not None:
         fitting = [n for n in range(1, count) if _why_not(widths, n, split_experts) is None]
@@ -172,7 +180,7 @@ def place(
             f"{', '.join(map(str, fitting))}"
         )
     return Placement(
-        mesh=mesh_lib.build_mesh(devices),
+        mesh=mesh,
         kv_copies=max(1, count // widths.num_kv_heads),
         split_experts=split_experts,
     )

@@ -1,0 +1,68 @@
+"""Records some steps of an engine for xprof, once, after the steps that warm it up.
+
+Events of a trace name operations of compiled programs; the trace holds the programs too, in which
+each operation has the scope that it came from: `layer_0/norm_kqv.0/...`, the plan's own names.
+"""
+
+import logging
+
+import jax
+
+from nanoflow_jax import config as config_lib
+
+_LOG = logging.getLogger(__name__)
+
+
+class StepTrace:
+    """The trace that the knobs ask for.
+
+    Invariant: jax records, if nobody else made it, from `begin` to `end` and at no other time.
+    """
+
+    def __init__(self, section: config_lib.ProfileSection) -> None:
+        self._folder = section.dir
+        self._first, self._end = section.after, section.after + section.steps
+        self._is_recording = False
+        self._is_done = not section.steps
+
+    def is_due(self, num_steps: int) -> bool:
+        """Whether it begins or ends now, with so many steps launched: none may be under way."""
+        return not self._is_done and num_steps >= self._border
+
+    @property
+    def _border(self) -> int:
+        return self._end if self._is_recording else self._first
+
+    def turn(self) -> None:
+        """Begins or ends it, whichever comes next; a trace that is not to be had is logged."""
+        try:
+            if self._is_recording:
+                self._stop()
+            else:
+                self._start()
+        except (RuntimeError, OSError) as error:  # somebody else records, or the disk is full
+            _LOG.error("--profile_steps: no trace in %s: %s", self._folder, error)
+            self._is_recording, self._is_done = False, True
+
+    def _start(self) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # calls of Python would be most of the trace
+        jax.profiler.start_trace(self._folder, profiler_options=options)
+        self._is_recording = True
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._is_recording, self._is_done = False, True
+        _LOG.warning("a trace of steps %d to %d is in %s", self._first, self._end, self._folder)
+
+    def close(self) -> None:
+        """Writes what was recorded of an engine that ends before its time."""
+        if self._is_recording:
+            self.turn()
+        elif not self._is_done:
+            _LOG.warning(
+                "--profile_steps: no more than %d steps ran, after which a trace was to begin; "
+                "lower --profile_after",
+                self._first,
+            )
+        self._is_done = True
