@@ -348,10 +348,7 @@ def _build_parts(
         served,
         caps_products=executors.caps_products(plans.values()),
     )
-    executors.check_kernels(executor, choices)
-    together = None
-    if executors.runs_together(executor):
-        together = implementations.kernels_together(choices, served.config)
+    operations = executors.operations(executor, choices, served.config)
     model = load_weights(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = make_layout(
@@ -419,9 +416,7 @@ def _build_parts(
         threads=config.compile.threads,
         executor=executor,
         options=invariance.compiler_options(plans.values()) if is_invariant else {},
-        operations=implementations.operations(
-            choices, together=together, start_aside=executors.start_aside(executor)
-        ),
+        operations=operations,
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
     )

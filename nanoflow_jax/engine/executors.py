@@ -17,8 +17,10 @@ import jax
 
 from nanoflow_jax import compat
 from nanoflow_jax.config import Executor
-from nanoflow_jax.engine import compiler
+from nanoflow_jax.engine import compiler, implementations
 from nanoflow_jax.engine.kernel_choice import Choices, Maker, Operation
+from nanoflow_jax.models import architecture
+from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.nanobatch.executor import StartAside
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import Plan
@@ -115,6 +117,26 @@ def start_aside(executor: Executor) -> StartAside | None:
 def runs_together(executor: Executor) -> bool:
     """Whether kernels that a plan lets run at once are one; see `nanobatch.executor.run`."""
     return executor is Executor.FUSED
+
+
+def operations(
+    executor: Executor, choices: Choices, config: architecture.ModelConfig
+) -> operation_lib.Operations:
+    """What layers are made of, and how an executor runs it.
+
+    Args:
+        executor: Which.
+        choices: What was chosen.
+        config: The model, or the share of it that one device has.
+
+    Raises:
+        ValueError: As of `check_kernels`.
+    """
+    check_kernels(executor, choices)
+    together = None
+    if runs_together(executor):
+        together = implementations.kernels_together(choices, config)
+    return implementations.operations(choices, together=together, start_aside=start_aside(executor))
 
 
 def check_kernels(executor: Executor, choices: Choices) -> None:

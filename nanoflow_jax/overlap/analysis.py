@@ -225,11 +225,14 @@ class Analysis:
         return widest(nodes)
 
     def _num_ctas(self, node: Node) -> int:
-        """CTAs of its largest kernel; what is no kernel keeps to its share or takes all."""
+        """CTAs of its largest kernel.
+
+        What is no kernel keeps to its share or takes all; in a kernel of several it has its share.
+        """
         return max(
-            math.prod(self.program.kernel(launch.kernel).grid)
-            if launch.kernel is not None
-            else self.plan.num_ctas(node.place)
+            self.plan.num_ctas(node.place)
+            if launch.kernel is None or len(list(self._nodes(launch))) > 1
+            else math.prod(self.program.kernel(launch.kernel).grid)
             for launch in (self.graph.nodes[i] for i in self._works[node])
         )
 
