@@ -340,7 +340,10 @@ def _build_parts(
         served, num_devices=placement.num_devices, by_columns=placement.by_columns
     )
     executor = executors.choose(
-        config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
+        config.plans.executor,
+        plans.values(),
+        on_gpu=device.platform != "cpu",
+        interprets=config.kernels.gemm == config_lib.KernelUse.INTERPRET,
     )
     choices = kernel_choice.choose(
         config.kernels,

@@ -34,6 +34,7 @@ _SPLIT_OPTIONS: Mapping[str, bool | int | str] = {
 _NEEDS_GPU = {
     Executor.GRAPH: "makes CUDA graphs",
     Executor.STREAMS: "starts attention on a stream of its own",
+    Executor.FUSED: "runs products and attention in one kernel",
 }
 _OPTIONS: Mapping[Executor, Mapping[str, bool | int | str]] = {
     Executor.GRAPH: {
@@ -56,6 +57,7 @@ def choose(
     plans: Iterable[Plan],
     *,
     on_gpu: bool,
+    interprets: bool = False,
     refused_options: Callable[[Mapping[str, Any]], Mapping[str, str]] = compiler.refused_options,
     why_no_streams: Callable[[], str | None] = compiler.why_no_streams,
 ) -> Executor:
@@ -65,13 +67,14 @@ def choose(
         asked: The knob.
         plans: Of all buckets.
         on_gpu: Whether it runs on one.
+        interprets: Whether products are interpreted kernels, which need none.
         refused_options: Asks the installed jax; see `compiler.refused_options`.
         why_no_streams: Likewise.
 
     Raises:
         ValueError: One is asked for that cannot run here.
     """
-    if asked in _NEEDS_GPU and not on_gpu:
+    if asked in _NEEDS_GPU and not on_gpu and not (asked is Executor.FUSED and interprets):
         raise ValueError(
             f"--executor={asked} {_NEEDS_GPU[asked]}, and there is no GPU here; leave it out, or "
             "look at the order of a step with python -m nanoflow_jax.overlap"
