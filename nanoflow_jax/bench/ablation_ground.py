@@ -8,7 +8,7 @@ import numpy as np
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.bench.ablation_modes import Mode
-from nanoflow_jax.engine import build, implementations, kernel_choice
+from nanoflow_jax.engine import build, executors, kernel_choice
 from nanoflow_jax.models import operations as operation_lib
 
 
@@ -79,4 +79,4 @@ class Ground:
         Raises:
             ValueError: They cannot be had here.
         """
-        return implementations.operations(self.choices(mode))
+        return executors.operations(mode.executor, self.choices(mode), self.served.config)

@@ -68,15 +68,12 @@ def read_program(folder: pathlib.Path, log: str) -> Program:
     entry = hlo.read_entry(text)
     dump = folder / "dump"
     thunks = _read_thunks(dump)
-    scopes = hlo.read_scopes(text) | {one.name: one.scope for one in entry if one.scope}
-    names = _names(thunks, dump, scopes)
-    # What runs on a stream of its own is called from another computation.
-    calls = (*entry, *hlo.read_calls(text))
-    ours = _mosaic_kernels(dump, _calls(thunks, names, calls))
+    names = _names(thunks, dump)
+    ours = _mosaic_kernels(dump, _calls(thunks, names, entry))
     known = _Known(
         names=names,
-        scopes=scopes,
-        kernels={one.name: ours[one.kernel].name for one in calls if one.kernel in ours},
+        scopes={one.name: one.scope for one in entry},
+        kernels={one.name: ours[one.kernel].name for one in entry if one.kernel in ours},
     )
     launches = [known.launch(one) for one in thunks if one.kind not in _AROUND]
     graphs = tuple(_graphs(thunks, known, log))
@@ -120,28 +117,21 @@ def _calls_in_place_of_slices(thunks: list[_Thunk]) -> Iterator[_Thunk]:
         yield thunk
 
 
-def _names(
-    thunks: Sequence[_Thunk], dump: pathlib.Path, scopes: Mapping[str, str]
-) -> dict[int, str]:
-    """Instructions by thunk.
-
-    What runs on another stream has the name of its begin, unless it has a scope of its own.
-    """
+def _names(thunks: Sequence[_Thunk], dump: pathlib.Path) -> dict[int, str]:
+    """Instructions of the entry by thunk; what runs on another stream has the name of its begin."""
     text = _dumped(dump, "thunk_metadata") or ""
     found = {int(number): name for name, number in _NAME.findall(text)}
     for index, thunk in enumerate(thunks):
         if thunk.kind == _BEGIN and thunk.id in found:
-            for one in _inside(thunks, index):
-                if found.get(one.id) not in scopes:
-                    found[one.id] = found[thunk.id]
+            found |= {one.id: found[thunk.id] for one in _inside(thunks, index)}
     return found
 
 
 def _calls(
-    thunks: Iterable[_Thunk], names: Mapping[int, str], calls: Iterable[Instruction]
+    thunks: Iterable[_Thunk], names: Mapping[int, str], entry: Iterable[Instruction]
 ) -> list[str]:
     """What tells Mosaic kernels apart, each once, in the order in which they first run."""
-    kernels = {one.name: one.kernel for one in calls}
+    kernels = {one.name: one.kernel for one in entry}
     found = (kernels.get(names.get(thunk.id, "")) for thunk in thunks)
     return list(dict.fromkeys(one for one in found if one is not None))
 

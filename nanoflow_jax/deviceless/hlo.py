@@ -14,7 +14,6 @@ _CALLS = re.compile(r"calls=%([^\s,]+)")
 # A Mosaic kernel is in the text as it is, and with a name if `compat.name_kernels` gave it one.
 _KERNEL_NAME = re.compile(rf"\\00(\w+_[0-9a-f]{{{compat.KERNEL_DIGITS}}})\\00")
 _KERNEL_HASH = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
-_NAMED = re.compile(r'^\s*(?:ROOT )?%(\S+) = .*?metadata=\{[^}]*?op_name="([^"]*)"', re.M)
 _SCOPE = re.compile(r'metadata=\{[^}]*?op_name="([^"]*)"')
 
 
@@ -23,17 +22,6 @@ def read_entry(text: str) -> tuple[Instruction, ...]:
     lines = text[text.index("\nENTRY ") :].split("\n")[2:]
     end = next(index for index, line in enumerate(lines) if line.startswith("}"))
     return tuple(_read(line, text) for line in lines[:end])
-
-
-def read_scopes(text: str) -> dict[str, str]:
-    """Scopes of instructions of all computations, by name, of those that have one."""
-    return {found[1]: found[2] for found in _NAMED.finditer(text)}
-
-
-def read_calls(text: str) -> tuple[Instruction, ...]:
-    """Calls of kernels and libraries in computations other than the entry."""
-    others = text[: text.index("\nENTRY ")].split("\n")
-    return tuple(_read(line, text) for line in others if " custom-call(" in line)
 
 
 def _read(line: str, text: str) -> Instruction:

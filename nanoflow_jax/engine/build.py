@@ -342,7 +342,10 @@ def _build_parts(
         served, num_devices=placement.num_devices, by_columns=placement.by_columns
     )
     executor = executors.choose(
-        config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
+        config.plans.executor,
+        plans.values(),
+        on_gpu=device.platform != "cpu",
+        interprets=config.kernels.gemm == config_lib.KernelUse.INTERPRET,
     )
     choices = kernel_choice.choose(
         config.kernels,
@@ -350,10 +353,7 @@ def _build_parts(
         served,
         caps_products=executors.caps_products(plans.values()),
     )
-    executors.check_kernels(executor, choices)
-    together = None
-    if executors.runs_together(executor):
-        together = implementations.kernels_together(choices, served.config)
+    operations = executors.operations(executor, choices, served.config)
     model = load_weights(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = make_layout(
@@ -421,9 +421,7 @@ def _build_parts(
         threads=config.compile.threads,
         executor=executor,
         options=_options(plans, is_invariant=is_invariant, on_gpu=device.platform != "cpu"),
-        operations=implementations.operations(
-            choices, together=together, start_aside=executors.start_aside(executor)
-        ),
+        operations=operations,
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
     )

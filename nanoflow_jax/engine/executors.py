@@ -17,8 +17,10 @@ import jax
 
 from nanoflow_jax import compat
 from nanoflow_jax.config import Executor
-from nanoflow_jax.engine import compiler
+from nanoflow_jax.engine import compiler, implementations
 from nanoflow_jax.engine.kernel_choice import Choices, Maker, Operation
+from nanoflow_jax.models import architecture
+from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.nanobatch.executor import StartAside
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import Plan
@@ -32,6 +34,7 @@ _SPLIT_OPTIONS: Mapping[str, bool | int | str] = {
 _NEEDS_GPU = {
     Executor.GRAPH: "makes CUDA graphs",
     Executor.STREAMS: "starts attention on a stream of its own",
+    Executor.FUSED: "runs products and attention in one kernel",
 }
 _OPTIONS: Mapping[Executor, Mapping[str, bool | int | str]] = {
     Executor.GRAPH: {
@@ -54,6 +57,7 @@ def choose(
     plans: Iterable[Plan],
     *,
     on_gpu: bool,
+    interprets: bool = False,
     refused_options: Callable[[Mapping[str, Any]], Mapping[str, str]] = compiler.refused_options,
     why_no_streams: Callable[[], str | None] = compiler.why_no_streams,
 ) -> Executor:
@@ -63,13 +67,14 @@ def choose(
         asked: The knob.
         plans: Of all buckets.
         on_gpu: Whether it runs on one.
+        interprets: Whether products are interpreted kernels, which need none.
         refused_options: Asks the installed jax; see `compiler.refused_options`.
         why_no_streams: Likewise.
 
     Raises:
         ValueError: One is asked for that cannot run here.
     """
-    if asked in _NEEDS_GPU and not on_gpu:
+    if asked in _NEEDS_GPU and not on_gpu and not (asked is Executor.FUSED and interprets):
         raise ValueError(
             f"--executor={asked} {_NEEDS_GPU[asked]}, and there is no GPU here; leave it out, or "
             "look at the order of a step with python -m nanoflow_jax.overlap"
@@ -115,6 +120,26 @@ def start_aside(executor: Executor) -> StartAside | None:
 def runs_together(executor: Executor) -> bool:
     """Whether kernels that a plan lets run at once are one; see `nanobatch.executor.run`."""
     return executor is Executor.FUSED
+
+
+def operations(
+    executor: Executor, choices: Choices, config: architecture.ModelConfig
+) -> operation_lib.Operations:
+    """What layers are made of, and how an executor runs it.
+
+    Args:
+        executor: Which.
+        choices: What was chosen.
+        config: The model, or the share of it that one device has.
+
+    Raises:
+        ValueError: As of `check_kernels`.
+    """
+    check_kernels(executor, choices)
+    together = None
+    if runs_together(executor):
+        together = implementations.kernels_together(choices, config)
+    return implementations.operations(choices, together=together, start_aside=start_aside(executor))
 
 
 def check_kernels(executor: Executor, choices: Choices) -> None:

@@ -2,13 +2,12 @@
 
 The order of a program has a node for each kernel, copy and collective. Those of one nano-operation
 are known by their named scopes, `layer_3/up_gate.1`; those that do its work are its calls of
-kernels, its collective or XLA's own product, or all of them where XLA makes it of short kernels. A
-kernel of several has the scopes of all of them. The compiler tells of the beginning of a long graph
-only; none of it waits for the rest, so what is found there is exact, and the layers that follow
-repeat it.
+kernels, its collective or XLA's own product, or all of them where XLA makes it of short kernels.
+A kernel of several has the scopes of all of them.
+The compiler tells of the beginning of a long graph only; none of it waits for the rest, so what is
+found there is exact, and the layers that follow repeat it.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -80,7 +79,7 @@ class Analysis:
         self._places = {key: place for place, key in enumerate(plan.keys)}
         self._works: dict[Node, list[int]] = {}
         for index, launch in enumerate(self.graph.nodes):
-            for node in dict.fromkeys(self._nodes(launch)):
+            for node in self._nodes(launch):
                 self._works.setdefault(node, []).append(index)
         # Those of which something else than short kernels of XLA's was found.
         self._calls = set()
@@ -186,16 +185,12 @@ class Analysis:
             durations_s: Of each nano-operation, by its key in the plan.
         """
         seconds = [0.0] * len(self.graph.nodes)
-        owners = collections.Counter(index for works in self._works.values() for index in works)
         total = 0.0
         for node, works in self._works.items():
             duration = durations_s[self.plan.keys[node.place]]
             total += duration
-            # A kernel of several has all their time at once; what follows it, such as the merge of
-            # parts, is short.
-            shared = [index for index in works if owners[index] > 1]
-            for index in shared or works:
-                seconds[index] = max(seconds[index], duration / len(shared or works))
+            for index in works:
+                seconds[index] = duration / len(works)
         ends: list[float] = []
         for parents, duration in zip(self.graph.parents, seconds, strict=True):
             ends.append(duration + max((ends[parent] for parent in parents), default=0.0))
@@ -213,31 +208,31 @@ class Analysis:
     def most_ctas(self) -> tuple[int, tuple[Node, ...]]:
         """The most CTAs of calls that may run at once, and the nano-operations that they are of.
 
-        The many small CTAs of XLA's short kernels are not counted, those of a kernel of several
-        nano-operations once.
+        The many small CTAs of XLA's short kernels are not counted.
         """
         nodes = [node for node in self.seen if node in self._calls]
         ctas = {node: self._num_ctas(node) for node in nodes}
 
-        def widest(allowed: list[Node], counted: frozenset[int]) -> tuple[int, tuple[Node, ...]]:
+        def widest(allowed: list[Node]) -> tuple[int, tuple[Node, ...]]:
             best: tuple[int, tuple[Node, ...]] = (0, ())
             for i, node in enumerate(allowed):
                 beside = [other for other in allowed[i + 1 :] if self.are_unordered(node, other)]
-                width, others = widest(beside, counted.union(self._works[node]))
-                if counted.isdisjoint(self._works[node]):
-                    width += ctas[node]
-                if width > best[0]:
-                    best = width, (node, *others)
+                width, others = widest(beside)
+                if ctas[node] + width > best[0]:
+                    best = ctas[node] + width, (node, *others)
             return best
 
-        return widest(nodes, frozenset())
+        return widest(nodes)
 
     def _num_ctas(self, node: Node) -> int:
-        """CTAs of its largest kernel; what is no kernel keeps to its share or takes all."""
+        """CTAs of its largest kernel.
+
+        What is no kernel keeps to its share or takes all; in a kernel of several it has its share.
+        """
         return max(
-            math.prod(self.program.kernel(launch.kernel).grid)
-            if launch.kernel is not None
-            else self.plan.num_ctas(node.place)
+            self.plan.num_ctas(node.place)
+            if launch.kernel is None or len(list(self._nodes(launch))) > 1
+            else math.prod(self.program.kernel(launch.kernel).grid)
             for launch in (self.graph.nodes[i] for i in self._works[node])
         )
 

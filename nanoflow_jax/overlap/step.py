@@ -97,10 +97,7 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         served,
         caps_products=executors.caps_products([step.plan]),
     )
-    executors.check_kernels(step.executor, choices)
-    together = None
-    if executors.runs_together(step.executor):
-        together = implementations.kernels_together(choices, step.model)
+    operations = executors.operations(step.executor, choices, served.config)
     kv_layout = _layout(step)
     sizes = programs.Sizes(
         max_requests=max(step.bucket.decode_rows + step.bucket.prefill_rows, 1),
@@ -129,9 +126,7 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         layout=kv_layout,
         sizes=sizes,
         bucket=step.bucket,
-        operations=implementations.operations(
-            choices, together=together, start_aside=executors.start_aside(step.executor)
-        ),
+        operations=operations,
         shares=programs.Shares(
             placement=placement,
             caches=[cache_spec] * step.model.num_layers,

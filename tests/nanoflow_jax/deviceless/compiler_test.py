@@ -267,14 +267,15 @@ def test_what_is_started_on_a_stream_of_its_own_goes_on_beside_what_follows():
         with jax.named_scope("main"):
             z = jnp.sin(z @ z)
         y, z = jax.lax.optimization_barrier((y[0], z))
-        return jnp.cos(y) + z
+        with jax.named_scope("joined"):
+            return jnp.cos(y) + z
 
     options = {"xla_gpu_enable_command_buffer": ""}
     program = deviceless.program(run, _SQUARE, _SQUARE, options=options)
+    assert not program.graphs
     order = program.order
-    aside, main = order.find("aside"), order.find("main")
-    assert aside
-    assert main
+    aside, main = order.find("/aside"), order.find("/main")
+    assert aside and main
     assert not any(order.are_ordered(one, other) for one in aside for other in main)
-    last = len(order.nodes) - 1
+    (last,) = order.find("/joined")
     assert all(order.are_ordered(one, last) for one in (*aside, *main))

@@ -2,14 +2,7 @@ import dataclasses
 
 import pytest
 
-from nanoflow_jax.deviceless.program import (
-    Graph,
-    Instruction,
-    Kernel,
-    Launch,
-    Memory,
-    Program,
-)
+from nanoflow_jax.deviceless.program import Graph, Instruction, Kernel, Launch, Memory, Program
 
 
 def _launch(name):

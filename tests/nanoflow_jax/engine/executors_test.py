@@ -19,7 +19,7 @@ _HALVES = builders.halves(LayerShape(), num_tokens=512)
         (Executor.AUTO, [_HALVES], False, Executor.SEQUENTIAL),
         (Executor.GRAPH, [_ONE], True, Executor.GRAPH),
         (Executor.STREAMS, [_HALVES], True, Executor.STREAMS),
-        (Executor.FUSED, [_HALVES], False, Executor.FUSED),
+        (Executor.FUSED, [_HALVES], True, Executor.FUSED),
         (Executor.SEQUENTIAL, [_HALVES], True, Executor.SEQUENTIAL),
     ],
 )
@@ -32,6 +32,10 @@ def test_what_needs_a_gpu_is_refused_without_one():
         executors.choose(Executor.GRAPH, [_HALVES], on_gpu=False)
     with pytest.raises(ValueError, match=r"--executor=streams starts attention .* no GPU"):
         executors.choose(Executor.STREAMS, [_HALVES], on_gpu=False)
+    with pytest.raises(ValueError, match=r"--executor=fused runs products .* no GPU"):
+        executors.choose(Executor.FUSED, [_HALVES], on_gpu=False)
+    found = executors.choose(Executor.FUSED, [_HALVES], on_gpu=False, interprets=True)
+    assert found is Executor.FUSED
 
 
 def test_streams_are_refused_where_jax_cannot_name_one():
