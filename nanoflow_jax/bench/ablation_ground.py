@@ -8,8 +8,12 @@ import numpy as np
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.bench.ablation_modes import Mode
+from nanoflow_jax.config import Executor
 from nanoflow_jax.engine import build, implementations, kernel_choice
 from nanoflow_jax.models import operations as operation_lib
+
+# Executors that run what every other does. A mode of another would be timed as what it is not.
+_KNOWN = (Executor.SEQUENTIAL, Executor.GRAPH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,11 @@ class Ground:
         """What a mode's layers are made of, attention left out.
 
         Raises:
-            ValueError: They cannot be had here.
+            ValueError: They cannot be had here, or it is not known how the executor wants them.
         """
+        if mode.executor not in _KNOWN:
+            raise ValueError(
+                f"ablation does not know what --executor={mode.executor} makes layers of; add it "
+                "to bench/ablation_ground.py"
+            )
         return implementations.operations(self.choices(mode))

@@ -272,6 +272,19 @@ def test_knobs_that_leave_nothing_to_compare_are_refused(tmp_path, knobs, messag
     assert not [*tmp_path.iterdir()]
 
 
+def test_an_executor_that_ablation_cannot_make_operations_for_is_missing(monkeypatch):
+    monkeypatch.setattr(executors, "choose", lambda asked, plans, *, on_gpu: asked)
+    monkeypatch.setattr(ablation_ground, "_KNOWN", (Executor.SEQUENTIAL,))
+    load = Load(lengths=Lengths(prompt=6, output=4), dense_batch=16)
+    case = ablation_scale.Case(name="6/4", load=load)
+    found = ablation_turn.prepare(_ground(), case, load, _ALONE)
+    assert found.missing["overlapped (graph)"] == (
+        "ablation does not know what --executor=graph makes layers of; add it to "
+        "bench/ablation_ground.py"
+    )
+    assert "overlapped (graph)" not in {mode.name for mode in found.modes}
+
+
 def test_parameters_are_counted_as_tokens_meet_them():
     section = config.ModelSection(model="preset:llama-3-8b", random_weights=True)
     found = ablation_bench.parameters(build.open_model(section).config)
