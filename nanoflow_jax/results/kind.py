@@ -77,7 +77,7 @@ class Kind:
         level: What a single finished run is worth.
         figures: What samples come to. The only place where that is computed.
         complaints: What is wrong beyond what holds for all kinds; empty if nothing.
-        is_headline: Whether the README shows a figure.
+        is_headline: Whether the README shows a figure of a run.
     """
 
     name: str
@@ -87,4 +87,4 @@ class Kind:
     level: Callable[[Run], Level]
     figures: Callable[[Evidence], list[Figure]]
     complaints: Callable[[Evidence], list[str]] = lambda evidence: []
-    is_headline: Callable[[Figure], bool] = lambda figure: True
+    is_headline: Callable[[Run, Figure], bool] = lambda run, figure: True
