@@ -292,7 +292,7 @@ def test_operands_without_room_are_one_fault_of_a_run_that_is_gone_on_with(tmp_p
     real = kernel_bench.ResultWriter.finish
     monkeypatch.setattr(kernel_bench.ResultWriter, "finish", lambda self: os.close(self._samples))
     monkeypatch.setattr(kernel_bench.ResultWriter, "__exit__", lambda self, *error: None)
-    kernel_bench.run(options, kernel_bench.Reports(say=lambda line: None))
+    kernel_bench.run(options, measured.Reports(say=lambda line: None))
     monkeypatch.setattr(kernel_bench.ResultWriter, "finish", real)
     found, _ = _run(tmp_path, kernels=["gemm", "decode_attention"])
     assert (found.run.name, found.status, found.message) == ("kernels", "done", "")
