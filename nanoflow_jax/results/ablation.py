@@ -383,5 +383,5 @@ KIND = kind.Kind(
     level=_level,
     figures=_figures,
     complaints=_complaints,
-    is_headline=lambda figure: not figure.name.endswith(", executed"),
+    is_headline=lambda run, figure: not figure.name.endswith(", executed"),
 )
