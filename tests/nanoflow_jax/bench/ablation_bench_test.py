@@ -150,6 +150,17 @@ def test_what_is_replayed_draws_the_tokens_of_an_engine(monkeypatch):
     engine.close()
 
 
+def test_in_bfloat16_near_ties_are_left_out_and_the_rest_agrees(tmp_path):
+    found, _ = _run(tmp_path, _ALONE, dtype="bfloat16")
+    assert (found.status, found.message) == ("done", "")
+    assert found.run.setting["dtype"] == "bfloat16"
+    samples = folder.read(tmp_path / found.folder).samples
+    compared = [one for one in samples if isinstance(one, ablation.Comparison)]
+    assert all(one.tokens - one.ties > 0 and not one.wrong for one in compared)
+    walk = (2 * found.run.model["num_layers"]) ** 0.5 / 2**8
+    assert all(one.most_error == pytest.approx(walk) for one in compared)
+
+
 def test_a_mode_that_computes_something_else_is_found(tmp_path, monkeypatch):
     real = ablation_programs.programs.build_forward
 

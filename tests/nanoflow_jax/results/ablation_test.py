@@ -123,6 +123,12 @@ def test_rounds_are_compared_with_the_same_round():
     assert (over.low, over.high) == (pytest.approx(1.25), pytest.approx(1.25))
 
 
+def test_a_readme_shows_speeds_and_ratios_and_leaves_out_what_was_executed():
+    shown = [name for name, one in _figures().items() if ablation.KIND.is_headline(_run(), one)]
+    assert "512/512: overlapped (graph)" in shown
+    assert not [name for name in shown if "executed" in name]
+
+
 def test_good_samples_have_no_complaint():
     assert _complaints(_samples()) == []
 
