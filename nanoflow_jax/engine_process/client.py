@@ -43,6 +43,9 @@ class EngineClient:
     """One engine in a process of its own.
 
     Invariant: while `state` is READY, `tickets` holds each request that the engine holds.
+
+    Attributes:
+        config: The engine's knobs.
     """
 
     def __init__(
