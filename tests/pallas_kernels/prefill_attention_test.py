@@ -63,8 +63,8 @@ _CUT = [
     # A tile that is cut and one that is not, tokens of another request before the chunk.
     (
         {
-            "chunks": [(3, 20, 400, 0), (23, 4, 0, 1)],
-            "num_tokens": 27,
+            "chunks": [(3, 9, 400, 0), (12, 4, 0, 1)],
+            "num_tokens": 16,
             "heads": (2, 1),
             "split": _split(4),
         },
