@@ -216,11 +216,20 @@ class _Run:
         if not self._done[node]:
             self._idle.add(node)
             # What comes after it comes after what it would have waited for.
-            self._done[node] = self._made_by(self._waited_for[node])
+            waited_for = (*self._waited_for[node], *self._before_in_lane(node))
+            self._done[node] = self._made_by(dict.fromkeys(waited_for))
 
     def begin_aside(self, lane: operations.Resource, begun: list[Array]) -> None:
         """Lets what is issued next in each other lane come after the start of an operation."""
         self._begun = dict.fromkeys(set(operations.Resource) - {lane}, begun)
+
+    def _before_in_lane(self, node: Node) -> list[Node]:
+        """Others of its lane, where lanes are kept; that values keep them now is over with it."""
+        order = self._graph.plan.order
+        lane = order[node.place].lane
+        if lane is None or not (self._keep_lanes or self._has_aside):
+            return []
+        return [first for first in self._graph.waits_for(node) if order[first.place].lane is lane]
 
     def _barriers(self, node: Node, op: operations.Operation) -> list[Node]:
         if op.writes == operations.CACHE:
@@ -271,7 +280,7 @@ def _join(arrays: Iterable[Array]) -> Array | None:
     several = list(arrays)
     if len(several) < 2:
         return several[0] if several else None
-    return jnp.stack([array.reshape(-1)[0].astype(jnp.float32) for array in several])
+    return jnp.stack([jnp.ravel(array)[0].astype(jnp.float32) for array in several])
 
 
 class _Values:

@@ -374,6 +374,34 @@ def test_what_reads_nothing_from_idle_attention_waits_for_what_that_waited_for()
     assert call.token is written["up_gate.0"]
 
 
+def test_products_keep_their_lane_around_idle_attention_to_prompts():
+    written = {}
+
+    class NoPrompts(_Numbers):
+        def __call__(self, call, *reads):
+            found = super().__call__(call, *reads)
+            written[call.layer, call.key] = found
+            return found
+
+        def _decode_tokens(self, tokens):
+            return [np.arange(*cell) for cell in self._cells if cell.overlaps(tokens)]
+
+        def prefill_attention(self, call, rotated, cache):
+            return None
+
+        def _joined(self, call, decoded, prefilled):
+            return np.concatenate(decoded)
+
+    plan = builders.halves(LayerShape(), num_tokens=8, device=builders.Device(granule=4))
+    operations = NoPrompts(plan)
+    _run(plan, num_layers=2, operations=operations, keep_lanes=True)
+    tokens = {(call.layer, call.key): call.token for call in operations.calls}
+    # Prompts' attention of the half before stands between the two in their lane.
+    assert tokens[0, "norm_kqv.0"] is None
+    assert tokens[0, "norm_kqv.1"] is written[0, "norm_kqv.0"][0]
+    assert written[1, "norm_kqv.1"][0][0] in tokens[1, "o.0"]  # among others
+
+
 def test_layers_of_two_kinds_run_in_one_plan():
     shape = LayerShape(is_sparse=True)
     plan = builders.halves(shape, num_tokens=12, device=builders.Device(granule=3))
