@@ -217,6 +217,7 @@ def test_what_does_not_compile_at_all_ends_the_run(tmp_path, monkeypatch):
     assert manifest.read(path).status == "failed"
 
 
+@pytest.mark.slow
 def test_graphs_and_their_controls_are_programs_of_the_same_tokens(tmp_path, monkeypatch):
     """On a CPU their order is XLA's own, but plans, barriers and tokens are those of a GPU."""
 

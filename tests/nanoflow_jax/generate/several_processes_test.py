@@ -92,6 +92,7 @@ def test_f14_a_killed_process_ends_the_other_with_a_message(
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_both_lets_process_0_finish_its_rows(tmp_path: pathlib.Path) -> None:
     with _long_job(tmp_path) as processes:
         for process in reversed(processes):
@@ -104,6 +105,7 @@ def test_an_interrupt_of_both_lets_process_0_finish_its_rows(tmp_path: pathlib.P
     assert batch_runs.read(tmp_path / "out.jsonl")
 
 
+@pytest.mark.slow
 def test_what_keeps_one_process_from_starting_is_told_by_all(tmp_path: pathlib.Path) -> None:
     arguments = [*_flags(tensor_parallel=4), "--prompt=a"]
     other = str(batch_runs.FOLDER)
