@@ -411,20 +411,21 @@ def _build_parts(
             batch_invariant=is_invariant,
         )
     )
-    step_runner = runner.Runner(
-        model,
-        kv_layout=kv_layout,
-        sizes=sizes,
-        bucket_list=bucket_list,
-        max_context_len=context,
-        placement=placement,
-        threads=config.compile.threads,
-        executor=executor,
-        options=_options(plans, is_invariant=is_invariant, on_gpu=device.platform != "cpu"),
-        operations=operations,
-        watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
-        progress=reports.program,
-    )
+    with step_trace.programs_with_own_names(config.profile):
+        step_runner = runner.Runner(
+            model,
+            kv_layout=kv_layout,
+            sizes=sizes,
+            bucket_list=bucket_list,
+            max_context_len=context,
+            placement=placement,
+            threads=config.compile.threads,
+            executor=executor,
+            options=_options(plans, is_invariant=is_invariant, on_gpu=device.platform != "cpu"),
+            operations=operations,
+            watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
+            progress=reports.program,
+        )
     return _Parts(
         source=source,
         config=config,

@@ -4,13 +4,29 @@ Events of a trace name operations of compiled programs; the trace holds the prog
 each operation has the scope that it came from: `layer_0/norm_kqv.0/...`, the plan's own names.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import jax
 
 from nanoflow_jax import config as config_lib
 
 _LOG = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def programs_with_own_names(section: config_lib.ProfileSection) -> Iterator[None]:
+    """Where a trace is asked for, takes from jax's cache only programs of the same names.
+
+    It gives any program that computes the same otherwise, with the names of whoever made it.
+    """
+    before = jax.config.jax_compilation_cache_include_metadata_in_key  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", section.steps > 0 or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", before)
 
 
 class StepTrace:
