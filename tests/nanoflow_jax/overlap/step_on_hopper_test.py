@@ -8,7 +8,7 @@ import deviceless
 import jax
 import pytest
 
-from nanoflow_jax import config
+from nanoflow_jax import compat, config
 from nanoflow_jax.config import Executor
 from nanoflow_jax.cost import datasheets
 from nanoflow_jax.cost.steady_state import Mix
@@ -28,6 +28,12 @@ _FEW = Bucket(tokens=512, decode_rows=256, prefill_rows=2)
 _HALVES_OF_FEW = builders.halves(_8B.layer_shape, num_tokens=512)
 _EIGHT = builders.tensor_parallel(
     dataclasses.replace(_8B.layer_shape, num_devices=8), num_tokens=2048, gathers=False
+)
+
+
+# Each compiles for half a minute.
+_on_new_jax = pytest.mark.skipif(
+    not compat.CAN_INTERPRET_MOSAIC, reason="compiled on the jax of GPU machines alone"
 )
 
 
@@ -85,11 +91,9 @@ def test_halves_of_an_8b_step_overlap_in_the_graph_as_the_plan_wants():
     assert found.most_ctas()[0] == 132
 
 
+@_on_new_jax
 def test_attention_and_products_of_halves_are_one_kernel_where_fused():
     failed = _failed(_HALVES, executor=Executor.FUSED)
-    # Of a gated product beside decode attention jax 0.10 puts two values away, newer ones none.
-    is_old = jax.__version__.startswith("0.10.")
-    assert failed.pop("no kernel of ours spills registers", None) == ("8 bytes" if is_old else None)
     assert [claim for claim in failed if not claim.startswith("the longest chain")] == []
     found, _ = _checked(_HALVES, executor=Executor.FUSED)
     assert _beside(found, "decode_attention") == {
@@ -106,6 +110,7 @@ def test_attention_and_products_of_halves_are_one_kernel_where_fused():
     assert sum("decode_attention." in one.scope for one in calls) == 2 * len(of_two)
 
 
+@_on_new_jax
 def test_attention_of_halves_has_a_stream_beside_the_products_of_the_other_half():
     assert _failed(_HALVES, executor=Executor.STREAMS) == {}
     found, _ = _checked(_HALVES, executor=Executor.STREAMS)
@@ -128,6 +133,7 @@ def test_the_same_step_fails_the_check_where_xla_runs_one_after_another():
     assert "of those compiled 100.0%" in failed[chain]
 
 
+@_on_new_jax
 def test_a_plan_with_two_kernels_of_all_sms_fails_the_check():
     order = tuple(
         dataclasses.replace(nano, num_ctas=nano.num_ctas and 132) for nano in _HALVES_OF_FEW.order
@@ -139,6 +145,7 @@ def test_a_plan_with_two_kernels_of_all_sms_fails_the_check():
     }
 
 
+@_on_new_jax
 def test_a_plan_that_leaves_products_beside_products_fails_the_check():
     """The halves have a lane each, of a third of the SMs."""
     half = _HALVES_OF_FEW.order[0].tokens
