@@ -124,6 +124,7 @@ def test_attention_of_halves_has_a_stream_beside_the_products_of_the_other_half(
     }
 
 
+@_on_new_jax
 def test_the_same_step_fails_the_check_where_xla_runs_one_after_another():
     failed = _failed(_HALVES, executor=Executor.SEQUENTIAL)
     attention, chain = sorted(failed)
