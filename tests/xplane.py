@@ -49,14 +49,14 @@ def read(folder: pathlib.Path) -> list[Event]:
                             module=module,
                             run_id=stats["run_id"],
                             op=op,
-                            scope=scopes.get((module, op), ""),
+                            scope=scopes.get((f"{module}({stats['program_id']})", op), ""),
                         )
                     )
     return found
 
 
 def _scopes(space: bytes) -> dict[tuple[str, str], str]:
-    """Where each operation of each program came from, by names of module and operation."""
+    """Where each operation came from, by names of program, `MODULE(PROGRAM_ID)`, and operation."""
     found = {}
     for plane in _messages(space, 1):
         if _text(plane, 2) != _METADATA_PLANE:
@@ -66,13 +66,13 @@ def _scopes(space: bytes) -> dict[tuple[str, str], str]:
                 for stat in _messages(metadata, 5):
                     for hlo in _messages(stat, 6):
                         for module in _messages(hlo, 1):
-                            found.update(_module_scopes(module))
+                            found |= _module_scopes(_text(metadata, 2), module)
     return found
 
 
-def _module_scopes(module: bytes) -> dict[tuple[str, str], str]:
+def _module_scopes(program: str, module: bytes) -> dict[tuple[str, str], str]:
     return {
-        (_text(module, 1), _text(instruction, 1)): _text(metadata, 2)
+        (program, _text(instruction, 1)): _text(metadata, 2)
         for computation in _messages(module, 3)
         for instruction in _messages(computation, 2)
         for metadata in _messages(instruction, 7)

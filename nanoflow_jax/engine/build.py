@@ -411,7 +411,7 @@ def _build_parts(
             batch_invariant=is_invariant,
         )
     )
-    with step_trace.programs_with_own_names(config.profile):
+    with step_trace.programs_that_traces_know(config.profile):
         step_runner = runner.Runner(
             model,
             kv_layout=kv_layout,

@@ -6,6 +6,7 @@ each operation has the scope that it came from: `layer_0/norm_kqv.0/...`, the pl
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 
 import jax
@@ -16,17 +17,28 @@ _LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def programs_with_own_names(section: config_lib.ProfileSection) -> Iterator[None]:
-    """Where a trace is asked for, takes from jax's cache only programs of the same names.
+def programs_that_traces_know(section: config_lib.ProfileSection) -> Iterator[None]:
+    """Where a trace is asked for, compiles what is compiled inside anew.
 
-    It gives any program that computes the same otherwise, with the names of whoever made it.
+    jax's cache gives any program that computes the same, with the names of whoever made it; and a
+    trace describes it by another number than the one in its events.
     """
-    before = jax.config.jax_compilation_cache_include_metadata_in_key  # type: ignore[attr-defined]
-    jax.config.update("jax_compilation_cache_include_metadata_in_key", section.steps > 0 or before)
+    if not section.steps:
+        yield
+        return
+    # Keys with names are nobody else's, and nothing is kept under them.
+    chosen = {
+        "jax_compilation_cache_include_metadata_in_key": True,
+        "jax_persistent_cache_min_compile_time_secs": math.inf,
+    }
+    before = {name: getattr(jax.config, name) for name in chosen}
+    for name, value in chosen.items():
+        jax.config.update(name, value)
     try:
         yield
     finally:
-        jax.config.update("jax_compilation_cache_include_metadata_in_key", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 class StepTrace:

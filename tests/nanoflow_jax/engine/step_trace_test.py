@@ -32,9 +32,6 @@ def _scopes(events):
     return {match.group(1, 2) for match in matches if match}
 
 
-# By itself: of programs with one name in a process, of other tests too, a trace on a CPU holds the
-# names of one.
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "halves"])
 def test_operations_of_a_trace_have_the_plans_names(name, tmp_path):
     _trace(tmp_path, plan=name, plan_granule=4, profile_steps=3, profile_after=4)
