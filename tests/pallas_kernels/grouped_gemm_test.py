@@ -175,17 +175,14 @@ def test_a_sparse_layer_is_each_token_through_its_experts():
 
 
 # Tokens, width, weight rows of an expert, experts, experts of a token.
-_SERVED = pytest.mark.parametrize(
-    ("sizes", "more"),
-    [
-        ((2048, 4096, 2 * 14336, 8, 2), {"gated": True}),
-        ((2048, 14336, 4096, 8, 2), {"tile": GemmTile(columns=256)}),
-        ((64, 14336, 4096, 8, 2), {"tile": GemmTile(rows=64, columns=256)}),
-        ((64, 4096, 2 * 14336, 8, 2), {"gated": True, "scaled": True}),
-        ((256, 2048, 2 * 768, 128, 8), {"gated": True}),
-    ],
-    ids=["mixtral_up", "mixtral_down", "few_rows_down", "few_rows_up_float8", "qwen3_30b_up"],
-)
+_SERVED = [
+    ((2048, 4096, 2 * 14336, 8, 2), {"gated": True}),
+    ((2048, 14336, 4096, 8, 2), {"tile": GemmTile(columns=256)}),
+    ((64, 14336, 4096, 8, 2), {"tile": GemmTile(rows=64, columns=256)}),
+    ((64, 4096, 2 * 14336, 8, 2), {"gated": True, "scaled": True}),
+    ((256, 2048, 2 * 768, 128, 8), {"gated": True}),
+]
+_NAMES = ["mixtral_up", "mixtral_down", "few_rows_down", "few_rows_up_float8", "qwen3_30b_up"]
 
 
 def _served(sizes, more):
@@ -210,12 +207,12 @@ def _served(sizes, more):
     return run, *(jax.ShapeDtypeStruct(*one) for one in shapes)
 
 
-@_SERVED
+@pytest.mark.parametrize(("sizes", "more"), _SERVED, ids=_NAMES)
 def test_served_sizes_lower_for_hopper(sizes, more):
     assert "mosaic_gpu_v2" in kernel_runs.lowered(*_served(sizes, more))
 
 
-@_SERVED
+@pytest.mark.parametrize(("sizes", "more"), deviceless.cases(_SERVED), ids=_NAMES)
 def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more):
     (kernel,) = deviceless.compiled(*_served(sizes, more))
     assert kernel.grid == (100, 1, 1)

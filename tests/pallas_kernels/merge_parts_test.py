@@ -96,7 +96,7 @@ def test_what_is_no_number_stays_in_its_own_run():
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("rows", "columns"), [(4, 128), (16, 256)])
+@pytest.mark.parametrize(("rows", "columns"), deviceless.cases([(4, 128), (16, 256)]))
 def test_the_kernel_that_merges_compiles_for_an_h200_without_spills(rows, columns):
     shapes = [
         jax.ShapeDtypeStruct((528, 16, columns), jnp.float32),

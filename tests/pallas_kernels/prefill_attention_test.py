@@ -203,24 +203,21 @@ def _served(more):
     return run
 
 
-_SERVED = pytest.mark.parametrize(
-    ("sizes", "more"),
-    [
-        ((32, 8, 128, 64), {}),
-        ((8, 1, 128, 16, 132), {"aligned": True}),
-        ((16, 8, 256, 32, 34), {"window": 4096, "softcap": 50.0}),
-        ((64, 8, 64, 128), {"window": 128}),
-    ],
-    ids=["llama_8b", "llama_70b_of_8", "gemma_9b", "gpt_oss"],
-)
+_NAMES = ["llama_8b", "llama_70b_of_8", "gemma_9b", "gpt_oss"]
+_SERVED = [
+    ((32, 8, 128, 64), {}),
+    ((8, 1, 128, 16, 132), {"aligned": True}),
+    ((16, 8, 256, 32, 34), {"window": 4096, "softcap": 50.0}),
+    ((64, 8, 64, 128), {"window": 128}),
+]
 
 
-@_SERVED
+@pytest.mark.parametrize(("sizes", "more"), _SERVED, ids=_NAMES)
 def test_served_sizes_lower_for_hopper(sizes, more):
     assert "mosaic_gpu_v2" in kernel_runs.lowered(_served(more), *_shapes(*sizes))
 
 
-@_SERVED
+@pytest.mark.parametrize(("sizes", "more"), deviceless.cases(_SERVED), ids=_NAMES)
 def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more):
     kernels = deviceless.compiled(_served(more), *_shapes(*sizes))
     assert all(kernel.grid == (100, 1, 1) for kernel in kernels)
