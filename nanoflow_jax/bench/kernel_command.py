@@ -77,7 +77,7 @@ def run(
         bar = measured.Bar(stack, stream, unit="problem")
         found = kernel_bench.run(options, measured.Reports(say=say, progress=bar))
     result = folder.read(options.root / found.folder)
-    for line in kernel_table.table(result.samples, found.ceilings):
+    for line in kernel_table.table(result.samples, kernels.works(found.run), found.ceilings):
         say(line)
     if found.run.device.platform != "gpu":
         say("interpreted on a CPU: these times say nothing about a GPU")

@@ -77,6 +77,7 @@ class Kind:
         level: What a single finished run is worth.
         figures: What samples come to. The only place where that is computed.
         complaints: What is wrong beyond what holds for all kinds; empty if nothing.
+        complaints_today: What is wrong of a run by kernels that have not changed since.
         is_headline: Whether the README shows a figure of a run.
     """
 
@@ -87,4 +88,5 @@ class Kind:
     level: Callable[[Run], Level]
     figures: Callable[[Evidence], list[Figure]]
     complaints: Callable[[Evidence], list[str]] = lambda evidence: []
+    complaints_today: Callable[[Run], list[str]] = lambda run: []
     is_headline: Callable[[Run, Figure], bool] = lambda run, figure: True

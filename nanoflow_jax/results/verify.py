@@ -53,11 +53,13 @@ def verify(path: Path, *, project: Path = provenance.PROJECT) -> Verdict:
     """
     try:
         result = folder.read(path)
-        complaints = (*folder.damages(path, result.manifest, result.kind), *_claims(result))
+        complaints = [*folder.damages(path, result.manifest, result.kind), *_claims(result)]
     except (ResultError, OSError) as error:
         return Verdict(path=path, result=None, complaints=(str(error),))
     changed = tuple(provenance.changed_kernels(result.manifest.origin, project=project))
-    return Verdict(path=path, result=result, complaints=complaints, changed=changed)
+    if not changed and not complaints and result.manifest.status == "done":
+        complaints += result.kind.complaints_today(result.manifest.run)
+    return Verdict(path=path, result=result, complaints=tuple(complaints), changed=changed)
 
 
 def verify_all(root: Path, *, project: Path = provenance.PROJECT) -> list[Verdict]:
