@@ -65,7 +65,7 @@ def run(
         checked = device_check.check(clock_lib.Clock())
         for finding in checked.findings:
             say(finding.line)
-        return 0 if checked.is_fit else console.FAILED
+        return console.FAILED if checked.unfit else 0
     options = kernel_bench.Options(
         layers=values.shapes,
         kernels=values.kernels,

@@ -95,6 +95,7 @@ def begin(
         made = Measured(result, reports, clock, checked)
         for finding in checked.findings:
             made.note(finding.line)
+        result.add_unfit(checked.unfit)
         if checked.ceilings:
             result.set_ceilings(before=checked.ceilings)
         try:

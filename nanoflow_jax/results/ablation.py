@@ -380,6 +380,7 @@ KIND = kind.Kind(
     sample=SAMPLE,
     files=lambda run: frozenset({manifest.SAMPLES, manifest.TOKENS, manifest.CURVES}),
     needs_ceilings=_is_gpu,
+    needs_fitness=_is_gpu,
     level=_level,
     figures=_figures,
     complaints=_complaints,

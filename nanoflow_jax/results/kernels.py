@@ -302,6 +302,7 @@ KIND = kind.Kind(
     sample=Sample,
     files=lambda run: frozenset({manifest.SAMPLES, manifest.CURVES}),
     needs_ceilings=_is_gpu,
+    needs_fitness=_is_gpu,
     level=_level,
     figures=_figures,
     complaints=_complaints,

@@ -57,11 +57,13 @@ class Evidence:
         run: What was to be done.
         samples: Of the kind's sample type, in the order of time.
         ceilings: None if none were measured.
+        unfit: What makes the device unfit to be measured; None if nobody looked.
     """
 
     run: Run
     samples: Sequence[Any]
     ceilings: Ceilings | None
+    unfit: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class Kind:
             `step`, where it has them, are checked for gaps.
         files: Names of files that a finished run must have, of `manifest.FILES`.
         needs_ceilings: Whether ceilings must have been measured before and after.
+        needs_fitness: Whether somebody must have looked if the device is fit to be measured.
         level: What a single finished run is worth.
         figures: What samples come to. The only place where that is computed.
         complaints: What is wrong beyond what holds for all kinds; empty if nothing.
@@ -87,6 +90,7 @@ class Kind:
     needs_ceilings: Callable[[Run], bool]
     level: Callable[[Run], Level]
     figures: Callable[[Evidence], list[Figure]]
+    needs_fitness: Callable[[Run], bool] = lambda run: False
     complaints: Callable[[Evidence], list[str]] = lambda evidence: []
     complaints_today: Callable[[Run], list[str]] = lambda run: []
     is_headline: Callable[[Run, Figure], bool] = lambda run, figure: True

@@ -14,7 +14,7 @@ import toy_kernels
 from toy_kernels import double, task, variant
 
 from nanoflow_jax.bench import clock as clock_lib
-from nanoflow_jax.bench import kernel_bench, kernel_tasks, kernel_timing, measured
+from nanoflow_jax.bench import device_check, kernel_bench, kernel_tasks, kernel_timing, measured
 from nanoflow_jax.results import folder, manifest
 from pallas_kernels import problem_shapes
 
@@ -219,6 +219,18 @@ def test_a_run_leaves_a_folder_with_all_that_was_measured(tmp_path):
     assert "not checked: driver: there is no GPU" in (result.path / "log.txt").read_text()
     assert f"results: {result.path}" in said
     assert "pallas_kernels/decode_role.py" in found.origin.kernel_sources
+
+
+@pytest.mark.usefixtures("_toys")
+def test_nothing_is_claimed_from_a_device_that_is_not_fit(tmp_path, monkeypatch):
+    finding = device_check.Finding(name="clocks", ok=False, detail="held down by heat")
+    checked = device_check.Checked(findings=(finding,), ceilings={}, driver="")
+    monkeypatch.setattr(device_check, "check", lambda clock: checked)
+    found, said = _run(tmp_path, kernels=["gemm"])
+    assert (found.status, found.figures, found.unfit) == ("failed", (), checked.unfit)
+    assert found.message == "the device was not fit to be measured: clocks: held down by heat"
+    assert finding.line in said
+    assert folder.read(tmp_path / found.folder).samples
 
 
 @pytest.mark.usefixtures("_toys")

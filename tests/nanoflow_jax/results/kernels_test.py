@@ -192,9 +192,11 @@ def test_a_result_that_does_not_say_what_its_problems_come_to_is_refused(problem
 def test_what_an_interpreter_took_is_no_speed():
     assert kernels.KIND.level(_ON_GPU) == Level.ONE_RUN
     assert kernels.KIND.needs_ceilings(_ON_GPU)
+    assert kernels.KIND.needs_fitness(_ON_GPU)
     on_cpu = msgspec.structs.replace(_ON_GPU, device=result_folders.DEVICE)
     assert kernels.KIND.level(on_cpu) == Level.CPU_NUMERICS
     assert not kernels.KIND.needs_ceilings(on_cpu)
+    assert not kernels.KIND.needs_fitness(on_cpu)
 
 
 def test_the_table_says_all_of_a_problem():

@@ -149,6 +149,10 @@ _WRONG: list[tuple[Callable[[pathlib.Path], object], str]] = [
         lambda path: _other_samples(path, [*_SAMPLES[:2], {**_SAMPLES[2], "tokens_sha256": "6f"}]),
         "runs of mix gave different tokens",
     ),
+    (
+        lambda path: result_folders.reseal(path, unfit=("other processes: 1",)),
+        "the device was not fit to be measured: other processes: 1",
+    ),
     (lambda path: result_folders.reseal(path, ceilings=_DRIFT), "drifted by +10.0% during the run"),
     (
         lambda path: _tokens(path, msgspec.json.encode(Tokens(hashes={"m": {"a": "1", "b": "2"}}))),
