@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
-from pallas_kernels.gemm_role import Factor, GemmRefs, GemmTile, default_tile, gemm_role
+from pallas_kernels.gemm_role import Factor, GemmRefs, GemmTile, default_tile, gemm_role, up
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn)
 
@@ -108,9 +108,9 @@ def prepare_gemm(
     _check_scales(x, w, x_scale=x_scale, w_scale=w_scale, w_up=w_up, w_up_scale=w_up_scale)
     x = padded(x, mosaic.TILE_ROWS, tile.depth)
     weights = [padded(one, mosaic.TILE_ROWS, tile.depth) for one in (w, w_up) if one is not None]
-    shape = (x.shape[0], _up(num_columns, mosaic.TILE_ROWS))
+    shape = (x.shape[0], tile.out_columns(num_columns, out_dtype))
     operands = [x, *weights]
-    height, width = _up(num_rows, tile.rows), _up(num_columns, tile.columns)
+    height, width = up(num_rows, tile.rows), up(num_columns, tile.columns)
     vectors = (
         (w_scale, w.shape[0], w.shape[0] - num_columns + width),
         (w_up_scale, num_columns, width),
@@ -212,10 +212,6 @@ class _Parts:
 def default_out_dtype(dtype: Any) -> Any:
     """Of a product of such operands: theirs, or bfloat16 for float8."""
     return jnp.bfloat16 if dtype == jnp.float8_e4m3fn else dtype
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def padded(x: Float[Array, "M N"], rows: int, columns: int) -> Float[Array, "M2 N2"]:

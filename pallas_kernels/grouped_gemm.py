@@ -221,9 +221,13 @@ def prepare_grouped_gemm(
 
     return mosaic.Kernel(
         operands=operands,
-        results=(jax.ShapeDtypeStruct((x.shape[0], num_columns), result_dtype),),
+        results=(
+            jax.ShapeDtypeStruct(
+                (x.shape[0], chosen.out_columns(num_columns, result_dtype)), result_dtype
+            ),
+        ),
         role=role,
-        finish=lambda out: out,
+        finish=lambda out: out[:, :num_columns],
         most_ctas=num_tiles * pl.cdiv(num_columns, chosen.columns),
     )
 

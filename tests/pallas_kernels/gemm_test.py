@@ -151,6 +151,17 @@ def test_products_of_llama_8b_lower_for_hopper(num_rows, depth, num_columns, par
     assert "mosaic_gpu_v2" in text
 
 
+@pytest.mark.parametrize("num_columns", [8, 40, 131])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_columns_that_fill_no_slice_lower_for_hopper(dtype, num_columns):
+    shapes = [(70, 64), (num_columns, 64), (70, num_columns)]
+    text = kernel_runs.lowered(
+        lambda x, w, residual: gemm(x, w, residual=residual),
+        *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes),
+    )
+    assert "mosaic_gpu_v2" in text
+
+
 _F8 = jnp.float8_e4m3fn
 
 

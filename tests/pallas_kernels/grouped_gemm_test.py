@@ -210,6 +210,11 @@ def test_served_sizes_lower_for_hopper(sizes, more):
     assert "mosaic_gpu_v2" in kernel_runs.lowered(*_served(sizes, more))
 
 
+def test_columns_that_fill_no_slice_lower_for_hopper():
+    sizes = (70, 64, 72, 2, 1)
+    assert "mosaic_gpu_v2" in kernel_runs.lowered(*_served(sizes, {}))
+
+
 @pytest.mark.parametrize(("sizes", "more"), deviceless.cases(_SERVED), ids=_NAMES)
 def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more):
     (kernel,) = deviceless.compiled(*_served(sizes, more))
