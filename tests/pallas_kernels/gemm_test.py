@@ -280,6 +280,11 @@ _GOOD = {"x": jnp.zeros((4, 8)), "w": jnp.zeros((6, 8))}
         ),
         ({"gated": True}, "6 rows of both factors are no multiple of 16"),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
+        ({"x": jnp.zeros(())}, r"x\(\) and w\(6, 8\) are not \[T, D\] and \[F, D\]"),
+        ({"x": None}, "x is a NoneType, not an array"),
+        ({"bias": [1.0]}, "bias is a list, not an array"),
+        ({"bias": jnp.zeros(6, jnp.int32)}, "bias is int32, not of a float dtype"),
+        ({"out_dtype": jnp.int32}, "the dtype of a result is int32, not bfloat16 or float16 or"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change, message):

@@ -225,6 +225,9 @@ def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more
     assert "wgmma.mma_async" in kernel.ptx
 
 
+_GROUPS = plan_groups(jnp.zeros((3, 2), jnp.int32), num_experts=2, tile_rows=128)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -253,11 +256,21 @@ def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more
             r"w_scale is float32\(16,\), not float32 of shape \(\) or \(2,\) or \(2, 16\)",
         ),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
+        ({"out_dtype": jnp.bool_}, "the dtype of a result is bool, not bfloat16 or float16 or"),
+        ({"w": None}, "w is a NoneType, not an array"),
+        (
+            {"groups": _GROUPS._replace(num_tiles=jnp.zeros((), jnp.int32))},
+            r"groups.sources\(256,\), tile_expert\(2,\) and num_tiles\(\) are not \[R\], \[C\] and",
+        ),
+        (
+            {"groups": _GROUPS._replace(tile_expert=jnp.zeros(2))},
+            "groups are .*'float32'.*, not int32; take them from plan_groups",
+        ),
+        ({"groups": _GROUPS._replace(sources=None)}, "groups.sources is a NoneType, not an array"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change, message):
-    groups = plan_groups(jnp.zeros((3, 2), jnp.int32), num_experts=2, tile_rows=128)
-    good = {"x": jnp.zeros((256, 8)), "w": jnp.zeros((2, 16, 8)), "groups": groups}
+    good = {"x": jnp.zeros((256, 8)), "w": jnp.zeros((2, 16, 8)), "groups": _GROUPS}
     with pytest.raises(ValueError, match=message):
         grouped_gemm(**{**good, **change})
 

@@ -128,6 +128,9 @@ def test_the_kernel_that_merges_compiles_for_an_h200_without_spills(rows, column
         ({"groups": jnp.zeros((0, 2), jnp.int32)}, r"groups\(0, 2\) must not be empty"),
         ({"groups": jnp.zeros((1, 2))}, "'float32'.*, not float32, float32 and int32"),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
+        ({"num_rows": 0}, "num_rows=0 is not at least 1"),
+        ({"dtype": jnp.int32}, "the dtype of a result is int32, not bfloat16 or float16 or"),
+        ({"weights": None}, "weights is a NoneType, not an array"),
     ],
 )
 def test_parts_that_the_kernel_cannot_merge_are_refused(change, message):
