@@ -1,6 +1,7 @@
 """From knobs to a running engine: model folder, dtype, cache, buckets, compiled programs."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -27,10 +28,11 @@ from nanoflow_jax.engine import (
     invariance,
     kernel_choice,
     lockstep,
-    plan_choice,
+    plan_swap,
     programs,
     replicas,
     runner,
+    step_choice,
     step_trace,
 )
 from nanoflow_jax.grammar import grammars
@@ -288,6 +290,7 @@ class _Parts:
     buckets: Sequence[bucket_lib.Bucket]
     page_size: int
     context_len: int
+    plans: plan_swap.PlanSwap | None
 
 
 def defaults_of(device: jax.Device) -> Defaults:
@@ -327,33 +330,19 @@ def _build_parts(
         config=loading.share_of_one_device(source.config, placement),
         dtype=dtype,
         page_size=page_size,
+        num_devices=placement.num_devices,
     )
     machine = kernel_choice.machine_of(device)
     shape = dataclasses.replace(source.config.layer_shape, num_devices=placement.num_devices)
-    plans = plan_choice.choose(
-        config.plans, bucket_list, shape, num_sms=kernel_choice.num_ctas(machine)
+    on_gpu = device.platform != "cpu"
+    choose = functools.partial(
+        step_choice.choose, config, bucket_list, shape, machine, served, on_gpu=on_gpu
     )
-    if is_invariant:
-        invariance.check_plans(plans)
-    placement = placement.with_columns(
-        plan_choice.by_columns(plans.values()), hidden_size=source.config.hidden_size
-    )
-    served = dataclasses.replace(
-        served, num_devices=placement.num_devices, by_columns=placement.by_columns
-    )
-    executor = executors.choose(
-        config.plans.executor,
-        plans.values(),
-        on_gpu=device.platform != "cpu",
-        interprets=config.kernels.gemm == config_lib.KernelUse.INTERPRET,
-    )
-    choices = kernel_choice.choose(
-        config.kernels,
-        machine,
-        served,
-        caps_products=executors.caps_products(plans.values()),
-    )
-    operations = executors.operations(executor, choices, served.config)
+    plan_source = plan_swap.watched(config)
+    chosen = choose()
+    choices = chosen.kernels
+    placement = placement.with_columns(chosen.by_columns, hidden_size=source.config.hidden_size)
+    operations = executors.operations(chosen.executor, choices, served.config)
     model = load_weights(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = make_layout(
@@ -361,7 +350,7 @@ def _build_parts(
         config.cache,
         served,
         most_pages=max_requests * max_pages,
-        page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
+        page_major=on_gpu or implementations.wants_page_major(choices),
         num_replicas=config.parallel.data_parallel,
     )
     if group is not None:  # the machine with the least memory decides
@@ -388,7 +377,7 @@ def _build_parts(
             if is_invariant
             else None,
         ),
-        plans=plans,
+        plans=chosen.plans,
     )
     if is_invariant:
         sizes = dataclasses.replace(sizes, samplers=invariance.SAMPLERS)
@@ -411,6 +400,7 @@ def _build_parts(
             batch_invariant=is_invariant,
         )
     )
+    options = functools.partial(_options, is_invariant=is_invariant, on_gpu=on_gpu)
     with step_trace.programs_that_traces_know(config.profile):
         step_runner = runner.Runner(
             model,
@@ -420,8 +410,8 @@ def _build_parts(
             max_context_len=context,
             placement=placement,
             threads=config.compile.threads,
-            executor=executor,
-            options=_options(plans, is_invariant=is_invariant, on_gpu=device.platform != "cpu"),
+            executor=chosen.executor,
+            options=options(chosen.plans),
             operations=operations,
             watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
             progress=reports.program,
@@ -434,7 +424,28 @@ def _build_parts(
         buckets=bucket_list,
         page_size=page_size,
         context_len=context,
+        plans=None
+        if plan_source is None
+        else plan_swap.PlanSwap(
+            plan_source,
+            step_runner,
+            read=functools.partial(_other_plans, chosen, choose),
+            options=options,
+        ),
     )
+
+
+def _other_plans(
+    running: step_choice.Chosen, choose: Callable[[], step_choice.Chosen]
+) -> Mapping[bucket_lib.Bucket, Plan]:
+    """The plans that the knobs choose by now.
+
+    Raises:
+        ValueError: There are none, or they need more than an engine can change as it runs.
+    """
+    wanted = choose()
+    step_choice.check_swap(running, wanted)
+    return wanted.plans
 
 
 def _options(
@@ -472,6 +483,7 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         grammars=_grammars(source),
         run_ahead=parts.config.batch.async_scheduling,
         trace=step_trace.StepTrace(parts.config.profile),
+        plans=parts.plans,
     )
 
 
