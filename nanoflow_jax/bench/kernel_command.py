@@ -79,9 +79,5 @@ def run(
     result = folder.read(options.root / found.folder)
     for line in kernel_table.table(result.samples, kernels.works(found.run), found.ceilings):
         say(line)
-    if found.run.device.platform != "gpu":
-        say("interpreted on a CPU: these times say nothing about a GPU")
-    if found.status != "done":
-        say(f"FAILED: nothing may be claimed from {result.path}: {found.message}")
     is_wrong = any(kernels.is_our_fault(sample) for sample in result.samples)
-    return console.FAILED if is_wrong or found.status != "done" else 0
+    return measured.conclude(result, say=say, on_cpu="interpreted on a CPU", is_wrong=is_wrong)
