@@ -37,6 +37,7 @@ from nanoflow_jax.bench import (
     http_client,
     invariance,
     kernel_command,
+    measured,
     overhead,
     serving,
     soak,
@@ -179,7 +180,7 @@ def _saying(result: ResultWriter | None) -> Callable[[str], None]:
 
 
 def _measure_ceilings(result: ResultWriter | None, when: str) -> None:
-    if result is not None and jax.devices()[0].platform == "gpu":
+    if result is not None and measured.is_on_gpu():
         result.set_ceilings(**{when: ceilings.measure(clock.Clock())})
 
 
