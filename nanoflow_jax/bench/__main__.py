@@ -75,6 +75,13 @@ def _define() -> None:
         "result_name", None, "Also write a result folder of this name; throughput and invariance."
     )
     absl_flags.DEFINE_string("results", provenance.RESULTS, "Folder of all results.")
+    absl_flags.DEFINE_float(
+        "budget_seconds",
+        480.0,
+        "After which kernels begins no problem and ablation no workload; those that tell most come "
+        "first.",
+        lower_bound=0.0,
+    )
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
     kernel_command.define(_FLAGS)
     ablation_command.define(_FLAGS)

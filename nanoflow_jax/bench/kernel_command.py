@@ -30,14 +30,6 @@ def define(values: flags.FlagValues) -> None:
         f"What kernels times, of {', '.join(problem_shapes.KERNELS)}; all if empty.",
         **module,
     )
-    flags.DEFINE_float(
-        "budget_seconds",
-        480.0,
-        "After which kernels begins no problem and ablation no workload; those that tell most come "
-        "first.",
-        lower_bound=0.0,
-        **module,
-    )
     flags.DEFINE_boolean(
         "device_check", False, "Only look whether the device is fit to be measured.", **module
     )
@@ -53,7 +45,7 @@ def run(
     """Measures, or only checks the device.
 
     Args:
-        values: With the flags of `define`, and `results`.
+        values: With the flags of `define`, `results` and `budget_seconds`.
         say: Takes a line of the answer.
         stream: Where progress goes.
         command: As it was given.
