@@ -47,7 +47,6 @@ from nanoflow_jax.scheduler import scheduler
 
 _LOG = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_PRESET = "preset:"
 # Of the host's memory, for a cache whose size nobody chose: others live there too.
 _HOST_SHARE = 0.25
 
@@ -85,7 +84,11 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a build chose, for people to read; of each replica, where there are several."""
+    """What a build chose, for people to read; of each replica, where there are several.
+
+    Attributes:
+        plans: Name of the plan by name of the bucket.
+    """
 
     num_replicas: int
     device: str
@@ -97,7 +100,8 @@ class Settings:
     max_requests: int
     dense_batch: int
     max_context_len: int
-    buckets: tuple[str, ...]
+    plans: Mapping[str, str]
+    executor: config_lib.Executor
     kernels: kernel_choice.Choices
     batch_invariant: bool = False
 
@@ -134,12 +138,12 @@ def open_model(section: config_lib.ModelSection) -> ModelSource:
         ValueError: It is no folder, not supported, damaged, or a preset without random weights.
     """
     name = section.model
-    if name.startswith(_PRESET):
+    if name.startswith(presets.PREFIX):
         if not section.random_weights:
             raise ValueError(
                 f"--model={name} is a shape without weights; add --random_weights, or name a folder"
             )
-        raw = presets.load(name.removeprefix(_PRESET))
+        raw = presets.load(name.removeprefix(presets.PREFIX))
         return ModelSource(
             config=huggingface.read_config(raw),
             folder=None,
@@ -395,7 +399,8 @@ def _build_parts(
             max_requests=max_requests,
             dense_batch=dense_batch,
             max_context_len=context,
-            buckets=tuple(str(b) for b in bucket_list),
+            plans={str(bucket): plan.name for bucket, plan in plans.items()},
+            executor=executor,
             kernels=choices,
             batch_invariant=is_invariant,
         )

@@ -59,7 +59,8 @@ def _settings(**makers: kernel_choice.Maker) -> build.Settings:
         max_requests=4,
         dense_batch=32,
         max_context_len=64,
-        buckets=("4:4:0",),
+        plans={"4:4:0": "one"},
+        executor=config.Executor.SEQUENTIAL,
         kernels=kernel_choice.Choices(by_operation=choices, num_ctas=48),
     )
 
@@ -75,7 +76,8 @@ def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
         "max_requests": 4,
         "dense_batch": 32,
         "max_context_len": 64,
-        "buckets": ("4:4:0",),
+        "plans": {"4:4:0": "one"},
+        "executor": "sequential",
         "kernels": {"gemm": "plain", "decode_attention": "Mosaic kernel"},
         "num_ctas": 48,
         "interpreted": False,
