@@ -37,6 +37,7 @@ from nanoflow_jax.bench import (
     http_client,
     invariance,
     kernel_command,
+    measured,
     overhead,
     serving,
     soak,
@@ -74,6 +75,13 @@ def _define() -> None:
         "result_name", None, "Also write a result folder of this name; throughput and invariance."
     )
     absl_flags.DEFINE_string("results", provenance.RESULTS, "Folder of all results.")
+    absl_flags.DEFINE_float(
+        "budget_seconds",
+        480.0,
+        "After which kernels begins no problem and ablation no workload; those that tell most come "
+        "first.",
+        lower_bound=0.0,
+    )
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
     kernel_command.define(_FLAGS)
     ablation_command.define(_FLAGS)
@@ -179,7 +187,7 @@ def _saying(result: ResultWriter | None) -> Callable[[str], None]:
 
 
 def _measure_ceilings(result: ResultWriter | None, when: str) -> None:
-    if result is not None and jax.devices()[0].platform == "gpu":
+    if result is not None and measured.is_on_gpu():
         result.set_ceilings(**{when: ceilings.measure(clock.Clock())})
 
 

@@ -94,6 +94,8 @@ def refused_options(options: Mapping[str, Any]) -> dict[str, str]:
     Args:
         options: By name, as in `Job`.
     """
+    if not options:
+        return {}
     nothing = jax.jit(lambda: 0).lower()
     refused = {}
     for name, value in options.items():

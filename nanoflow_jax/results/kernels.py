@@ -288,22 +288,13 @@ def _said(work: Work) -> str:
     return f"{work.kernel}, {work.flops} operations, {work.num_bytes} bytes"
 
 
-def _is_gpu(run: manifest.Run) -> bool:
-    return run.device.platform == "gpu"
-
-
-def _level(run: manifest.Run) -> kind.Level:
-    # Interpreted kernels show that they compute the right numbers, and nothing of their speed.
-    return kind.Level.ONE_RUN if _is_gpu(run) else kind.Level.CPU_NUMERICS
-
-
 KIND = kind.Kind(
     name="kernels",
     sample=Sample,
     files=lambda run: frozenset({manifest.SAMPLES, manifest.CURVES}),
-    needs_ceilings=_is_gpu,
-    needs_fitness=_is_gpu,
-    level=_level,
+    needs_ceilings=kind.is_gpu,
+    needs_fitness=kind.is_gpu,
+    level=kind.device_level,
     figures=_figures,
     complaints=_complaints,
     complaints_today=_complaints_today,

@@ -37,6 +37,16 @@ _WORDS = {
 }
 
 
+def is_gpu(run: Run) -> bool:
+    """Whether a GPU is measured."""
+    return run.device.platform == "gpu"
+
+
+def device_level(run: Run) -> Level:
+    """What one run of kernels is worth: of a CPU, which interprets them, it is what they give."""
+    return Level.ONE_RUN if is_gpu(run) else Level.CPU_NUMERICS
+
+
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """tokens.json: what modes that must not differ have generated.
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nanoflow_jax.results import checks, figures, folder, provenance
+from nanoflow_jax.results import checks, figures, folder, kind, provenance
 from nanoflow_jax.results.figures import Figure
 from nanoflow_jax.results.folder import Result
 from nanoflow_jax.results.kind import Level
@@ -181,7 +181,7 @@ def _origin(result: Result) -> Iterator[str]:
     elif not origin.is_clean:
         yield f"{file}: the tree had changes beside commit {origin.commit[:12]}"
     wanted = ["python", "jax", "jaxlib"]
-    if result.manifest.run.device.platform == "gpu":
+    if kind.is_gpu(result.manifest.run):
         wanted.append("driver")
     for name in wanted:
         if name not in origin.versions:

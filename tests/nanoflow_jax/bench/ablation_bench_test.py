@@ -3,9 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import signal
-import subprocess
-import sys
 
 import batch_runs
 import engine_runs
@@ -307,15 +304,7 @@ one._run(pathlib.Path(sys.argv[1]), one._ALONE, progress=progress)
 
 
 def test_a_killed_run_is_gone_on_with_and_times_no_round_again(tmp_path, monkeypatch):
-    here = pathlib.Path(__file__).parent
-    tests = pathlib.Path(batch_runs.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path)],
-        env={**batch_runs.environment(), "PYTHONPATH": f"{here}:{tests}:{tests.parent}"},
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    batch_runs.run_until_killed(_KILLED, tmp_path, also=[pathlib.Path(__file__).parent])
     monkeypatch.setattr(os, "environ", batch_runs.environment())
     (path,) = tmp_path.glob("*/*")
     assert manifest.read(path).status == "running"

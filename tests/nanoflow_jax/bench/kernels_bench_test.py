@@ -1,10 +1,6 @@
 """The timing of kernels: what is timed and what is not, resuming, and one run of real kernels."""
 
 import os
-import pathlib
-import signal
-import subprocess
-import sys
 
 import batch_runs
 import jax.numpy as jnp
@@ -327,14 +323,7 @@ kernel_bench.run(toy_kernels.options(pathlib.Path(sys.argv[1])), reports)
 
 @pytest.mark.usefixtures("_toys")
 def test_a_killed_run_is_gone_on_with_and_measures_nothing_again(tmp_path, monkeypatch):
-    tests = pathlib.Path(toy_kernels.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path)],
-        env={**batch_runs.environment(), "PYTHONPATH": f"{tests}:{tests.parent}"},
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    batch_runs.run_until_killed(_KILLED, tmp_path)
     monkeypatch.setattr(os, "environ", batch_runs.environment())
     cases = []
     real = kernel_timing.measure

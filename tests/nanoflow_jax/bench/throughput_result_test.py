@@ -2,8 +2,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import subprocess
-import sys
 
 import batch_runs
 import msgspec
@@ -130,23 +128,10 @@ def test_a_run_is_a_sample_of_its_kind() -> None:
 def test_a_benchmark_leaves_a_result_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "work.json").write_text(json.dumps(_WORKLOAD))
     command = [
-        *(sys.executable, "-m", "nanoflow_jax.bench", "throughput", "--workload=work.json"),
-        *("--result_name=try", "--results=results", "--repeats=2"),
-        *batch_runs.flags(),
+        *("throughput", "--workload=work.json", "--result_name=try", "--results=results"),
+        *("--repeats=2", *batch_runs.flags()),
     ]
-
-    def bench() -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            command,
-            env=batch_runs.environment(),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=250,
-            check=False,
-        )
-
-    done = bench()
+    done = batch_runs.bench(tmp_path, *command)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("*/*-try")
     result = folder.read(path)
@@ -164,6 +149,6 @@ def test_a_benchmark_leaves_a_result_folder(tmp_path: pathlib.Path) -> None:
     assert log.startswith("start ")
     assert "a run 2 of 2\n" in log
 
-    again = bench()
+    again = batch_runs.bench(tmp_path, *command)
     assert again.returncode == 2
     assert "is there already; give the result another name, or delete it" in again.stderr
