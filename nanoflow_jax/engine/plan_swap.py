@@ -112,7 +112,7 @@ class PlanSwap:
         path = self._file.path
         try:
             plans = self._read()
-            _LOG.info("%s has changed; its plans are compiled beside the steps", path)
+            _LOG.warning("%s has changed; its plans are compiled beside the steps", path)
             with self._lock:  # it is compared with what runs, which must not change meanwhile
                 self._ready = None
             forwards = self._runner.compile_forwards(
@@ -135,7 +135,7 @@ class PlanSwap:
         if forwards is None:
             return builder
         self._runner.take(forwards)
-        _LOG.info(
+        _LOG.warning(
             "plans of %s run from now on: %s",
             self._file.path,
             ", ".join(f"{bucket} by {plan.name}" for bucket, plan in forwards.plans.items()),

@@ -56,7 +56,6 @@ def _serve_until(served, is_done):
 
 
 def test_plans_of_a_file_are_swapped_under_requests_that_get_the_same_tokens(plans, caplog):
-    caplog.set_level(logging.INFO)
     served = build_small(cases.load("llama3").path, plan=str(plans), plan_watch=True, **_KNOBS)
     alone = _serve_until(served, lambda: True)[0]
     assert len(alone) == 12
@@ -70,7 +69,6 @@ def test_plans_of_a_file_are_swapped_under_requests_that_get_the_same_tokens(pla
 
 
 def test_a_file_of_plans_that_is_wrong_is_told_and_changes_nothing(plans, caplog):
-    caplog.set_level(logging.INFO)
     served = build_small(cases.load("llama3").path, plan=str(plans), plan_watch=True, **_KNOBS)
     alone = _serve_until(served, lambda: True)[0]
     _write(plans, "{")
