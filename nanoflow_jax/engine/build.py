@@ -288,8 +288,8 @@ def _build_parts(
             max_requests=max_requests,
             dense_batch=dense_batch,
             max_context_len=context,
-            plans={str(bucket): plan.name for bucket, plan in plans.items()},
-            executor=executor,
+            plans={str(bucket): plan.name for bucket, plan in chosen.plans.items()},
+            executor=chosen.executor,
             kernels=choices,
             batch_invariant=is_invariant,
         )
