@@ -44,7 +44,7 @@ from nanoflow_jax.bench import (
     throughput,
     throughput_result,
 )
-from nanoflow_jax.engine import build, interface
+from nanoflow_jax.engine import build, interface, model_source
 from nanoflow_jax.results import provenance
 from nanoflow_jax.results.kind import Tokens
 from nanoflow_jax.results.writer import ResultWriter
@@ -112,7 +112,7 @@ def _rows() -> Iterator[Callable[[dict[str, Any]], None]]:
 
 @contextlib.contextmanager
 def _result(
-    model: build.ModelSource, mixes: Iterable[str], **more: Any
+    model: model_source.ModelSource, mixes: Iterable[str], **more: Any
 ) -> Iterator[ResultWriter | None]:
     """The result folder of --result_name, None without one; `more` is what `Asked` takes."""
     if not _FLAGS.result_name:
@@ -145,7 +145,7 @@ def _tell(text: str) -> None:
 def _throughput() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
-    model = build.open_model(engine_config.model)
+    model = model_source.open_model(engine_config.model)
     with _rows() as write, _result(model, mixes) as result:
         say = _saying(result)
 
@@ -194,7 +194,7 @@ def _measure_ceilings(result: ResultWriter | None, when: str) -> None:
 def _invariance() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
-    model = build.open_model(engine_config.model)
+    model = model_source.open_model(engine_config.model)
     configs = invariance.configs(engine_config)
     asked = {"kind": "invariance", "num_modes": len(configs)}
     with _rows() as write, _result(model, mixes, **asked) as result:

@@ -9,7 +9,7 @@ import pytest
 
 from nanoflow_jax import config
 from nanoflow_jax.bench import throughput, throughput_result
-from nanoflow_jax.engine import build, kernel_choice
+from nanoflow_jax.engine import build, kernel_choice, model_source
 from nanoflow_jax.results import folder, manifest, provenance
 from nanoflow_jax.results import throughput as throughput_kind
 from nanoflow_jax.workload.file import WorkRequest
@@ -28,7 +28,7 @@ def test_a_result_says_which_work_was_done_with_which_knobs(tmp_path: pathlib.Pa
     asked = throughput_result.Asked(
         name="try", workload=workload, mixes=["a", "b"], repeats=3, engine=knobs, command=["x"]
     )
-    found = throughput_result.planned(asked, build.open_model(knobs.model))
+    found = throughput_result.planned(asked, model_source.open_model(knobs.model))
 
     assert found.setting == {
         "workload_sha256": hashlib.sha256(workload.read_bytes()).hexdigest(),
@@ -40,7 +40,7 @@ def test_a_result_says_which_work_was_done_with_which_knobs(tmp_path: pathlib.Pa
     assert found.model["num_layers"] == 4
     assert found.device.platform == "cpu"
     trained = dataclasses.replace(asked, engine=config.EngineConfig())
-    assert throughput_result.planned(trained, build.open_model(knobs.model)).seed is None
+    assert throughput_result.planned(trained, model_source.open_model(knobs.model)).seed is None
 
 
 def _settings(**makers: kernel_choice.Maker) -> build.Settings:

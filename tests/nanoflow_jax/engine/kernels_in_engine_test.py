@@ -9,7 +9,7 @@ import pytest
 from engine_runs import ask, run
 
 from nanoflow_jax import compat, config
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import build, model_source
 from nanoflow_jax.models import architecture, kernel_groups
 from pallas_kernels.side_by_side import side_by_side
 
@@ -58,7 +58,7 @@ def _engine(model, *interpreted, **knobs):
         **{f"kernel_{operation}": "interpret" for operation in interpreted},
         **{"buckets": "4:4:0,24:4:3", **knobs},
     )
-    source = build.ModelSource(
+    source = model_source.ModelSource(
         config=model, folder=None, eos_ids=frozenset(), stored_dtype="bfloat16"
     )
     return build.build_engine(section, source)
