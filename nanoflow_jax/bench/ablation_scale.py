@@ -20,6 +20,7 @@ class Scale:
         steps: That count in a round.
         control_rounds: Of controls, and of the sweep.
         judged_steps: In which tokens and logits of modes are compared one by one.
+        traced_steps: In which operations are timed, of the workload that has controls; 0 for none.
     """
 
     lengths: tuple[Lengths, ...]
@@ -30,6 +31,7 @@ class Scale:
     steps: int
     control_rounds: int
     judged_steps: int
+    traced_steps: int
 
 
 def _lengths(*pairs: tuple[int, int]) -> tuple[Lengths, ...]:
@@ -46,6 +48,7 @@ GPU = Scale(
     steps=60,
     control_rounds=3,
     judged_steps=8,
+    traced_steps=20,
 )
 # The same code in seconds; nothing overlaps on a CPU.
 CPU = Scale(
@@ -57,6 +60,7 @@ CPU = Scale(
     steps=4,
     control_rounds=2,
     judged_steps=4,
+    traced_steps=2,
 )
 
 
@@ -68,7 +72,7 @@ class Case:
         name: In results.
         load: What is kept up.
         is_sweep: Whether only two modes are compared.
-        has_controls: Whether controls are measured too.
+        has_controls: Whether controls are measured too, and operations timed.
     """
 
     name: str

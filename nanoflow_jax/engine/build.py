@@ -416,7 +416,7 @@ def _build_parts(
             batch_invariant=is_invariant,
         )
     )
-    with step_trace.programs_that_traces_know(config.profile):
+    with step_trace.programs_that_traces_know(config.profile.steps > 0):
         step_runner = runner.Runner(
             model,
             kv_layout=kv_layout,

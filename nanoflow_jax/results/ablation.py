@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from nanoflow_jax.results import figures, kind, manifest
+from nanoflow_jax.results import ablation_operations, figures, kind, manifest
 from nanoflow_jax.results.kernels import FLOPS_CEILING
 
 # A control that hides more shows that something else than overlap was measured.
@@ -24,6 +24,8 @@ MOST_HIDDEN_BY_CONTROL = 0.05
 # Of a mode that is measured twice, between its two medians.
 MOST_NOISE = 0.02
 FLOAT32 = "float32"
+# Figures that only who looks into a result wants to see.
+_DETAILS = (", executed", ", times as long as of ")
 
 
 class Role(enum.StrEnum):
@@ -107,7 +109,23 @@ class Missing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reason: str
 
 
-SAMPLE: Any = Step | Comparison | Missing
+class Traced(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="traced"):
+    """Operations of the layers in a trace of steps, apart from those that were timed.
+
+    Attributes:
+        case: Workload.
+        mode: How it ran.
+        steps: In the trace.
+        operation_s: Seconds of a step in which each operation ran, by its name.
+    """
+
+    case: str
+    mode: str
+    steps: int
+    operation_s: dict[str, float]
+
+
+SAMPLE: Any = Step | Comparison | Missing | Traced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +248,7 @@ def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
     return [
         figure
         for case, modes in timed(evidence.samples).items()
-        for part in (_speeds, _ratios, _hidden)
+        for part in (_speeds, _ratios, _hidden, _operations_of)
         for figure in part(case, modes, evidence)
     ]
 
@@ -288,6 +306,22 @@ def _hidden(
         for other in (best, *of_role(modes, Role.SPLIT)):
             if found := hidden(one, modes[other], alone):
                 yield figures.summarise(f"{case}: {name}, hidden share of {other}", "x", found)
+
+
+def _operations_of(
+    case: str, modes: Mapping[str, Timed], evidence: kind.Evidence
+) -> Iterator[figures.Figure]:
+    best = best_sequential(modes)
+    if best is None:
+        return
+    traced = [s for s in evidence.samples if isinstance(s, Traced) and s.case == case]
+    yield from ablation_operations.slowdowns(
+        case,
+        {one.mode: one.operation_s for one in traced},
+        best=best,
+        split=of_role(modes, Role.SPLIT),
+        overlapped=of_role(modes, Role.OVERLAPPED),
+    )
 
 
 def _complaints(evidence: kind.Evidence) -> list[str]:
@@ -383,5 +417,5 @@ KIND = kind.Kind(
     level=_level,
     figures=_figures,
     complaints=_complaints,
-    is_headline=lambda run, figure: not figure.name.endswith(", executed"),
+    is_headline=lambda run, figure: not any(part in figure.name for part in _DETAILS),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nanoflow_jax.results import ablation, figures, manifest
+from nanoflow_jax.results import ablation, ablation_operations, figures, manifest
 from nanoflow_jax.results.ablation import Role, Timed
 from nanoflow_jax.results.figures import Figure
 
@@ -26,6 +26,7 @@ def table(samples: Sequence[Any], made: Sequence[Figure]) -> Iterator[str]:
     by_name = {one.name: one for one in made}
     for case, modes in ablation.timed(samples).items():
         yield from _case(case, modes, by_name)
+        yield from _operations(case, modes, samples, by_name)
     yield from _tokens(samples)
     missing: dict[str, list[str]] = {}
     for one in samples:
@@ -56,6 +57,31 @@ def _case(case: str, modes: Mapping[str, Timed], made: Mapping[str, Figure]) -> 
         if hidden := made.get(f"{case}: {name}, hidden share of {best}"):
             line += f", h {hidden.median:.2f}"
         yield line.rstrip()
+
+
+def _operations(
+    case: str, modes: Mapping[str, Timed], samples: Sequence[Any], made: Mapping[str, Figure]
+) -> Iterator[str]:
+    """Times of operations in the best sequential mode, and how many times as long in others."""
+    times = {
+        s.mode: s.operation_s for s in samples if isinstance(s, ablation.Traced) and s.case == case
+    }
+    best = ablation.best_sequential(modes)
+    if best is None or best not in times:
+        return
+    split = [*ablation.of_role(modes, Role.SPLIT)]
+    yield f"{case}, operations: ms a step in {best}, and times as long in other modes"
+    for operation, seconds in times[best].items():
+        line = f"  {operation:<34}{1e3 * seconds:>11.3f}"
+        for mode in (*split, *ablation.of_role(modes, Role.OVERLAPPED)):
+            names = (ablation_operations.slowdown(case, mode, operation, o) for o in (best, *split))
+            found = [f"{made[name].median:.2f}" for name in names if name in made]
+            line += f"  {mode}: {', of split '.join(found)}" if found else ""
+        yield line
+    for mode in split:
+        cost = made.get(ablation_operations.cost_of_splitting(case, mode, best))
+        if cost is not None:
+            yield f"  weights read again, smaller products: {cost.median:+.1%} of {best}"
 
 
 def _tokens(samples: Sequence[Any]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Runs of the ablation on a tiny model: same tokens as an engine's, faults found, resuming."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -21,6 +22,7 @@ from nanoflow_jax.bench import (
     ablation_modes,
     ablation_programs,
     ablation_scale,
+    ablation_trace,
     ablation_turn,
     measured,
     steady_state,
@@ -40,8 +42,9 @@ _SCALE = Scale(
     steps=3,
     control_rounds=1,
     judged_steps=2,
+    traced_steps=2,
 )
-_ALONE = dataclasses.replace(_SCALE, sweep=())
+_ALONE = dataclasses.replace(_SCALE, sweep=(), traced_steps=0)
 
 
 def _engine(**knobs):
@@ -103,6 +106,15 @@ def test_a_run_leaves_a_folder_with_all_modes_on_the_same_steps(tmp_path):
     compared = [one for one in result.samples if isinstance(one, ablation.Comparison)]
     assert len(compared) == 5
     assert all(one.tokens and not one.wrong for one in compared)
+    traced = {one.mode: one for one in result.samples if isinstance(one, ablation.Traced)}
+    assert [*traced] == ["sequential", "split only"]
+    for one in traced.values():
+        assert {"norm_kqv", "decode_attention", "o", "up_gate", "down"} <= one.operation_s.keys()
+        assert all(0 < seconds < 60 for seconds in one.operation_s.values())
+    figures = {one.name: one.median for one in found.figures}
+    assert figures["6/4: down of split only, times as long as of sequential"] == pytest.approx(
+        traced["split only"].operation_s["down"] / traced["sequential"].operation_s["down"]
+    )
     assert result.tokens is not None
     assert len(set(result.tokens.hashes["6/4"].values())) == 1
     missing = {one.mode for one in result.samples if isinstance(one, ablation.Missing)}
@@ -148,6 +160,22 @@ def test_what_is_replayed_draws_the_tokens_of_an_engine(monkeypatch):
         assert [drawn[n] for n in whole] == expected
     stage.close()
     engine.close()
+
+
+def test_operations_that_cannot_be_traced_are_noted(tmp_path, monkeypatch):
+    def operation_seconds(stage, programs, mode, steps):
+        if mode == "sequential":
+            raise ablation_trace.TraceError("somebody else does")
+        return {}
+
+    monkeypatch.setattr(ablation_trace, "operation_seconds", operation_seconds)
+    monkeypatch.setattr(
+        ablation_turn.step_trace, "programs_that_traces_know", contextlib.nullcontext
+    )
+    found, said = _run(tmp_path, dataclasses.replace(_ALONE, rounds=1, traced_steps=1))
+    assert "6/4: operations of sequential not timed: somebody else does" in said
+    assert "6/4: no operation of split only has its name in a trace" in said
+    assert (found.status, found.message) == ("done", "")
 
 
 def test_in_bfloat16_near_ties_are_left_out_and_the_rest_agrees(tmp_path):
@@ -229,7 +257,7 @@ def test_graphs_and_their_controls_are_programs_of_the_same_tokens(tmp_path, mon
     monkeypatch.setattr(executors, "choose", choose)
     # They say nothing to a CPU's compiler.
     monkeypatch.setattr(ablation_modes.Mode, "compiler_options", {})
-    found, _ = _run(tmp_path)
+    found, _ = _run(tmp_path, dataclasses.replace(_SCALE, traced_steps=0))
     result = folder.read(tmp_path / found.folder)
     assert (found.status, found.message) == ("done", "")
     modes = ablation.timed(result.samples)["6/4"]
@@ -248,7 +276,8 @@ def test_graphs_and_their_controls_are_programs_of_the_same_tokens(tmp_path, mon
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
     ticks = iter(range(100_000))
-    found, said = _run(tmp_path, clock=lambda: 10.0 * next(ticks), budget_s=50.0)
+    scale = dataclasses.replace(_SCALE, traced_steps=0)
+    found, said = _run(tmp_path, scale, clock=lambda: 10.0 * next(ticks), budget_s=50.0)
     assert "6/4: 3 rounds not measured, for want of time" in said
     assert "not measured, for want of time: batch 8" in said
     assert found.status == "done"
@@ -257,7 +286,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
 
 
 def test_a_batch_that_memory_cannot_fill_is_left_out_by_name(tmp_path):
-    scale = dataclasses.replace(_SCALE, sweep=(512,))
+    scale = dataclasses.replace(_ALONE, sweep=(512,))
     pages = max(case.load.num_pages(8) for case in ablation_scale.cases(_ALONE))
     found, said = _run(tmp_path, scale, cache_num_pages=pages)
     assert "not measured, for want of memory: batch 512" in said

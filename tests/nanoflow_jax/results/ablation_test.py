@@ -129,6 +129,31 @@ def test_a_readme_shows_speeds_and_ratios_and_leaves_out_what_was_executed():
     assert not [name for name in shown if "executed" in name]
 
 
+def test_operations_of_traced_modes_are_figures_and_lines():
+    traced = [
+        ablation.Traced(case="512/512", mode=mode, steps=20, operation_s={"o": o, "down": 0.5})
+        for mode, o in (
+            ("sequential, our products", 0.2),
+            ("split only", 0.3),
+            ("overlapped (graph)", 0.6),
+        )
+    ]
+    samples = [*_samples(), *traced]
+    found = _figures(samples)
+    ours = "times as long as of sequential, our products"
+    assert found[f"512/512: o of overlapped (graph), {ours}"].median == pytest.approx(3.0)
+    cost = found[
+        "512/512: products of split only, longer by this share of sequential, our products"
+    ]
+    assert cost.median == pytest.approx(0.1 / 0.7)
+    lines = [*ablation_table.table(samples, list(found.values()))]
+    (line,) = (line for line in lines if line.split()[:1] == ["o"])
+    wanted = "o 200.000 split only: 1.50 overlapped (graph): 3.00, of split 2.00"
+    assert line.split() == wanted.split()
+    assert "  weights read again, smaller products: +14.3% of sequential, our products" in lines
+    assert not ablation.KIND.is_headline(_run(), found[f"512/512: o of split only, {ours}"])
+
+
 def test_good_samples_have_no_complaint():
     assert _complaints(_samples()) == []
 
