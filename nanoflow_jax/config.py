@@ -334,6 +334,21 @@ class EngineConfig:
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
     profile: ProfileSection = dataclasses.field(default_factory=ProfileSection)
 
+    def __post_init__(self) -> None:
+        size, count = self.parallel.tensor_parallel, self.processes.num_processes
+        if count == 1 or self.processes.process_id:  # what process 0 says is what counts
+            return
+        if self.parallel.data_parallel > 1:
+            raise ValueError(
+                f"--data_parallel={self.parallel.data_parallel} and --num_processes={count}: "
+                "replicas are of one process; start a job for each, which --process_count can "
+                "share out"
+            )
+        if size % count:
+            raise ValueError(
+                f"--tensor_parallel={size} cannot be shared out evenly over --num_processes={count}"
+            )
+
     @classmethod
     def from_knobs(cls, **knobs: Any) -> "EngineConfig":
         """An engine configuration from flat names; see `from_knobs`."""
