@@ -301,6 +301,14 @@ def test_a_batch_that_memory_cannot_fill_is_left_out_by_name(tmp_path):
             "ablation compares modes on one device; leave out --tensor_parallel, --data_parallel",
         ),
         (
+            {"executor": "sequential"},
+            "--executor=sequential: ablation compares all executors that run here; leave it out",
+        ),
+        (
+            {"batch_invariant": True},
+            "ablation compares modes that change last bits; leave out --batch_invariant, whose",
+        ),
+        (
             {"plan_min_tokens": 64},
             "--plan=one does not cut a dense batch of 16 tokens; raise --dense_batch or lower "
             "--plan_granule",
