@@ -17,7 +17,6 @@ import numpy as np
 from checkpoints import folder as checkpoint_folder
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import (
-    collective_caps,
     compiler,
     engine,
     executors,
@@ -33,11 +32,11 @@ from nanoflow_jax.engine import (
     runner,
     step_trace,
 )
+from nanoflow_jax.engine import ways as ways_lib
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.models import architecture, huggingface, loading, presets, transformer
-from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.parallel import peers
 from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets as bucket_lib
@@ -357,7 +356,14 @@ def _build_parts(
         served,
         caps_products=executors.caps_products(plans.values()),
     )
-    operations = executors.operations(executor, choices, served.config)
+    ways = ways_lib.choose(
+        config,
+        executor,
+        plans,
+        machine=machine,
+        served=served,
+        on_gpu=device.platform != "cpu",
+    )
     model = load_weights(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
     kv_layout = make_layout(
@@ -425,9 +431,7 @@ def _build_parts(
             max_context_len=context,
             placement=placement,
             threads=config.compile.threads,
-            executor=executor,
-            options=_options(plans, is_invariant=is_invariant, on_gpu=device.platform != "cpu"),
-            operations=operations,
+            ways=ways,
             watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
             progress=reports.program,
         )
@@ -440,18 +444,6 @@ def _build_parts(
         page_size=page_size,
         context_len=context,
     )
-
-
-def _options(
-    plans: Mapping[bucket_lib.Bucket, Plan], *, is_invariant: bool, on_gpu: bool
-) -> dict[bucket_lib.Bucket, Mapping[str, Any]]:
-    """What XLA is told of each bucket's forward, whoever runs its plan."""
-    common = invariance.compiler_options(plans.values()) if is_invariant else {}
-    is_capped = collective_caps.can_cap(plans.values(), on_gpu=on_gpu)
-    return {
-        bucket: {**common, **(collective_caps.compiler_options(plan) if is_capped else {})}
-        for bucket, plan in plans.items()
-    }
 
 
 def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:

@@ -11,10 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Int32
 
-from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import compiler, executors, programs, sampling
+from nanoflow_jax.engine import ways as ways_lib
 from nanoflow_jax.kv_cache import layout
-from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import transformer
 from nanoflow_jax.parallel import mesh
 from nanoflow_jax.parallel import placement as placement_lib
@@ -135,9 +134,7 @@ class Runner:
         max_context_len: int,
         placement: placement_lib.Placement,
         threads: int,
-        executor: config_lib.Executor,
-        options: Mapping[buckets.Bucket, Mapping[str, Any]],
-        operations: operation_lib.Operations,
+        ways: Mapping[buckets.Bucket, ways_lib.Way],
         watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
     ) -> None:
@@ -149,8 +146,7 @@ class Runner:
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._allocate()
         forwards = [
-            self._forward_job(graph, treedef, bucket, operations, executor, options[bucket])
-            for bucket in bucket_list
+            self._forward_job(graph, treedef, bucket, ways[bucket]) for bucket in bucket_list
         ]
         others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)
         self._programs = compiler.compile_all(forwards + others, threads=threads, progress=progress)
@@ -183,9 +179,7 @@ class Runner:
         graph: Any,
         treedef: Any,
         bucket: buckets.Bucket,
-        operations: operation_lib.Operations,
-        executor: config_lib.Executor,
-        options: Mapping[str, Any],
+        way: ways_lib.Way,
     ) -> compiler.Job:
         size = programs.forward_packing(self._sizes, bucket).size
         return compiler.Job(
@@ -196,9 +190,9 @@ class Runner:
                 layout=self._layout,
                 sizes=self._sizes,
                 bucket=bucket,
-                operations=operations,
+                operations=way.operations,
                 shares=self._shares,
-                keep_lanes=executors.keeps_lanes(executor),
+                keep_lanes=executors.keeps_lanes(way.executor),
             ),
             arguments=(
                 _abstract(self._caches),
@@ -207,7 +201,7 @@ class Runner:
                 _vector(size),
             ),
             donated=(0,),
-            options={**executors.compiler_options(executor), **options},
+            options=way.compiler_options,
         )
 
     def _other_jobs(
