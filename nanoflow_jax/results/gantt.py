@@ -1,63 +1,74 @@
-"""A timeline of a plan as one HTML file that needs nothing else."""
+"""A plan in time: bars in one lane for each resource, as high as their share of the SMs."""
 
 import html
 from collections.abc import Sequence
 
+from nanoflow_jax.cost.timeline import Span
 from nanoflow_jax.nanobatch.operations import Resource
-from nanoflow_jax.overlap.timeline import Span
+from nanoflow_jax.results import svg
 
-_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f")
-_WIDTH, _LANE, _BAR, _LEFT, _TOP = 1600, 56, 40, 90, 60
+_WIDTH, _LANE, _BAR, _LEFT, _TOP, _RIGHT, _BOTTOM = 1600, 84, 72, 90, 44, 20, 40
+# A bar too low to see or to write on would be of no use.
+_LEAST_HEIGHT = 14
 
 
-def draw(spans: Sequence[Span], *, title: str, first_layer: int, num_layers: int) -> str:
-    """Bars of some layers, one lane for each resource; colours tell layers apart.
+def draw(
+    spans: Sequence[Span], *, title: str, first_layer: int, num_layers: int, num_sms: int
+) -> str:
+    """An SVG picture of some layers; colours tell layers apart.
 
     Args:
         spans: Of all layers.
         title: Shown above.
         first_layer: The first to show.
         num_layers: How many to show.
+        num_sms: Of the device: a bar of so many fills its lane.
     """
     shown = [s for s in spans if first_layer <= s.layer < first_layer + num_layers]
     begin, end = min(s.start_s for s in shown), max(s.end_s for s in shown)
-    scale = (_WIDTH - _LEFT - 20) / (end - begin)
+    scale = (_WIDTH - _LEFT - _RIGHT) / (end - begin)
     lanes = [lane for lane in Resource if any(s.resource is lane for s in shown)]
-    parts = [_text(_LEFT, 22, title, size=16)]
+    parts = [f'<text class="title" x="{_LEFT}" y="22">{html.escape(title)}</text>']
     for i, lane in enumerate(lanes):
-        top = _TOP + i * _LANE
-        parts.append(_text(8, top + _BAR / 2 + 5, lane.value, size=13))
+        base = _TOP + i * _LANE + _BAR
+        parts.append(f'<text x="8" y="{base - _BAR // 2}">{lane.value}</text>')
+        parts.append(f'<path class="axis" d="M{_LEFT} {base}H{_WIDTH - _RIGHT}"/>')
         for span in (s for s in shown if s.resource is lane):
-            parts.append(_bar(span, _LEFT + (span.start_s - begin) * scale, top, scale))
-    height = _TOP + len(lanes) * _LANE + 30
-    micro = (end - begin) * 1e6
-    parts.append(_text(_LEFT, height - 10, f"0 us ... {micro:.0f} us, predicted", size=12))
-    return (
-        '<!doctype html><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title>"
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        f'font-family="sans-serif">{"".join(parts)}</svg>\n'
-    )
+            left = _LEFT + (span.start_s - begin) * scale
+            parts.append(_bar(span, left, base, scale, num_sms=num_sms))
+    base = _TOP + len(lanes) * _LANE
+    parts += _time_axis((end - begin) * 1e6, base, scale / 1e6)
+    return svg.page(_WIDTH, base + _BOTTOM, parts)
 
 
-def _bar(span: Span, left: float, top: float, scale: float) -> str:
-    width = (span.end_s - span.start_s) * scale
-    colour = _COLOURS[span.layer % len(_COLOURS)]
-    micro = (span.end_s - span.start_s) * 1e6
-    tip = f"layer {span.layer} {span.key}: {micro:.1f} us on {span.num_ctas} SMs"
+def _bar(span: Span, left: float, base: int, scale: float, *, num_sms: int) -> str:
+    seconds = span.end_s - span.start_s
+    width = max(seconds * scale, 0.5)
+    height = max(_BAR * span.num_ctas / num_sms, _LEAST_HEIGHT)
+    colour = svg.COLOURS[span.layer % len(svg.COLOURS)]
+    tip = f"layer {span.layer} {span.key}: {seconds * 1e6:.1f} us on {span.num_ctas} SMs"
     bar = (
-        f'<g><title>{html.escape(tip)}</title><rect x="{left:.1f}" y="{top}" '
-        f'width="{max(width, 0.5):.1f}" height="{_BAR}" fill="{colour}" stroke="white" '
+        f'<g><title>{html.escape(tip)}</title><rect x="{left:.1f}" y="{base - height:.1f}" '
+        f'width="{width:.1f}" height="{height:.1f}" fill="{colour}" stroke="#fff" '
         'stroke-width="0.5"/>'
     )
     label = span.key.replace("_attention", "")
-    if width > 7 * len(label):
-        bar += _text(left + 4, top + _BAR / 2 + 4, label, size=11, colour="white")
+    if width > 6 * len(label):
+        bar += (
+            f'<text x="{left + 4:.1f}" y="{base - height / 2 + 4:.1f}" style="fill:#fff">'
+            f"{html.escape(label)}</text>"
+        )
     return bar + "</g>"
 
 
-def _text(x: float, y: float, text: str, *, size: int, colour: str = "#222") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}">'
-        f"{html.escape(text)}</text>"
-    )
+def _time_axis(micro: float, base: int, scale: float) -> list[str]:
+    """Marks in microseconds under the lanes."""
+    step, parts = svg.tick(micro, most=12), []
+    for number in range(int(micro / step) + 1):
+        x = _LEFT + number * step * scale
+        parts.append(
+            f'<path class="grid" d="M{x:.1f} {_TOP}V{base}"/>'
+            f'<text x="{x:.1f}" y="{base + 14}" text-anchor="middle">{number * step:g}</text>'
+        )
+    label = "us, predicted; the height of a bar is its share of the SMs"
+    return [*parts, f'<text x="{_LEFT}" y="{base + 30}">{label}</text>']
