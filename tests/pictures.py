@@ -19,3 +19,8 @@ def texts(root: Element, tag: str = "text") -> list[str]:
 def bars(root: Element) -> list[Element]:
     """All rectangles but the ground."""
     return [one for one in root.iter(f"{_SPACE}rect") if one.get("width") != "100%"]
+
+
+def titles(root: Element) -> list[str]:
+    """What is written in bold."""
+    return [one.text or "" for one in root.iter(f"{_SPACE}text") if one.get("class") == "title"]
