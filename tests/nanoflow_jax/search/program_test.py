@@ -1,9 +1,9 @@
+import pictures
 import pytest
 from absl import flags as absl_flags
 
 from nanoflow_jax.engine import build
 from nanoflow_jax.search import __main__ as program
-from tests import pictures
 
 
 @pytest.fixture
