@@ -11,7 +11,7 @@ C, S = Side.CLIENT, Side.SERVER
 SIDES = (frozenset({C, S}), frozenset({C}), frozenset({S}))
 
 
-def random_problem(seed, *, mode, num_units=None, even=False):
+def random_problem(seed, *, mode, num_units=None, even=False, unit_of_time=1):
     """A problem with deadlines that some placements meet.
 
     Args:
@@ -19,8 +19,9 @@ def random_problem(seed, *, mode, num_units=None, even=False):
         mode: "e2e", "two", "all" or "migrate".
         num_units: How many; None draws a few.
         even: All units are alike, as layers are.
+        unit_of_time: Times are some tens of it; the larger, the fewer are alike.
     """
-    draw = random.Random(seed)
+    draw = _Draw(seed, unit_of_time)
     count = num_units or draw.randint(1, 4 if mode == "migrate" else 7)
     first = _random_unit(draw, 0)
     units = tuple(
@@ -34,26 +35,37 @@ def random_problem(seed, *, mode, num_units=None, even=False):
     free = Problem(
         units=units,
         num_steps=draw.choice((0, 1, 5)),
-        deliver=draw.randint(0, 20),
-        latency=draw.randint(0, 20),
+        deliver=draw.time(0, 20),
+        latency=draw.time(0, 20),
         limits=Limits(ttft=None, tpot=None, e2e=None, memory=10**9),
         migrates=mode == "migrate",
     )
     return dataclasses.replace(free, limits=_limits(draw, free, mode))
 
 
+class _Draw(random.Random):
+    """Draws times in a unit."""
+
+    def __init__(self, seed, unit_of_time):
+        super().__init__(seed)
+        self._unit = unit_of_time
+
+    def time(self, low, high):
+        return self.randint(low * self._unit, high * self._unit)
+
+
 def _random_unit(draw, index):
     def pair(most):
-        return draw.randint(0, most), draw.randint(0, most)
+        return draw.time(0, most), draw.time(0, most)
 
     return Unit(
         start=index,
         stop=index + 1,
         allowed=SIDES[0],
-        prefill=(draw.randint(1, 60), draw.randint(1, 15)),
-        decode=(draw.randint(1, 30), draw.randint(1, 15)),
-        prefill_charge=draw.randint(0, 6),
-        decode_charge=draw.randint(0, 9),
+        prefill=(draw.time(1, 60), draw.time(1, 15)),
+        decode=(draw.time(1, 30), draw.time(1, 15)),
+        prefill_charge=draw.time(0, 6),
+        decode_charge=draw.time(0, 9),
         enter_prefill=pair(40),
         enter_decode=pair(15),
         migrate=pair(25),

@@ -7,8 +7,13 @@ more are left than asked for they are thinned out: of those that are alike in ti
 one of least rank stays. Numbers are never rounded, so that what is found keeps the limits; without
 thinning it is the best there is.
 
+Where a way of some rank is known, tolls on times say early that a label ends in none of less rank:
+its rank and tolls with the least of both to come are more than that rank and the tolls of the
+limits. Any tolls will do; `tolls` looks for those that say it of most.
+
 Source: label setting for resource-constrained shortest paths (Irnich and Desaulniers, Shortest Path
-Problems with Resource Constraints, 2005).
+Problems with Resource Constraints, 2005); tolls are Lagrange multipliers of the limits, found by
+subgradient steps (Polyak, Minimization of unsmooth functionals, 1969).
 """
 
 import bisect
@@ -50,34 +55,114 @@ class Way:
     states: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tolls:
+    """Rank that a unit of each limited time is taken to cost; 0 where there is no limit."""
+
+    first: int = 0
+    second: int = 0
+    total: int = 0
+
+    def weights(self, chain: Chain) -> Vector:
+        """Of a vector, rank included."""
+        return self.first + self.total, self.second + chain.weight * self.total, 0, 1
+
+    def of_limits(self, chain: Chain) -> float:
+        """What the limits cost."""
+        pairs = ((self.first, chain.limits[0]), (self.second, chain.limits[1]))
+        return sum(toll * limit for toll, limit in (*pairs, (self.total, chain.total)) if toll)
+
+
+_FREE = Tolls()
+
+
 # A vector, and how it was come to: (state, the label before it).
 _Label = tuple[int, int, int, int, int, "_Label | None"]
 
 
-def ways(chain: Chain, *, max_labels: int | None, rank_limit: float = math.inf) -> list[Way]:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """All ways that nothing dominates, but for what was thinned out if anything was."""
+
+    ways: tuple[Way, ...]
+    is_complete: bool
+
+
+def ways(
+    chain: Chain,
+    *,
+    max_labels: int | None,
+    rank_limit: float = math.inf,
+    tolls: Tolls = _FREE,
+) -> Found:
     """All ways within the limits that no other dominates, but for those thinned out.
 
     Args:
         chain: What ways there are.
         max_labels: Kept of each state; None keeps all.
         rank_limit: Ways of a higher rank are left out.
+        tolls: Say sooner which those are.
     """
-    bounds = _least_to_come(chain)
-    begin: _Label = (*chain.begin, chain.start, None)
-    labels: dict[int, list[_Label]] = {chain.start: [begin]}
+    bounds = _least_to_come(chain, tolls.weights(chain))
+    labels: dict[int, list[_Label]] = {chain.start: [(*chain.begin, chain.start, None)]}
+    is_complete = True
     for stage, bound in zip(chain.stages, bounds[1:], strict=True):
         after: dict[int, list[_Label]] = {}
         for state, sources in stage.items():
             if state not in bound:
                 continue
-            room = _Room(chain, bound[state], rank_limit)
+            room = _Room(chain, bound[state], rank_limit, tolls)
             found: list[_Label] = []
             for before, added in sources.items():
                 found += room.extended(labels.get(before, ()), added, state)
-            after[state] = _thinned(_undominated(found), max_labels)
+            kept = _undominated(found)
+            after[state] = _thinned(kept, max_labels)
+            is_complete = is_complete and len(after[state]) == len(kept)
         labels = after
     last = _undominated([label for found in labels.values() for label in found])
-    return [Way(label[:4], _states(label)) for label in last]
+    return Found(tuple(Way(label[:4], _states(label)) for label in last), is_complete)
+
+
+_TOLL_STEPS = 12
+
+
+def tolls(chain: Chain, *, rank: int) -> Tolls:
+    """Tolls for which the least of rank and tolls of any way is near a known rank.
+
+    Args:
+        chain: What ways there are.
+        rank: Of a way within the limits.
+    """
+    limits = (chain.limits[0], chain.limits[1], chain.total)
+    shares = [0.0, 0.0, 0.0]  # toll x limit
+    best, highest = _FREE, -math.inf
+    for _ in range(_TOLL_STEPS):
+        tried = Tolls(
+            **{
+                name: int(share / limit)
+                for name, share, limit in zip(
+                    ("first", "second", "total"), shares, limits, strict=True
+                )
+            }
+        )
+        way = least(chain, tried.weights(chain))
+        if way is None:
+            break
+        bound = _weighted(way.vector, tried.weights(chain)) - tried.of_limits(chain)
+        if bound > highest:
+            best, highest = tried, bound
+        first, second, _, _ = way.vector
+        used = (first, second, first + chain.weight * second)
+        over = [
+            0.0 if limit == math.inf else u / limit - 1
+            for u, limit in zip(used, limits, strict=True)
+        ]
+        length = sum(one**2 for one in over)
+        if not length or bound >= rank:
+            break
+        step = (rank - bound) / length
+        shares = [max(0.0, share + step * one) for share, one in zip(shares, over, strict=True)]
+    return best
 
 
 def least(chain: Chain, weights: Vector) -> Way | None:
@@ -104,7 +189,9 @@ def least(chain: Chain, weights: Vector) -> Way | None:
 
 
 def _weighted(vector: Vector, weights: Vector) -> int:
-    return sum(value * weight for value, weight in zip(vector, weights, strict=True))
+    a, b, c, d = vector
+    e, f, g, h = weights
+    return a * e + b * f + c * g + d * h
 
 
 def _extend(label: _Label, added: Vector, state: int) -> _Label:
@@ -122,10 +209,11 @@ def _states(label: _Label) -> tuple[int, ...]:
     return tuple(reversed(found[:-1]))
 
 
-_Bound = tuple[int, int, int, int, int]  # least of each to come, and of the weighted total
+# Least of each time and of memory to come, of rank with tolls, and of the weighted total.
+_Bound = tuple[int, int, int, int, int]
 
 
-def _least_to_come(chain: Chain) -> list[dict[int, _Bound]]:
+def _least_to_come(chain: Chain, weights: Vector) -> list[dict[int, _Bound]]:
     """For each state before and after each stage, each by itself; no entry where no way goes on."""
     weight = chain.weight
     last = dict.fromkeys(chain.stages[-1], (0, 0, 0, 0, 0))
@@ -141,7 +229,7 @@ def _least_to_come(chain: Chain) -> list[dict[int, _Bound]]:
                     t1 + a[0],
                     t2 + a[1],
                     memory + a[2],
-                    rank + a[3],
+                    rank + _weighted(a, weights),
                     total + a[0] + weight * a[1],
                 )
                 here[before] = _least_of(here.get(before, come), come)
@@ -162,17 +250,19 @@ def _least_of(a: _Bound, b: _Bound) -> _Bound:
 class _Room:
     """What a label may have in one state so that it can still end within the limits."""
 
-    def __init__(self, chain: Chain, bound: _Bound, rank_limit: float) -> None:
+    def __init__(self, chain: Chain, bound: _Bound, rank_limit: float, tolls: Tolls) -> None:
         self._t1 = chain.limits[0] - bound[0]
         self._t2 = chain.limits[1] - bound[1]
         self._memory = chain.limits[2] - bound[2]
-        self._rank = rank_limit - bound[3]
+        self._rank = rank_limit + tolls.of_limits(chain) - bound[3]
+        self._toll1, self._toll2, _, _ = tolls.weights(chain)
         self._total = chain.total - bound[4]
         self._weight = chain.weight
 
     def extended(self, labels: Sequence[_Label], added: Vector, state: int) -> list[_Label]:
         """Those that have room, each with the arc added."""
         a1, a2, a3, a4 = added
+        toll1, toll2 = self._toll1, self._toll2
         found: list[_Label] = []
         for label in labels:
             t1, t2, memory, rank = label[0] + a1, label[1] + a2, label[2] + a3, label[3] + a4
@@ -180,7 +270,7 @@ class _Room:
                 t1 <= self._t1
                 and t2 <= self._t2
                 and memory <= self._memory
-                and rank <= self._rank
+                and rank + toll1 * t1 + toll2 * t2 <= self._rank
                 and t1 + self._weight * t2 <= self._total
             ):
                 found.append((t1, t2, memory, rank, state, label))

@@ -18,6 +18,9 @@ from nanoflow_jax.split.planning.problem import Limits, Placement, Problem, Unit
 # A rank is a charge, then crossings, then units on the server: one number that adds up.
 _UNITS = 1 << 12
 _CHARGES = _UNITS << 12
+_SIDES = tuple(Side)
+# Labels of a first search, which soon finds a placement; what is dearer is then left out.
+_FEW = 64
 
 
 def cheapest(
@@ -38,11 +41,26 @@ def cheapest(
         default=None,
     )
     limit = math.inf if best is None else _rank(problem, best)
+    unfinished = []
     for chain in chains(problem):
-        for way in labels.ways(chain, max_labels=max_labels, rank_limit=limit):
-            if way.vector[3] < limit or best is None:
-                limit, best = way.vector[3], placement(way.states)
+        few = labels.ways(chain, max_labels=_FEW, rank_limit=limit)
+        limit, best = _better(few, limit, best)
+        if not few.is_complete and (max_labels is None or max_labels > _FEW):
+            unfinished.append(chain)
+    for chain in unfinished:
+        tolls = labels.Tolls() if best is None else labels.tolls(chain, rank=int(limit))
+        more = labels.ways(chain, max_labels=max_labels, rank_limit=limit, tolls=tolls)
+        limit, best = _better(more, limit, best)
     return best
+
+
+def _better(
+    found: labels.Found, limit: float, best: Placement | None
+) -> tuple[float, Placement | None]:
+    way = min(found.ways, key=lambda one: one.vector[3], default=None)
+    if way is None or (best is not None and way.vector[3] >= limit):
+        return limit, best
+    return way.vector[3], placement(way.states)
 
 
 def undominated(problem: Problem, *, max_labels: int | None) -> list[Placement]:
@@ -50,7 +68,7 @@ def undominated(problem: Problem, *, max_labels: int | None) -> list[Placement]:
     return [
         placement(way.states)
         for chain in chains(problem)
-        for way in labels.ways(chain, max_labels=max_labels)
+        for way in labels.ways(chain, max_labels=max_labels).ways
     ]
 
 
@@ -79,15 +97,15 @@ def chains(problem: Problem, *, keeps_times_apart: bool = False) -> Iterator[Cha
     """
     limits = problem.limits
     is_one_time = limits.ttft is None and limits.tpot is None and not keeps_times_apart
-    for head, moves in itertools.product(Side, (False, True) if problem.migrates else (False,)):
+    for moves, head in itertools.product((False, True) if problem.migrates else (False,), Side):
         yield _chain(problem, head, moves=moves, is_one_time=is_one_time)
 
 
 def placement(states: Sequence[int]) -> Placement:
     """What states say."""
     return Placement(
-        prefill=tuple(Side(state >> 1) for state in states),
-        decode=tuple(Side(state & 1) for state in states),
+        prefill=tuple(_SIDES[state >> 1] for state in states),
+        decode=tuple(_SIDES[state & 1] for state in states),
     )
 
 

@@ -66,6 +66,18 @@ def test_more_time_or_memory_never_costs_more(mode, seed, more):
 
 
 @pytest.mark.parametrize("mode", _MODES)
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(seed=_SEEDS)
+def test_what_tolls_leave_out_is_nothing_better(mode, seed):
+    asked = split_problems.random_problem(seed, mode=mode, num_units=14, unit_of_time=10**6)
+    found = search.cheapest(asked, max_labels=None)
+    everything = [
+        problems.outcome(asked, one).rank for one in search.undominated(asked, max_labels=None)
+    ]
+    assert (found and problems.outcome(asked, found).rank) == min(everything, default=None)
+
+
+@pytest.mark.parametrize("mode", _MODES)
 @hypothesis.given(seed=_SEEDS)
 def test_thinned_labels_keep_the_limits(mode, seed):
     problem = split_problems.random_problem(seed, mode=mode, num_units=20)
