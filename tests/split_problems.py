@@ -106,7 +106,7 @@ def by_hand(problem, placement):
         + sum(u[j].enter_prefill[y[j]] for j in entered)
         + sum(u[j].migrate[x[j]] for j in moved)
         + (problem.latency if moved else 0)
-        + (problem.deliver if y[-1] == S else 0)
+        + (problem.deliver if S in (y[-1], x[-1]) else 0)
     )
     tpot = sum(u[j].decode[x[j]] for j in nodes) + sum(u[j].enter_decode[x[j]] for j in returned)
     charge = sum(u[j].prefill_charge for j in nodes if y[j] == S)

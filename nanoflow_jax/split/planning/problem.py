@@ -4,7 +4,7 @@ A unit is one node, or all nodes between two places where the machine may change
 picoseconds, rounded up, and deadlines are rounded down, so that sums are exact and a placement that
 fits here fits.
 
-    TTFT = prefill of all units + crossings from the client + delivery if the head is on the server
+    TTFT = prefill of all units + crossings from the client + delivery if a head is on the server
     TPOT = a decode step of all units + crossings, where the token returns from head to embedding
     E2E  = TTFT + (tokens - 1) TPOT
 """
@@ -75,7 +75,8 @@ class Problem:
     Attributes:
         units: In the order in which a token meets them.
         num_steps: Decode steps that deadlines count with.
-        deliver: Of a token from a head on the server, in picoseconds.
+        deliver: Of a token from a head on the server, in picoseconds: once, for later tokens travel
+            while the next is made.
         latency: One way, paid once where cached tokens migrate.
         limits: What placements must keep.
         migrates: Whether prefill and decode may be placed differently.
@@ -145,7 +146,7 @@ def outcome(problem: Problem, placement: Placement) -> Outcome:
         charge += (unit.prefill_charge if at else 0) + (unit.decode_charge if then else 0)
         memory += unit.memory if Side.CLIENT in (at, then) else 0
         before, came_from = at, then
-    if before is Side.SERVER:
+    if Side.SERVER in (before, came_from):
         ttft += problem.deliver
     return Outcome(
         ttft=ttft,

@@ -177,7 +177,7 @@ class _Shape:
         at, then = Side(state >> 1), Side(state & 1)
         enters, returns = at != before >> 1, then != before & 1
         ttft = unit.prefill[at] + (unit.enter_prefill[at] if enters else 0)
-        ttft += (unit.migrate[then] if at is not then else 0) + (deliver if at else 0)
+        ttft += (unit.migrate[then] if at is not then else 0) + (deliver if at or then else 0)
         tpot = unit.decode[then] + (unit.enter_decode[then] if returns else 0)
         charge = (unit.prefill_charge if at else 0) + (unit.decode_charge if then else 0)
         rank = charge * _CHARGES + (enters + returns) * _UNITS + at + then

@@ -66,7 +66,7 @@ def test_more_time_or_memory_never_costs_more(mode, seed, more):
 
 
 @pytest.mark.parametrize("mode", _MODES)
-@hypothesis.settings(max_examples=10)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(seed=_SEEDS)
 def test_what_tolls_leave_out_is_nothing_better(mode, seed):
     asked = split_problems.random_problem(seed, mode=mode, num_units=14, unit_of_time=10**6)
