@@ -31,6 +31,25 @@ class Stretch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Where a time goes, in seconds, one after the other.
+
+    Attributes:
+        client_s: Nodes on the client.
+        up_s: Messages to the server.
+        server_s: Nodes there.
+        down_s: Messages to the client.
+        moving_s: Cached tokens on their way.
+    """
+
+    client_s: float
+    up_s: float
+    server_s: float
+    down_s: float
+    moving_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Where a request's nodes run and what is expected of it.
 
@@ -42,6 +61,8 @@ class Plan:
         ttft_s: Until the client has the first token.
         tpot_s: Between two tokens.
         e2e_s: Until the client has the last one.
+        first_token: What the first token waits for.
+        step: What a further one does.
         charge_s: What it is charged of the server's time; with `priced` accounting its price.
         round_trips: Of each decode step.
         client_memory_bytes: Of weights and cached tokens that it needs there.
@@ -52,6 +73,8 @@ class Plan:
     ttft_s: float
     tpot_s: float
     e2e_s: float
+    first_token: Parts
+    step: Parts
     charge_s: float
     round_trips: int
     client_memory_bytes: int
@@ -196,9 +219,47 @@ def as_plan(problem: Problem, placed: Placement) -> Plan:
         ttft_s=found.ttft / PER_SECOND,
         tpot_s=found.tpot / PER_SECOND,
         e2e_s=found.e2e / PER_SECOND,
+        first_token=_first_token(problem, placed),
+        step=_step(problem, placed),
         charge_s=found.charge / PER_SECOND,
         round_trips=entered // 2,
         client_memory_bytes=found.memory,
+    )
+
+
+def _first_token(problem: Problem, placed: Placement) -> Parts:
+    units, sides = problem.units, placed.prefill
+    entered = zip((Side.CLIENT, *sides), sides, units, strict=False)
+    messages = dict.fromkeys(Side, 0)
+    for before, at, unit in entered:
+        messages[at] += unit.enter_prefill[at] if at is not before else 0
+    if Side.SERVER in (sides[-1], placed.decode[-1]):
+        messages[Side.CLIENT] += problem.deliver
+    moving = problem.latency if placed.migrates else 0
+    for at, then, unit in zip(sides, placed.decode, units, strict=True):
+        moving += unit.migrate[then] if at is not then else 0
+    busy = dict.fromkeys(Side, 0)
+    for at, unit in zip(sides, units, strict=True):
+        busy[at] += unit.prefill[at]
+    return _parts(busy, messages, moving)
+
+
+def _step(problem: Problem, placed: Placement) -> Parts:
+    sides = placed.decode
+    messages, busy = dict.fromkeys(Side, 0), dict.fromkeys(Side, 0)
+    for before, at, unit in zip((sides[-1], *sides), sides, problem.units, strict=False):
+        messages[at] += unit.enter_decode[at] if at is not before else 0
+        busy[at] += unit.decode[at]
+    return _parts(busy, messages, 0)
+
+
+def _parts(busy: dict[Side, int], messages: dict[Side, int], moving: int) -> Parts:
+    return Parts(
+        client_s=busy[Side.CLIENT] / PER_SECOND,
+        up_s=messages[Side.SERVER] / PER_SECOND,
+        server_s=busy[Side.SERVER] / PER_SECOND,
+        down_s=messages[Side.CLIENT] / PER_SECOND,
+        moving_s=moving / PER_SECOND,
     )
 
 
