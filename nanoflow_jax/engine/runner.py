@@ -242,7 +242,7 @@ class Runner:
                 )
         hidden = jax.ShapeDtypeStruct(
             (sizes.dense_batch, model.config.hidden_size),
-            model.embedding[...].dtype,
+            self._weights[0].dtype,
             sharding=self._everywhere,
         )
         jobs.append(
