@@ -73,7 +73,7 @@ class InputBuilder:
         plan: step_plan.StepPlan,
         placement: dealing.Placement,
         sequences: Mapping[str, TokenSequence],
-    ) -> runner.Vector:
+    ) -> programs.Vector:
         vector, views = self._forward_packing(plan.bucket).new()
         count, places = len(plan.decode), placement.decode_tokens
         starts = np.fromiter((row.start for row in plan.decode), np.int32, count)
@@ -129,7 +129,7 @@ class InputBuilder:
         rows: Sequence[tuple[int, step_plan.Row]],
         sequences: Mapping[str, TokenSequence],
         variant: sampling.SamplerVariant,
-    ) -> runner.Vector:
+    ) -> programs.Vector:
         size = self._sizes.padded_rows(plan.bucket)
         vector, views = self._sample_packing(rows=size, variant=variant).new()
         for i, row in rows:
@@ -173,7 +173,7 @@ class InputBuilder:
         if p.logprobs is not None:
             views["wants_logprobs"][...] = 1
 
-    def _reset(self, row: step_plan.Row, sequence: TokenSequence) -> runner.Vector:
+    def _reset(self, row: step_plan.Row, sequence: TokenSequence) -> programs.Vector:
         most = self._max_context_len
         vector = np.full(1 + 2 * most, self._sizes.vocab_size, np.int32)
         prompt_len = sequence.prompt_len

@@ -31,6 +31,8 @@ from nanoflow_jax.scheduler import buckets
 # Rows whose logits are computed at once for prompt_logprobs: bounds the [rows, V] array.
 PROMPT_LOGPROB_ROWS = 64
 MAX_EOS_IDS = 84
+# What the host sends to a program.
+Vector = Int32[np.ndarray, "X"]
 # Bias entries of one row: logit_bias and banned end-of-text or stop tokens.
 MAX_BIAS = request.MAX_LOGIT_BIAS + request.MAX_STOP_TOKEN_IDS + MAX_EOS_IDS
 
