@@ -1,6 +1,7 @@
 """From knobs to a running engine: model folder, dtype, cache, buckets, compiled programs."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -31,6 +32,8 @@ from nanoflow_jax.engine import (
     programs,
     replicas,
     runner,
+    segment_inputs,
+    segment_runner,
     step_trace,
 )
 from nanoflow_jax.grammar import grammars
@@ -191,6 +194,40 @@ def run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[
     return np.dtype(jnp.float32 if choice == config_lib.Dtype.FLOAT32 else jnp.bfloat16)
 
 
+def build_in_segments(
+    config: config_lib.EngineConfig,
+    source: ModelSource,
+    spans: Sequence[architecture.Span],
+    reports: Reports | None = None,
+) -> tuple[engine.Engine, np.dtype[Any]]:
+    """An engine whose requests may enter and leave between segments of the model.
+
+    Args:
+        config: The knobs.
+        source: The opened model.
+        spans: The segments that it holds, in order; only these layers are loaded.
+        reports: Called while it goes on.
+
+    Returns:
+        The engine, and the dtype of its hidden states.
+
+    Raises:
+        ValueError: As `build_engine`, or a knob is for engines that run whole models.
+    """
+    whole = {
+        "--data_parallel": config.parallel.data_parallel > 1,
+        "--num_processes": config.processes.num_processes > 1,
+        "--batch_invariant": config.batch.batch_invariant,
+    }
+    for name, is_set in whole.items():
+        if is_set:
+            raise ValueError(f"{name} is for engines that run whole models; leave it out here")
+    use_compile_cache(config.compile.cache_dir)
+    [devices] = _device_groups(config.parallel)
+    parts = _build_parts(config, source, reports or Reports(), devices, spans=spans)
+    return _engine(parts), parts.dtype
+
+
 def build_engine(
     config: config_lib.EngineConfig,
     source: ModelSource,
@@ -283,7 +320,9 @@ class _Parts:
 
     source: ModelSource
     config: config_lib.EngineConfig
-    step_runner: runner.Runner
+    step_runner: runner.Runner | segment_runner.SegmentRunner
+    dtype: np.dtype[Any]
+    spans: Sequence[architecture.Span] | None
     sizes: programs.Sizes
     buckets: Sequence[bucket_lib.Bucket]
     page_size: int
@@ -301,6 +340,7 @@ def _build_parts(
     reports: Reports,
     devices: Sequence[jax.Device],
     group: peers.Group | None = None,
+    spans: Sequence[architecture.Span] | None = None,
 ) -> _Parts:
     device = next(one for one in devices if one.process_index == jax.process_index())
     defaults = defaults_of(device)
@@ -354,7 +394,9 @@ def _build_parts(
         caps_products=executors.caps_products(plans.values()),
     )
     operations = executors.operations(executor, choices, served.config)
-    model = load_weights(config.model, source, dtype, placement, reports)
+    held = spans or [architecture.Span(0, source.config.num_layers)]
+    num_layers = sum(stop - start for start, stop in held)
+    models = _load_spans(config.model, source, dtype, placement, reports, held)
     max_pages = -(-context // page_size)
     kv_layout = make_layout(
         placement,
@@ -362,6 +404,7 @@ def _build_parts(
         served,
         most_pages=max_requests * max_pages,
         page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
+        num_layers=num_layers,
         num_replicas=config.parallel.data_parallel,
     )
     if group is not None:  # the machine with the least memory decides
@@ -397,10 +440,8 @@ def _build_parts(
             num_replicas=config.parallel.data_parallel,
             device=_device_name(device.device_kind, config),
             dtype=dtype.name,
-            model_bytes=loading.model_bytes(source.config, dtype),
-            cache_bytes=kv_layout.shape.cache_bytes
-            * source.config.num_layers
-            * placement.num_devices,
+            model_bytes=loading.model_bytes(source.config, dtype, held),
+            cache_bytes=kv_layout.shape.cache_bytes * num_layers * placement.num_devices,
             num_pages=sizes.num_pages,
             page_size=page_size,
             max_requests=max_requests,
@@ -412,8 +453,12 @@ def _build_parts(
         )
     )
     with step_trace.programs_that_traces_know(config.profile):
-        step_runner = runner.Runner(
-            model,
+        make = (
+            functools.partial(runner.Runner, models[0])
+            if spans is None
+            else functools.partial(segment_runner.SegmentRunner, models)
+        )
+        step_runner: runner.Runner | segment_runner.SegmentRunner = make(
             kv_layout=kv_layout,
             sizes=sizes,
             bucket_list=bucket_list,
@@ -430,6 +475,8 @@ def _build_parts(
         source=source,
         config=config,
         step_runner=step_runner,
+        dtype=dtype,
+        spans=spans,
         sizes=sizes,
         buckets=bucket_list,
         page_size=page_size,
@@ -459,11 +506,14 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         penalty_requests=sizes.penalty_requests,
         fixed_ways=parts.config.batch.batch_invariant,
     )
-    own = parts.step_runner
+    own: runner.StepRunner = parts.step_runner
+    if group is not None:
+        assert isinstance(own, runner.Runner), "processes share whole models"
+        own = lockstep.LeadRunner(own, group)
     return engine.Engine(
-        own if group is None else lockstep.LeadRunner(own, group),
+        own,
         scheduler.Scheduler(limits, parts.buckets, pages.PageAllocator(sizes.num_pages)),
-        inputs.InputBuilder(sizes, page_size=parts.page_size, max_context_len=parts.context_len),
+        _builder(parts),
         engine.Limits(
             vocab_size=source.config.vocab_size,
             max_context_len=parts.context_len,
@@ -472,6 +522,22 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         grammars=_grammars(source),
         run_ahead=parts.config.batch.async_scheduling,
         trace=step_trace.StepTrace(parts.config.profile),
+    )
+
+
+def _builder(parts: _Parts) -> inputs.StepBuilder:
+    whole = inputs.InputBuilder(
+        parts.sizes, page_size=parts.page_size, max_context_len=parts.context_len
+    )
+    if parts.spans is None:
+        return whole
+    return segment_inputs.SegmentInputBuilder(
+        whole,
+        parts.spans,
+        num_layers=parts.source.config.num_layers,
+        bucket_list=parts.buckets,
+        hidden_size=parts.source.config.hidden_size,
+        dtype=parts.dtype,
     )
 
 
@@ -518,16 +584,35 @@ def load_weights(
     reports: Reports,
 ) -> transformer.Transformer:
     """The model with its weights on its devices, random ones where they are asked for."""
+    whole = [architecture.Span(0, source.config.num_layers)]
+    [model] = _load_spans(section, source, dtype, placement, reports, whole)
+    return model
+
+
+def _load_spans(
+    section: config_lib.ModelSection,
+    source: ModelSource,
+    dtype: np.dtype[Any],
+    placement: placement_lib.Placement,
+    reports: Reports,
+    spans: Sequence[architecture.Span],
+) -> list[transformer.Transformer]:
     if section.random_weights or source.folder is None:
-        return loading.random_model(
+        return loading.random_spans(
             source.config,
+            spans,
             seed=section.weight_seed,
             dtype=dtype,
             placement=placement,
             progress=reports.weights,
         )
-    return loading.load_model(
-        source.folder, source.config, dtype=dtype, placement=placement, progress=reports.weights
+    return loading.load_spans(
+        source.folder,
+        source.config,
+        spans,
+        dtype=dtype,
+        placement=placement,
+        progress=reports.weights,
     )
 
 
@@ -584,10 +669,12 @@ def make_layout(
     most_pages: int,
     page_major: bool,
     num_replicas: int,
+    num_layers: int | None = None,
 ) -> layout_lib.PageMajorLayout | layout_lib.TokenMinorLayout:
-    """The cache of one layer: as many pages as memory allows and all requests could use.
+    """The cache of one of the layers: as many pages as memory allows and all requests could use.
 
-    Each device has some kv heads of every page.
+    Each device has some kv heads of every page. All layers of the model have one, unless told how
+    many do.
     """
     local = placement.mesh.local_devices
     device = local[0]
@@ -599,7 +686,8 @@ def make_layout(
         head_dim=served.config.head_dim,
         dtype=served.dtype,
     )
-    num_pages, page_bytes = section.num_pages, shape.page_bytes * served.config.num_layers
+    num_pages = section.num_pages
+    page_bytes = shape.page_bytes * (num_layers or served.config.num_layers)
     # The host's memory is one, however many devices it plays.
     sharers = len(local) * num_replicas if device.platform == "cpu" else 1
     free = _free_bytes(device) // sharers

@@ -2,14 +2,26 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int32
 
 from nanoflow_jax.engine import programs, runner, sampling
 from nanoflow_jax.engine.sequence import Sequence as TokenSequence
 from nanoflow_jax.kv_cache import tiles
 from nanoflow_jax.nanobatch import dealing
 from nanoflow_jax.scheduler import step_plan
+
+
+class StepBuilder(Protocol):
+    """What an engine asks of whoever writes its steps; `InputBuilder` says what they mean."""
+
+    def build(self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]) -> Any: ...
+
+    def build_sample(
+        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
+    ) -> runner.SampleInputs | None: ...
 
 
 class InputBuilder:
@@ -32,9 +44,7 @@ class InputBuilder:
             plan: What to run.
             sequences: The requests in it, by the scheduler's id.
         """
-        placement = self._bucket_plan(plan.bucket).dealer.place(
-            len(plan.decode), [row.length for row in plan.chunks]
-        )
+        placement = self._place(plan)
         return runner.ForwardInputs(
             bucket=plan.bucket,
             vector=self._forward(plan, placement, sequences),
@@ -44,6 +54,23 @@ class InputBuilder:
                 if row.is_first and row.penalty_slot is not None
             ],
             prompt_slices=self._prompt_slices(plan, placement, sequences),
+        )
+
+    def vector(
+        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
+    ) -> programs.Vector:
+        """What a forward of layers without a head reads; see `build`."""
+        return self._forward(plan, self._place(plan), sequences)
+
+    def places(self, plan: step_plan.StepPlan) -> Int32[np.ndarray, "n"]:
+        """Where in the dense batch the tokens of a plan's rows are, row after row."""
+        placement = self._place(plan)
+        chunks = [placement.chunk_tokens(i) for i in range(len(plan.chunks))]
+        return np.concatenate([placement.decode_tokens, *chunks])
+
+    def _place(self, plan: step_plan.StepPlan) -> dealing.Placement:
+        return self._bucket_plan(plan.bucket).dealer.place(
+            len(plan.decode), [row.length for row in plan.chunks]
         )
 
     def build_sample(
