@@ -21,7 +21,8 @@ _MARK = "piece\0"
 class SplitEngine:
     """Runs pieces and requests; fulfils `interface.PieceEngine`.
 
-    Invariant: the engine holds a request for each piece that is open and has not ended.
+    Invariant: the engine holds a request for each piece that is open and has not ended; of a piece
+    of all layers, from when its prompt is there.
     """
 
     def __init__(self, engine: engine_lib.Engine, held: pieces.Held) -> None:
@@ -76,14 +77,15 @@ class SplitEngine:
         progress = pieces.Progress(
             piece=piece, name=f"{_MARK}{next(self._names)}", draws=self.held.draws(piece)
         )
-        self._engine.add(
-            progress.request(),
-            fed.Fed(
-                architecture.Span(piece.start, piece.stop),
-                num_layers=self.held.config.num_layers,
-                max_len=piece.max_len,
-            ),
-        )
+        if not progress.is_whole:
+            self._engine.add(
+                progress.request(),
+                fed.Fed(
+                    architecture.Span(piece.start, piece.stop),
+                    num_layers=self.held.config.num_layers,
+                    max_len=piece.max_len,
+                ),
+            )
         self._open[piece.piece_id] = self._by_name[progress.name] = progress
 
     def feed(
@@ -104,12 +106,17 @@ class SplitEngine:
         [rows] = taken.values()
         progress.advance(position, len(rows))
         self._idle_steps = 0
-        self._engine.feed(progress.name, **taken)
+        if not progress.is_whole:
+            self._engine.feed(progress.name, **taken)
+            return
+        progress.token_ids += rows
+        if progress.awaits_draw:
+            self._engine.add(progress.request())
 
     def truncate(self, piece_id: str, position: int) -> None:
         """See `interface.PieceEngine.truncate`; nothing more is told of the forgotten rows."""
         progress = self._find(piece_id)
-        if progress.retreat(position):
+        if progress.retreat(position) and not progress.is_whole:
             self._idle_steps = 0
             self._engine.truncate(progress.name, position)
 

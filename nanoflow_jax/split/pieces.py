@@ -71,8 +71,6 @@ class Held:
     def check(self, piece: interface.Piece, *, max_context_len: int) -> None:
         """Raises ValueError, with the reason, if the engine cannot run a piece."""
         span = architecture.Span(piece.start, piece.stop)
-        if span == (0, self.config.num_layers):
-            raise ValueError(f"piece {piece.piece_id!r} is a whole model; add it as a request")
         inside = [held for held in self.spans if span.covers(held)]
         covered = sum(stop - start for start, stop in inside)
         if not inside or covered != span.stop - span.start:
@@ -87,7 +85,7 @@ class Held:
                 f"ascending and at most {max_context_len}, which the context holds"
             )
         if self.draws(piece):
-            _check_params(piece.params)
+            _check_params(piece.params, has_prompt=piece.start == 0)
 
     def tokens(
         self,
@@ -101,9 +99,7 @@ class Held:
             ValueError: They are none, or hidden states came instead.
         """
         if hidden is not None or not token_ids:
-            raise ValueError(
-                f"piece {piece_id!r} begins with the embedding: give it token ids alone"
-            )
+            raise ValueError(f"piece {piece_id!r} begins with the embedding: feed token ids alone")
         found = list(token_ids)
         for token in found:
             is_int = isinstance(token, int) and not isinstance(token, bool)
@@ -126,9 +122,7 @@ class Held:
                 instead.
         """
         if token_ids is not None or hidden is None:
-            raise ValueError(
-                f"piece {piece_id!r} begins between layers: give it hidden states alone"
-            )
+            raise ValueError(f"piece {piece_id!r} begins between layers: feed hidden states alone")
         width = self.config.hidden_size
         if hidden.ndim != 2 or hidden.shape[1] != width or not len(hidden):
             raise ValueError(f"hidden states have shape {hidden.shape}, not (rows, {width})")
@@ -145,10 +139,10 @@ class Held:
         return rows
 
 
-def _check_params(params: request_lib.SamplingParams) -> None:
-    """Refuses what needs the prompt's tokens, or its text: they are not here."""
+def _check_params(params: request_lib.SamplingParams, *, has_prompt: bool) -> None:
+    """Refuses what needs the tokens of a prompt that is not here, or more than a piece can say."""
     wrong = {
-        "repetition_penalty": params.repetition_penalty != 1.0,
+        "repetition_penalty": params.repetition_penalty != 1.0 and not has_prompt,
         "prompt_logprobs": params.prompt_logprobs is not None,
         "bad_words": bool(params.bad_words),
         "n": params.n != 1,
@@ -156,8 +150,8 @@ def _check_params(params: request_lib.SamplingParams) -> None:
     for name, is_set in wrong.items():
         if is_set:
             raise ValueError(
-                f"{name}={getattr(params, name)!r} cannot be had of a session whose prompt was "
-                "embedded elsewhere; leave it out, or have the whole model run here"
+                f"{name}={getattr(params, name)!r} cannot be had of a session whose layers are "
+                "split; leave it out, or send an ordinary request"
             )
 
 
@@ -172,17 +166,26 @@ class Progress:
         num_fed: Positions that came.
         awaits_draw: Whether a token comes of the last of them.
         has_ended: Whether it gives nothing more.
+        token_ids: What came, of a piece of all layers.
+        num_drawn: Tokens that were handed on.
     """
 
     piece: interface.Piece
     name: str
     draws: bool
     num_fed: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    num_drawn: int = 0
     awaits_draw: bool = False
     has_ended: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all layers, so that it is fed a prompt and then goes on by itself."""
+        return self.draws and self.piece.start == 0
+
     def request(self) -> request_lib.Request:
-        """What the engine is asked; of the prompt it knows the length."""
+        """What the engine is asked; of a prompt that is not here it knows the length."""
         piece, params = self.piece, self.piece.params
         if not self.draws:
             return request_lib.Request(
@@ -195,7 +198,9 @@ class Progress:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
         )
         return request_lib.Request(
-            request_id=self.name, prompt_ids=(0,) * piece.prompt_len, params=params
+            request_id=self.name,
+            prompt_ids=tuple(self.token_ids) or (0,) * piece.prompt_len,
+            params=params,
         )
 
     def advance(self, position: int, count: int) -> None:
@@ -214,6 +219,11 @@ class Progress:
             raise ValueError(
                 f"piece {piece.piece_id!r} was opened for {piece.max_len} positions, and these "
                 f"rows end at {stop}"
+            )
+        if self.is_whole and stop > piece.prompt_len:
+            raise ValueError(
+                f"piece {piece.piece_id!r} has all layers and goes on by itself after the "
+                f"{piece.prompt_len} rows of its prompt; these end at {stop}"
             )
         if self.draws:
             if position < piece.prompt_len < stop or (position >= piece.prompt_len and count > 1):
@@ -243,21 +253,27 @@ class Progress:
         if position == self.num_fed:
             return False
         keeps_count = piece.params.uses_penalties or piece.params.grammar is not None
+        if self.is_whole and self.num_fed == piece.prompt_len:
+            raise ValueError(
+                f"piece {piece.piece_id!r} has all layers and its prompt is running; open another"
+            )
         if self.draws and keeps_count:
             raise ValueError(
                 f"piece {piece.piece_id!r} draws with penalties or a grammar, which cannot take "
                 "tokens back; open another"
             )
         self.num_fed, self.awaits_draw = position, False
+        del self.token_ids[position:]
         return True
 
     def output(self, update: request_lib.RequestUpdate) -> interface.PieceOutput:
-        """What an update of its request says, which is of the last row that came."""
-        self.awaits_draw = False
+        """What an update of its request says, which is of the last row."""
+        last = self.num_fed - 1 + (self.num_drawn if self.is_whole else 0)
+        self.awaits_draw, self.num_drawn = False, self.num_drawn + len(update.token_ids)
         self.has_ended = update.finish_reason is not None
         return interface.PieceOutput(
             piece_id=self.piece.piece_id,
-            position=max(self.num_fed - 1, 0),
+            position=max(last, 0),
             token_ids=update.token_ids,
             logprobs=update.logprobs,
             finish_reason=update.finish_reason,

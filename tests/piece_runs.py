@@ -88,10 +88,10 @@ class Session:
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
         self.finish_reason, self.error = output.finish_reason, output.error
-        if self.finish_reason is None:
-            self._feed_first(output.position + 1, output.token_ids)
-        else:
+        if self.finish_reason is not None:
             self.close()
+        elif len(self.plan) > 1:  # one that has all layers goes on by itself
+            self._feed_first(output.position + 1, output.token_ids)
 
     def close(self) -> None:
         """Ends its pieces."""
