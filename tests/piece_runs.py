@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow_jax import config, request
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import model_source
 from nanoflow_jax.split import engine as split_engine
 from nanoflow_jax.split import interface
 
@@ -23,7 +23,7 @@ def build_split(
     """An engine of some layers in float32; the knobs are named as on the command line."""
     merged = {"penalty_requests": 2, "dtype": "float32", **knobs}
     section = config.EngineConfig.from_knobs(model=str(folder), **merged)
-    source = build.open_model(section.model)
+    source = model_source.open_model(section.model)
     return split_engine.build_split_engine(section, source, grid=grid, layers=layers)
 
 

@@ -14,6 +14,7 @@ from nanoflow_jax.engine import compiler, drawing, executors, programs, sampling
 from nanoflow_jax.kv_cache import layout
 from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import transformer
+from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
 
@@ -126,6 +127,21 @@ class Collected:
     left: Sequence[tuple[Leaver, Float[np.ndarray, "n D"]]] = ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forwards:
+    """Forwards of other plans, compiled.
+
+    Attributes:
+        plans: Of the buckets that run by another plan than before.
+        sizes: With the plans of all.
+        programs: By name.
+    """
+
+    plans: Mapping[buckets.Bucket, Plan]
+    sizes: programs.Sizes
+    programs: Mapping[str, compiler.Compiled]
+
+
 class StepRunner(Protocol):
     """What an engine asks of its devices; `Runner` says what each member means.
 
@@ -175,15 +191,14 @@ class Runner:
         self._sizes = sizes
         graph, state = nnx.split(model)
         self._weights, treedef = jax.tree.flatten(state)
+        self._model_form = (graph, treedef)
+        self._executor, self._operations = executor, operations
         self._layout, self._num_layers = kv_layout, len(model.layers)
         self._placement = placement
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._drawer = drawing.Drawer(sizes, placement, max_context_len=max_context_len)
         self._allocate()
-        forwards = [
-            self._forward_job(graph, treedef, bucket, operations, executor, options[bucket])
-            for bucket in bucket_list
-        ]
+        forwards = [self._forward_job(sizes, bucket, options[bucket]) for bucket in bucket_list]
         draws = self._drawer.jobs(
             graph,
             treedef,
@@ -192,7 +207,9 @@ class Runner:
             hidden_size=model.config.hidden_size,
             shares=self._shares,
         )
-        self._programs = compiler.compile_all(forwards + draws, threads=threads, progress=progress)
+        self._programs = dict(
+            compiler.compile_all(forwards + draws, threads=threads, progress=progress)
+        )
         self._drawer.use(self._programs)
         self.watch = watch
 
@@ -219,26 +236,19 @@ class Runner:
         )
 
     def _forward_job(
-        self,
-        graph: Any,
-        treedef: Any,
-        bucket: buckets.Bucket,
-        operations: operation_lib.Operations,
-        executor: config_lib.Executor,
-        options: Mapping[str, Any],
+        self, sizes: programs.Sizes, bucket: buckets.Bucket, options: Mapping[str, Any]
     ) -> compiler.Job:
-        size = programs.forward_packing(self._sizes, bucket).size
+        size = programs.forward_packing(sizes, bucket).size
         return compiler.Job(
             name=f"forward {bucket}",
             function=programs.build_forward(
-                graph,
-                treedef,
+                *self._model_form,
                 layout=self._layout,
-                sizes=self._sizes,
+                sizes=sizes,
                 bucket=bucket,
-                operations=operations,
+                operations=self._operations,
                 shares=self._shares,
-                keep_lanes=executors.keeps_lanes(executor),
+                keep_lanes=executors.keeps_lanes(self._executor),
             ),
             arguments=(
                 drawing.abstract(self._caches),
@@ -247,8 +257,37 @@ class Runner:
                 drawing.int32_vector(size),
             ),
             donated=(0,),
-            options={**executors.compiler_options(executor), **options},
+            options={**executors.compiler_options(self._executor), **options},
         )
+
+    def compile_forwards(
+        self,
+        plans: Mapping[buckets.Bucket, Plan],
+        options: Mapping[buckets.Bucket, Mapping[str, Any]],
+        *,
+        gives_up: Callable[[], bool],
+    ) -> Forwards | None:
+        """Compiles forwards of other plans; nothing that runs is touched, from any thread.
+
+        Args:
+            plans: Of all buckets; what runs by its plan already is not compiled again.
+            options: XLA's, of each bucket.
+            gives_up: Asked before each program; None is returned once it says so.
+        """
+        sizes = dataclasses.replace(self._sizes, plans=plans)
+        changed = {b: plan for b, plan in plans.items() if plan != self._sizes.plans.get(b)}
+        done = {}
+        for bucket in changed:
+            if gives_up():
+                return None
+            job = self._forward_job(sizes, bucket, options[bucket])
+            done[job.name] = compiler.compile_one(job)
+        return Forwards(plans=changed, sizes=sizes, programs=done)
+
+    def take(self, forwards: Forwards) -> None:
+        """Runs other plans from the next forward on."""
+        self._programs |= forwards.programs
+        self._sizes = forwards.sizes
 
     @property
     def compile_seconds(self) -> dict[str, float]:

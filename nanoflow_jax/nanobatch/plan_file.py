@@ -35,6 +35,8 @@ def from_json(text: str) -> tuple[Plan, ...]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("lists or objects in it are nested too deeply for a plan") from None
     top = _Fields(content, "the file")
     schema = top.take("schema", int)
     if schema != SCHEMA:

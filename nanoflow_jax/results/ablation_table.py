@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nanoflow_jax.results import ablation, figures, manifest
+from nanoflow_jax.results import ablation, figures, kind, manifest
 from nanoflow_jax.results.ablation import Role, Timed
 from nanoflow_jax.results.figures import Figure
 
@@ -77,7 +77,7 @@ def goals(run: manifest.Run, samples: Sequence[Any], made: Sequence[Figure]) -> 
         samples: Of one result.
         made: Its figures.
     """
-    if run.device.platform != "gpu":
+    if not kind.is_gpu(run):
         return
     by_name = {one.name: one for one in made}
     cases = ablation.timed(samples)

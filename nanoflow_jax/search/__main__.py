@@ -22,7 +22,6 @@ from nanoflow_jax.search import cost_plot, cost_report
 from nanoflow_jax.workload import traces
 
 _FLAGS = absl_flags.FLAGS
-_PRESET = "preset:"
 
 
 def define(values: absl_flags.FlagValues) -> None:
@@ -96,8 +95,8 @@ def _model(name: str | None) -> tuple[str, architecture.ModelConfig]:
             "--model names the model to work it out for: a folder, or one of "
             f"{', '.join(presets.names())}"
         )
-    short = name.removeprefix(_PRESET)
-    if short in presets.names():
+    short = presets.try_find(name)
+    if short is not None:
         return short, huggingface.read_config(presets.load(short))
     if not pathlib.Path(name).is_dir():
         raise ValueError(

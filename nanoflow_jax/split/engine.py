@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine import build, fed
+from nanoflow_jax.engine import build, fed, model_source
 from nanoflow_jax.engine import engine as engine_lib
 from nanoflow_jax.models import architecture
 from nanoflow_jax.split import interface, pieces
@@ -175,7 +175,7 @@ class SplitEngine:
 
 def build_split_engine(
     config: config_lib.EngineConfig,
-    source: build.ModelSource,
+    source: model_source.ModelSource,
     *,
     grid: Sequence[int] = (),
     layers: Sequence[tuple[int, int]] | None = None,
