@@ -22,10 +22,12 @@ def make_layout(
     most_pages: int,
     page_major: bool,
     num_replicas: int,
+    num_layers: int | None = None,
 ) -> layout_lib.PageMajorLayout | layout_lib.TokenMinorLayout:
     """The cache of one layer: as many pages as memory allows and all requests could use.
 
-    Each device has some kv heads of every page.
+    Each device has some kv heads of every page. All layers of the model have one, unless told how
+    many do.
     """
     local = placement.mesh.local_devices
     device = local[0]
@@ -37,7 +39,8 @@ def make_layout(
         head_dim=served.config.head_dim,
         dtype=served.dtype,
     )
-    num_pages, page_bytes = section.num_pages, shape.page_bytes * served.config.num_layers
+    num_pages = section.num_pages
+    page_bytes = shape.page_bytes * (num_layers or served.config.num_layers)
     # The host's memory is one, however many devices it plays.
     sharers = len(local) * num_replicas if device.platform == "cpu" else 1
     free = _free_bytes(device) // sharers

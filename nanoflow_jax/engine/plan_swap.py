@@ -119,7 +119,7 @@ class PlanSwap:
         with self._lock:
             self._ready = forwards
 
-    def turn(self, builder: inputs.InputBuilder) -> inputs.InputBuilder:
+    def turn(self, builder: inputs.StepBuilder) -> inputs.StepBuilder:
         """What writes the inputs of the next step: another one where other plans are ready.
 
         Args:
@@ -129,6 +129,7 @@ class PlanSwap:
             forwards, self._ready = self._ready, None
         if forwards is None:
             return builder
+        assert isinstance(builder, inputs.InputBuilder), "segments keep their plans"
         self._runner.take(forwards)
         _LOG.warning(
             "plans of %s run from now on: %s",
