@@ -31,7 +31,9 @@ class Command(Protocol):
 
 # By name, so that a command loads what it needs alone: planning needs no jax.
 _COMMANDS: Mapping[str, str] = {
+    "client": "nanoflow_jax.split.client_command",
     "plan": "nanoflow_jax.split.planning.plan_command",
+    "serve": "nanoflow_jax.split.serve_command",
 }
 
 
