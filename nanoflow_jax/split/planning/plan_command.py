@@ -1,6 +1,7 @@
 """`plan`: where one request's layers would run, what that comes to, and what deadlines cost."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags as absl_flags
@@ -165,8 +166,8 @@ def _path(values: absl_flags.FlagValues, name: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def run(values: absl_flags.FlagValues) -> int:
-    """Plans, prints and perhaps draws."""
+def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
+    """Plans, says it and perhaps draws it."""
     name, config = named.read(_value(values, "model"))
     asked = report.Question(
         model=Model(name, config),
@@ -180,7 +181,7 @@ def run(values: absl_flags.FlagValues) -> int:
     points = planner.frontier(*asked.ends, asked.request, asked.policy)
     if _value(values, "plot"):
         write_picture(_value(values, "plot"), drawing.draw(asked, verdict, points))
-    print(report.text(asked, verdict, points))  # noqa: T201
+    say(report.text(asked, verdict, points))
     return 0
 
 

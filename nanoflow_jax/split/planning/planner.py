@@ -136,7 +136,7 @@ def plan(
     placed = search.cheapest(problem, max_labels=policy.max_labels)
     if placed is None:
         return _not_met(problem, all_server, policy)
-    kind = _kind(placed)
+    kind = kind_of(placed)
     return Verdict(
         kind=kind,
         plan=as_plan(problem, placed),
@@ -158,7 +158,7 @@ _REASONS = {
 def _not_met(problem: Problem, all_server: Outcome, policy: Policy) -> Verdict:
     best = _best(problem)
     placed = baselines.all_on(problem, Side.SERVER)
-    is_served = policy.best_effort and _kind(placed) is VerdictKind.ALL_SERVER
+    is_served = policy.best_effort and kind_of(placed) is VerdictKind.ALL_SERVER
     missed = _missed(problem, best)
     return Verdict(
         kind=VerdictKind.ALL_SERVER if is_served else VerdictKind.REJECT,
@@ -199,7 +199,8 @@ def _best(problem: Problem) -> Best:
     return Best(ttft_s=least["ttft"], tpot_s=least["tpot"], e2e_s=least["e2e"])
 
 
-def _kind(placed: Placement) -> VerdictKind:
+def kind_of(placed: Placement) -> VerdictKind:
+    """All on one side, or split."""
     sides = {*placed.prefill, *placed.decode}
     if sides == {Side.SERVER}:
         return VerdictKind.ALL_SERVER
@@ -327,7 +328,7 @@ def frontier(
         if least is None or rank[0] < least[0]:
             least = rank
             points.append(
-                FrontierPoint(stretch=needed, kind=_kind(placed), plan=as_plan(problem, placed))
+                FrontierPoint(stretch=needed, kind=kind_of(placed), plan=as_plan(problem, placed))
             )
     return tuple(points)
 
