@@ -96,6 +96,12 @@ def define_policy(values: absl_flags.FlagValues) -> None:
         absl_flags.DEFINE_enum(
             name, "any", list(_SIDES), f"Where the {name} must run.", flag_values=values
         )
+    absl_flags.DEFINE_float(
+        "least_saving",
+        default.least_saving,
+        "A split must save this share of the server's charge.",
+        flag_values=values,
+    )
     absl_flags.DEFINE_boolean(
         "best_effort",
         False,
@@ -128,6 +134,7 @@ def policy(values: absl_flags.FlagValues) -> Policy:
         pinned_last=_value(values, "client_last"),
         embedding=_SIDES[_value(values, "embedding")],
         head=_SIDES[_value(values, "head")],
+        least_saving=_value(values, "least_saving"),
         best_effort=_value(values, "best_effort"),
     )
 

@@ -132,10 +132,15 @@ def plan(
         ValueError: The policy contradicts itself or the model, or a profile lacks what is needed.
     """
     problem = problems.build(model, client, server, link, request, policy)
-    all_server = problems.outcome(problem, baselines.all_on(problem, Side.SERVER))
+    alone = baselines.all_on(problem, Side.SERVER)
+    all_server = problems.outcome(problem, alone)
     placed = search.cheapest(problem, max_labels=policy.max_labels)
     if placed is None:
         return _not_met(problem, all_server, policy)
+    if kind_of(alone) is VerdictKind.ALL_SERVER and all_server.meets(problem.limits):
+        charge = problems.outcome(problem, placed).charge
+        if charge and charge > (1 - policy.least_saving) * all_server.charge:
+            placed = alone
     kind = kind_of(placed)
     return Verdict(
         kind=kind,
@@ -151,7 +156,7 @@ _REASONS = {
     VerdictKind.SPLIT: "sharing the layers charges the server least within the deadlines",
     VerdictKind.ALL_CLIENT: "the client meets the deadlines by itself",
     VerdictKind.ALL_SERVER: "no placement with layers on the client is within the deadlines and "
-    "charges the server less",
+    "charges the server enough less",
 }
 
 
