@@ -2,6 +2,9 @@
 
 `python -m nanoflow_jax.split plan --model=llama-3-8b --client=FILE --server=FILE --link=FILE
     --prompt_len=512 --output_len=128 --ttft_ms=500 --tpot_ms=50 [--plot=FILE.svg]`
+`python -m nanoflow_jax.split study [--profiles=configs/split]`
+`python -m nanoflow_jax.split serve --model=DIR --grid=8,16,24`
+`python -m nanoflow_jax.split client --model=DIR --layers=0:8 --prompt="..."`
 
 Each command has flags of its own: `plan --help` lists those of plan.
 Exit codes: 0 done, 1 failed while it ran, 2 wrong flags or files, 130 interrupted.
@@ -9,7 +12,7 @@ Exit codes: 0 done, 1 failed while it ran, 2 wrong flags or files, 130 interrupt
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from absl import flags as absl_flags
@@ -25,8 +28,13 @@ class Command(Protocol):
     def define(self, values: absl_flags.FlagValues) -> None:
         """Defines its flags."""
 
-    def run(self, values: absl_flags.FlagValues) -> int:
-        """Does it; returns the exit code."""
+    def run(self, values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
+        """Does it; returns the exit code.
+
+        Args:
+            values: The flags.
+            say: Shows lines of the answer.
+        """
 
 
 # By name, so that a command loads what it needs alone: planning needs no jax.
@@ -34,6 +42,7 @@ _COMMANDS: Mapping[str, str] = {
     "client": "nanoflow_jax.split.client_command",
     "plan": "nanoflow_jax.split.planning.plan_command",
     "serve": "nanoflow_jax.split.serve_command",
+    "study": "nanoflow_jax.split.planning.study_command",
 }
 
 
@@ -52,7 +61,7 @@ def _run(arguments: list[str], chosen: Command | None, values: absl_flags.FlagVa
             f"say what to do first: one of {', '.join(_COMMANDS)}; got "
             f"{' '.join(arguments) or 'nothing'}"
         )
-    return chosen.run(values)
+    return chosen.run(values, lambda text: print(text, flush=True))
 
 
 def main(argv: list[str], chosen: Command | None, values: absl_flags.FlagValues) -> int:

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,7 +109,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     engine = None
     if layers:
         engine = engine_lib.build_split_engine(
-            _sized(config), source, layers=layers, reports=start_up.reports(_tell)
+            _sized(config), source, layers=layers, reports=start_up.reports(command_flags.tell)
         )
     dtype = engine.held.dtype if engine is not None else _dtype(config.model, source)
     made = client_lib.SplitClient(
@@ -128,7 +127,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         if engine is not None:
             engine.close()
     say(words.decode(done.token_ids) if words is not None else _ids(done.token_ids))
-    _tell(_summary(done.report, len(done.token_ids)))
+    command_flags.tell(_summary(done.report, len(done.token_ids)))
     return 0
 
 
@@ -201,7 +200,3 @@ def _summary(made: report.Report, num_tokens: int) -> str:
 
 def _ids(token_ids: Sequence[int]) -> str:
     return " ".join(map(str, token_ids))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Flags that both ends of split sessions have, and what is read from them."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,3 +81,9 @@ def layers(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
             )
         found.append((int(start), int(stop)))
     return tuple(found)
+
+
+def tell(text: str) -> None:
+    """Shows lines about what goes on, beside the answer."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import logging
 import signal
-import sys
 from collections.abc import Callable
 
 from absl import flags as absl_flags
@@ -73,7 +72,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     source = model_source.open_model(config.model)
     engine = engine_lib.build_split_engine(
-        config, source, grid=grid, reports=start_up.reports(_tell)
+        config, source, grid=grid, reports=start_up.reports(command_flags.tell)
     )
     try:
         served = gateway.Gateway(
@@ -96,10 +95,6 @@ async def _serve(served: gateway.Gateway, where: transport.Endpoint) -> None:
         loop.add_signal_handler(number, stop.set)
     with contextlib.suppress(asyncio.CancelledError):
         async with served.serving(where):
-            _tell(f"ready: split sessions at {where.host}:{served.port}")
+            command_flags.tell(f"ready: split sessions at {where.host}:{served.port}")
             await stop.wait()
-            _tell("stopping")
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            command_flags.tell("stopping")

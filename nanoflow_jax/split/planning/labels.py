@@ -123,7 +123,7 @@ def ways(
     return Found(tuple(Way(label[:4], _states(label)) for label in last), is_complete)
 
 
-_TOLL_STEPS = 12
+_TOLL_STEPS = 20
 
 
 def tolls(chain: Chain, *, rank: int) -> Tolls:

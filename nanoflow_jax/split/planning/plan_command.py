@@ -1,6 +1,7 @@
 """`plan`: where one request's layers would run, what that comes to, and what deadlines cost."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags as absl_flags
@@ -95,6 +96,12 @@ def define_policy(values: absl_flags.FlagValues) -> None:
         absl_flags.DEFINE_enum(
             name, "any", list(_SIDES), f"Where the {name} must run.", flag_values=values
         )
+    absl_flags.DEFINE_float(
+        "least_saving",
+        default.least_saving,
+        "A split must save this share of the server's charge.",
+        flag_values=values,
+    )
     absl_flags.DEFINE_boolean(
         "best_effort",
         False,
@@ -127,6 +134,7 @@ def policy(values: absl_flags.FlagValues) -> Policy:
         pinned_last=_value(values, "client_last"),
         embedding=_SIDES[_value(values, "embedding")],
         head=_SIDES[_value(values, "head")],
+        least_saving=_value(values, "least_saving"),
         best_effort=_value(values, "best_effort"),
     )
 
@@ -165,8 +173,8 @@ def _path(values: absl_flags.FlagValues, name: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def run(values: absl_flags.FlagValues) -> int:
-    """Plans, prints and perhaps draws."""
+def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
+    """Plans, says it and perhaps draws it."""
     name, config = named.read(_value(values, "model"))
     asked = report.Question(
         model=Model(name, config),
@@ -180,7 +188,7 @@ def run(values: absl_flags.FlagValues) -> int:
     points = planner.frontier(*asked.ends, asked.request, asked.policy)
     if _value(values, "plot"):
         write_picture(_value(values, "plot"), drawing.draw(asked, verdict, points))
-    print(report.text(asked, verdict, points))  # noqa: T201
+    say(report.text(asked, verdict, points))
     return 0
 
 

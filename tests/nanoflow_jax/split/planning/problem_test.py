@@ -204,6 +204,7 @@ def _unrowed():
         (lambda: Policy(guard=1.1), r"guard=1.1 is outside \(0, 1\]; 0.9 keeps a tenth in hand"),
         (lambda: Policy(grid=-1), "grid=-1 is negative; give 0 or more"),
         (lambda: Policy(activation_bytes=0), r"activation_bytes=0 is outside \(0, 4\]"),
+        (lambda: Policy(least_saving=1), r"least_saving=1 is outside \[0, 1\); 0.1 is a tenth"),
         (lambda: Policy(max_labels=3), "max_labels=3 is under 16; too few to plan with"),
         (lambda: Prices(second=-1), "the price second=-1 is not zero or a positive number"),
     ],

@@ -69,7 +69,10 @@ def test_more_time_or_memory_never_costs_more(mode, seed, more):
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(seed=_SEEDS)
 def test_what_tolls_leave_out_is_nothing_better(mode, seed):
-    asked = split_problems.random_problem(seed, mode=mode, num_units=14, unit_of_time=10**6)
+    units = (
+        10 if mode == "migrate" else 14
+    )  # of some hundreds of labels, which are thinned at first
+    asked = split_problems.random_problem(seed, mode=mode, num_units=units, unit_of_time=10**6)
     found = search.cheapest(asked, max_labels=None)
     everything = [
         problems.outcome(asked, one).rank for one in search.undominated(asked, max_labels=None)
