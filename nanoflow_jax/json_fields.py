@@ -24,6 +24,8 @@ def parse(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("lists or objects in it are nested too deeply") from None
 
 
 class Fields:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from nanoflow_jax import request as request_lib
+from nanoflow_jax.engine import fed as fed_lib
 from nanoflow_jax.engine import sampling
 from nanoflow_jax.grammar import matcher as matcher_lib
 
@@ -36,6 +37,7 @@ class Sequence:
         prompt_logprobs_done: Prompt positions already reported, or about to be by a step in flight.
         prompt_logprobs_told: Prompt positions already reported.
         started_s: When its prompt first began to run, once it has.
+        fed: What comes from outside, for a request that is a piece of a session.
     """
 
     request: request_lib.Request
@@ -51,6 +53,7 @@ class Sequence:
     prompt_logprobs_done: int = 0
     prompt_logprobs_told: int = 0
     started_s: float | None = None
+    fed: fed_lib.Fed | None = None
 
     @property
     def params(self) -> request_lib.SamplingParams:

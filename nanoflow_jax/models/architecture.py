@@ -2,10 +2,44 @@
 
 import dataclasses
 import enum
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from nanoflow_jax.nanobatch import operations
 
 DEFAULT_ROPE_THETA = 10000.0
+
+
+class Span(NamedTuple):
+    """Layers [start, stop) of a model; embedding and head belong to the first and the last."""
+
+    start: int
+    stop: int
+
+    def covers(self, other: "Span") -> bool:
+        """Whether all layers of another are among these."""
+        return self.start <= other.start and other.stop <= self.stop
+
+
+def cut(num_layers: int, borders: Iterable[int]) -> tuple[Span, ...]:
+    """The segments of a model that is cut at some borders.
+
+    Args:
+        num_layers: L.
+        borders: Where, ascending; border i is before layer i.
+
+    Raises:
+        ValueError: They do not ascend, or one is not between two layers.
+    """
+    edges = [0, *borders, num_layers]
+    spans = tuple(Span(a, b) for a, b in itertools.pairwise(edges))
+    if any(span.start >= span.stop for span in spans):
+        raise ValueError(
+            f"a grid of cuts at {', '.join(map(str, edges[1:-1]))} does not ascend between 0 and "
+            f"{num_layers}, the number of layers; give each border once, in order"
+        )
+    return spans
 
 
 class Activation(enum.StrEnum):

@@ -5,8 +5,6 @@ import pathlib
 from checkpoints import folder as checkpoint_folder
 from nanoflow_jax.models import architecture, huggingface, presets
 
-_PRESET = "preset:"
-
 
 def read(name: str | None) -> tuple[str, architecture.ModelConfig]:
     """A model's short name and shape.
@@ -20,8 +18,8 @@ def read(name: str | None) -> tuple[str, architecture.ModelConfig]:
     known = ", ".join(presets.names())
     if not name:
         raise ValueError(f"--model names the model to work it out for: a folder, or one of {known}")
-    short = name.removeprefix(_PRESET)
-    if short in presets.names():
+    short = presets.try_find(name)
+    if short is not None:
         return short, huggingface.read_config(presets.load(short))
     if not pathlib.Path(name).is_dir():
         raise ValueError(f"--model={name} is neither a folder nor one of {known}")

@@ -74,8 +74,7 @@ class _FaultyDevice:
             return
         self.num_failed += 1
         self._names = []
-        lost = (self._runner._caches, self._runner._last_tokens, self._runner._table)
-        for array in jax.tree.leaves(lost):
+        for array in jax.tree.leaves(self._runner.state):
             array.delete()  # they were donated to the step
         raise jax.errors.JaxRuntimeError(_MESSAGE)
 
