@@ -30,6 +30,24 @@ class Stretch:
     stop: int
 
 
+def layers_of(model: Model, stretch: Stretch) -> tuple[int, int]:
+    """Layers [start, stop) of a stretch, as an engine of pieces runs them.
+
+    The embedding goes with layer 0, the head with the last.
+
+    Raises:
+        ValueError: It begins or ends within a layer, or between a layer and embedding or head.
+    """
+    ends = {0: 0, len(model.nodes): model.config.num_layers}
+    borders = ends | {1 + 2 * layer: layer for layer in range(1, model.config.num_layers)}
+    if stretch.start not in borders or stretch.stop not in borders:
+        raise ValueError(
+            f"nodes {stretch.start}:{stretch.stop} are no whole layers; plan with a grid of at "
+            "least 1"
+        )
+    return borders[stretch.start], borders[stretch.stop]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
     """Where a time goes, in seconds, one after the other.

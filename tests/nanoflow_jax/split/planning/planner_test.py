@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 import random
 
@@ -225,6 +226,17 @@ def test_machines_change_on_the_grid_alone(grid, case):
     borders = {0, 66, *(1 + 2 * layer for layer in range(grid, 32, grid))}
     for one in found.plan.decode:
         assert {one.start, one.stop} <= borders
+    pieces = [planner.layers_of(_MODEL, one) for one in found.plan.decode]
+    assert pieces[0][0] == 0 and pieces[-1][1] == 32
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(pieces))
+    assert all(stop % grid == 0 for _, stop in pieces[:-1])
+
+
+@pytest.mark.parametrize("span", [(0, 1), (0, 4), (3, 65)])
+def test_a_stretch_of_parts_of_layers_is_none_of_layers(span):
+    stretch = planner.Stretch(side=Side.CLIENT, start=span[0], stop=span[1])
+    with pytest.raises(ValueError, match=f"nodes {span[0]}:{span[1]} are no whole layers; plan"):
+        planner.layers_of(_MODEL, stretch)
 
 
 def test_head_and_embedding_stay_where_they_are_told():
