@@ -25,7 +25,7 @@ _KEY = "NANOFLOW_API_KEY"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sections:
-    client: settings.ClientSection
+    client: settings.ClientSection = dataclasses.field(default_factory=settings.ClientSection)
 
 
 def define(values: absl_flags.FlagValues) -> None:

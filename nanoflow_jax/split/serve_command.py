@@ -20,7 +20,7 @@ from nanoflow_jax.split import engine as engine_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sections:
-    gateway: settings.GatewaySection
+    gateway: settings.GatewaySection = dataclasses.field(default_factory=settings.GatewaySection)
 
 
 def define(values: absl_flags.FlagValues) -> None:
