@@ -264,7 +264,10 @@ class PlanSection:
         "plans, one for each size of bucket, other buckets running as with one.",
     )
     plan_min_tokens: int = knob(
-        0, "Smallest bucket that --plan=halves cuts. 0: any that has tokens enough.", low=0
+        0,
+        "Smallest bucket that --plan=halves cuts; bench ablation finds from where on it pays. 0: "
+        "any that has tokens enough.",
+        low=0,
     )
     plan_granule: int = knob(
         128, "Tokens of which nano-batches of --plan=halves are multiples.", low=1

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from nanoflow_jax.bench import steady_state
 from nanoflow_jax.bench.steady_state import Lengths, Load
+from nanoflow_jax.results import ablation_sweep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Case:
     Attributes:
         name: In results.
         load: What is kept up.
-        is_sweep: Whether only two modes are compared.
+        is_sweep: Whether at most two modes are compared: where nothing is cut there is but one.
         has_controls: Whether controls are measured too, and operations timed.
     """
 
@@ -89,7 +90,7 @@ def cases(scale: Scale) -> Iterator[Case]:
         yield Case(name=str(one), load=load, has_controls=one is controlled)
     for tokens in scale.sweep:
         load = Load(lengths=scale.sweep_lengths, dense_batch=tokens)
-        yield Case(name=f"batch {tokens}", load=load, is_sweep=True)
+        yield Case(name=ablation_sweep.case_name(tokens), load=load, is_sweep=True)
 
 
 def read_lengths(texts: list[str]) -> tuple[Lengths, ...]:

@@ -74,10 +74,12 @@ def prepare(ground: Ground, case: Case, load: steady_state.Load, scale: Scale) -
         cut = find_plans(ground, whole, scale).cut
         executor = executors.choose(Executor.AUTO, [cut], on_gpu=on_gpu)
         plain = ablation_modes.sequential(plans, kernels)
-        beside = ablation_modes.run_by(executor, plans, kernels, on_gpu=on_gpu)
-        ways = Ways(modes=(plain, beside), missing={})
+        modes = [plain]
+        if executors.cuts(plans.cut):  # an engine runs what is not cut in the plain way
+            modes.append(ablation_modes.run_by(executor, plans, kernels, on_gpu=on_gpu))
+        ways = Ways(modes=tuple(modes), missing={})
     else:
-        if len(plans.cut.cells) < 2:
+        if not executors.cuts(plans.cut):
             raise ValueError(
                 f"--plan={ground.config.plans.plan} does not cut a dense batch of "
                 f"{load.dense_batch} tokens; raise --dense_batch or lower --plan_granule"

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from nanoflow_jax.results import ablation_operations, figures, kind, manifest
+from nanoflow_jax.results import ablation_operations, ablation_sweep, figures, kind, manifest
 from nanoflow_jax.results.kernels import FLOPS_CEILING
 
 # A control that hides more shows that something else than overlap was measured.
@@ -24,6 +24,8 @@ MOST_HIDDEN_BY_CONTROL = 0.05
 # Of a mode that is measured twice, between its two medians.
 MOST_NOISE = 0.02
 FLOAT32 = "float32"
+# Name of the figure that --plan_min_tokens is set from.
+THRESHOLD = "smallest dense batch worth cutting"
 # Figures that only who looks into a result wants to see.
 _DETAILS = (", executed", ", times as long as of ")
 
@@ -244,13 +246,30 @@ def optimum(run: manifest.Run, ceilings: figures.Ceilings) -> float:
     return ceilings.of(FLOPS_CEILING) / (2 * run.setting["active_parameters"])
 
 
+def speedups_of_cutting(cases: Cases) -> dict[int, float]:
+    """By dense batch of the sweep, the speed of the fastest mode that cuts over the sequential."""
+    found = {}
+    for case, modes in cases.items():
+        tokens, best = ablation_sweep.try_tokens(case), best_sequential(modes)
+        cut = of_role(modes, Role.OVERLAPPED) or of_role(modes, Role.SPLIT)
+        speedups = [ratios(one, modes[best]) for one in cut.values()] if best else []
+        if tokens is not None and any(speedups):
+            found[tokens] = max(statistics.median(one) for one in speedups if one)
+    return found
+
+
 def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
-    return [
+    cases = timed(evidence.samples)
+    found = [
         figure
-        for case, modes in timed(evidence.samples).items()
+        for case, modes in cases.items()
         for part in (_speeds, _ratios, _hidden, _operations_of)
         for figure in part(case, modes, evidence)
     ]
+    threshold = ablation_sweep.threshold(speedups_of_cutting(cases))
+    if threshold is not None:
+        found.append(figures.summarise(THRESHOLD, "tokens", [float(threshold)]))
+    return found
 
 
 def _speeds(

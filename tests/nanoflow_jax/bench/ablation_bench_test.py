@@ -35,7 +35,7 @@ from nanoflow_jax.results import ablation, folder, manifest
 
 _SCALE = Scale(
     lengths=(Lengths(prompt=6, output=4),),
-    sweep=(8,),
+    sweep=(8, 32),
     sweep_lengths=Lengths(prompt=4, output=3),
     dense_batch=16,
     rounds=2,
@@ -84,7 +84,9 @@ def test_a_run_leaves_a_folder_with_all_modes_on_the_same_steps(tmp_path):
     result = folder.read(tmp_path / found.folder)
     assert folder.damages(result.path, found, result.kind) == []
     cases = ablation.timed(result.samples)
-    assert [*cases] == ["6/4", "batch 8"]
+    assert [*cases] == ["6/4", "batch 8", "batch 32"]
+    assert [*cases["batch 8"]] == ["sequential"]  # nothing of it can be cut
+    assert [*cases["batch 32"]] == ["sequential", "split only"]
     assert {name: len(one.rounds) for name, one in cases["6/4"].items()} == {
         "sequential": 2,
         "split only": 2,
@@ -104,7 +106,7 @@ def test_a_run_leaves_a_folder_with_all_modes_on_the_same_steps(tmp_path):
     ]
     assert len({one.tokens_sha256 for one in steps if one.case == "6/4" and one.step == 0}) == 2
     compared = [one for one in result.samples if isinstance(one, ablation.Comparison)]
-    assert len(compared) == 5
+    assert len(compared) == 6
     assert all(one.tokens and not one.wrong for one in compared)
     traced = {one.mode: one for one in result.samples if isinstance(one, ablation.Traced)}
     assert [*traced] == ["sequential", "split only"]
@@ -271,7 +273,8 @@ def test_graphs_and_their_controls_are_programs_of_the_same_tokens(tmp_path, mon
     }
     hidden = [one.name for one in found.figures if ", hidden share of " in one.name]
     assert len(hidden) == 2 * 5
-    assert {*ablation.timed(result.samples)["batch 8"]} == {"sequential", "overlapped (graph)"}
+    assert {*ablation.timed(result.samples)["batch 8"]} == {"sequential"}
+    assert {*ablation.timed(result.samples)["batch 32"]} == {"sequential", "overlapped (graph)"}
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
