@@ -251,6 +251,10 @@ class ProcessesSection:
         return host.strip("[]"), int(port)
 
 
+# Plans that need no file.
+NAMED_PLANS = ("one", "halves")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanSection:
     """How the layers of a step are cut into nano-batches and ordered."""
@@ -262,6 +266,11 @@ class PlanSection:
         "How layers run. one: the whole dense batch, one operation after another; halves: "
         "attention and collectives of one half beside products of the other; or a JSON file of "
         "plans, one for each size of bucket, other buckets running as with one.",
+    )
+    plan_watch: bool = knob(
+        False,
+        "Read the file of plans again when it changes: its plans are compiled while steps go on, "
+        "and run from the next step after that.",
     )
     plan_min_tokens: int = knob(
         0,

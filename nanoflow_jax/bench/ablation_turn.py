@@ -17,7 +17,7 @@ from nanoflow_jax.bench import (
 from nanoflow_jax.bench.ablation_device import Stage
 from nanoflow_jax.bench.ablation_ground import Ground
 from nanoflow_jax.bench.ablation_modes import Mode, Plans, Ways
-from nanoflow_jax.bench.ablation_programs import Programs
+from nanoflow_jax.bench.ablation_programs import ALONE, Programs
 from nanoflow_jax.bench.ablation_scale import Case, Scale, cases
 from nanoflow_jax.config import Executor, PlanSection
 from nanoflow_jax.engine import executors, inputs, kernel_choice, plan_choice, step_trace
@@ -27,7 +27,6 @@ from nanoflow_jax.results.ablation import Role
 
 # Launched before the first step that counts, so that the device does not wait for the host.
 _LEAD = 2
-_ALONE = "decode attention alone"
 _CONTROLS = (Role.CONTROL, Role.AGAIN)
 _TRACED = (Role.SEQUENTIAL, Role.SPLIT, Role.OVERLAPPED)
 
@@ -244,7 +243,7 @@ class Turn:
             is_short = prepared.case.is_sweep or mode.role in _CONTROLS
             rounds[mode.name] = scale.control_rounds if is_short else scale.rounds
         if prepared.load.decode_rows and not prepared.case.is_sweep:
-            rounds[_ALONE] = scale.rounds
+            rounds[ALONE] = scale.rounds
         return [
             (mode, number)
             for number in range(max(rounds.values()))
@@ -342,7 +341,7 @@ class Turn:
         number: int,
     ) -> Iterator[dict[str, Any]]:
         roles = {one.name: one.role for one in prepared.modes}
-        if mode == _ALONE:
+        if mode == ALONE:
             seconds = self._stage.run_alone(programs, prepared.modes[0].name, steps)
             ran = [(one, "") for one in seconds]
         else:

@@ -10,7 +10,7 @@ import jax
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.bench import throughput
-from nanoflow_jax.engine import build, kernel_choice
+from nanoflow_jax.engine import build, kernel_choice, model_source
 from nanoflow_jax.results import manifest, provenance
 from nanoflow_jax.workload import file as workload_file
 
@@ -46,7 +46,7 @@ class Asked:
     num_modes: int = 1
 
 
-def planned(asked: Asked, model: build.ModelSource) -> manifest.Run:
+def planned(asked: Asked, model: model_source.ModelSource) -> manifest.Run:
     """What the benchmark sets out to do, for its manifest."""
     return manifest.Run(
         kind=asked.kind,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine import inputs, recovery, runner, sequence, step_trace
+from nanoflow_jax.engine import inputs, plan_swap, recovery, runner, sequence, step_trace
 from nanoflow_jax.grammar import grammars as grammars_lib
 from nanoflow_jax.grammar import matcher as matcher_lib
 from nanoflow_jax.scheduler import scheduler, step_plan
@@ -78,6 +78,7 @@ class Engine:
         grammars: grammars_lib.Grammars | None,
         run_ahead: bool,
         trace: step_trace.StepTrace,
+        plans: plan_swap.PlanSwap | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = step_runner
@@ -87,6 +88,7 @@ class Engine:
         self._grammars = grammars
         self._run_ahead = run_ahead
         self._trace = trace
+        self._plans = plans
         self._clock = clock
         self._sequences: dict[str, sequence.Sequence] = {}
         self._keys: dict[str, str] = {}
@@ -227,6 +229,8 @@ class Engine:
         while self._trace.is_due(self.counters.steps):
             self._commit()
             self._trace.turn()
+        if self._plans is not None:
+            self._inputs = self._plans.turn(self._inputs)
         if self._recovery.is_active and self._recovery.take_step(self._counts()):
             self._let_run()
         return self._scheduler.plan()
@@ -378,6 +382,8 @@ class Engine:
         """
         self._commit()
         self._trace.close()
+        if self._plans is not None:
+            self._plans.close()
         self._runner.close()
         if self._grammars is not None:
             self._grammars.close()

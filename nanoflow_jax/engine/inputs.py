@@ -23,6 +23,10 @@ class InputBuilder:
         self._forward_packing = functools.cache(functools.partial(programs.forward_packing, sizes))
         self._sample_packing = functools.cache(functools.partial(programs.sample_packing, sizes))
 
+    def with_sizes(self, sizes: programs.Sizes) -> "InputBuilder":
+        """The builder of an engine whose buckets run by other plans."""
+        return InputBuilder(sizes, page_size=self._page_size, max_context_len=self._max_context_len)
+
     def build(
         self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
     ) -> runner.ForwardInputs:

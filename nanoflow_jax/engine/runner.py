@@ -15,6 +15,7 @@ from nanoflow_jax.engine import compiler, executors, programs, sampling
 from nanoflow_jax.engine import ways as ways_lib
 from nanoflow_jax.kv_cache import layout
 from nanoflow_jax.models import transformer
+from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.parallel import mesh
 from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
@@ -97,6 +98,21 @@ class Collected:
     prompt_rows: Sequence[tuple[PromptSlice, Int32[np.ndarray, "C X"]]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forwards:
+    """Forwards of other plans, compiled.
+
+    Attributes:
+        plans: Of the buckets that run by another plan than before.
+        sizes: With the plans of all.
+        programs: By name.
+    """
+
+    plans: Mapping[buckets.Bucket, Plan]
+    sizes: programs.Sizes
+    programs: Mapping[str, compiler.Compiled]
+
+
 class StepRunner(Protocol):
     """What an engine asks of its devices; `Runner` says what each member means."""
 
@@ -141,15 +157,16 @@ class Runner:
         self._sizes = sizes
         graph, state = nnx.split(model)
         self._weights, treedef = jax.tree.flatten(state)
+        self._model_form = (graph, treedef)
         self._layout, self._num_layers = kv_layout, len(model.layers)
         self._placement, self._everywhere = placement, placement.sharding("")
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._allocate()
-        forwards = [
-            self._forward_job(graph, treedef, bucket, ways[bucket]) for bucket in bucket_list
-        ]
+        forwards = [self._forward_job(sizes, bucket, ways[bucket]) for bucket in bucket_list]
         others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)
-        self._programs = compiler.compile_all(forwards + others, threads=threads, progress=progress)
+        self._programs = dict(
+            compiler.compile_all(forwards + others, threads=threads, progress=progress)
+        )
         self.watch = watch
 
     def _allocate(self) -> None:
@@ -175,20 +192,15 @@ class Runner:
         )
 
     def _forward_job(
-        self,
-        graph: Any,
-        treedef: Any,
-        bucket: buckets.Bucket,
-        way: ways_lib.Way,
+        self, sizes: programs.Sizes, bucket: buckets.Bucket, way: ways_lib.Way
     ) -> compiler.Job:
-        size = programs.forward_packing(self._sizes, bucket).size
+        size = programs.forward_packing(sizes, bucket).size
         return compiler.Job(
             name=f"forward {bucket}",
             function=programs.build_forward(
-                graph,
-                treedef,
+                *self._model_form,
                 layout=self._layout,
-                sizes=self._sizes,
+                sizes=sizes,
                 bucket=bucket,
                 operations=way.operations,
                 shares=self._shares,
@@ -203,6 +215,35 @@ class Runner:
             donated=(0,),
             options=way.compiler_options,
         )
+
+    def compile_forwards(
+        self,
+        plans: Mapping[buckets.Bucket, Plan],
+        ways: Mapping[buckets.Bucket, ways_lib.Way],
+        *,
+        gives_up: Callable[[], bool],
+    ) -> Forwards | None:
+        """Compiles forwards of other plans; nothing that runs is touched, from any thread.
+
+        Args:
+            plans: Of all buckets; what runs by its plan already is not compiled again.
+            ways: How they run, of each bucket.
+            gives_up: Asked before each program; None is returned once it says so.
+        """
+        sizes = dataclasses.replace(self._sizes, plans=plans)
+        changed = {b: plan for b, plan in plans.items() if plan != self._sizes.plans.get(b)}
+        done = {}
+        for bucket in changed:
+            if gives_up():
+                return None
+            job = self._forward_job(sizes, bucket, ways[bucket])
+            done[job.name] = compiler.compile_one(job)
+        return Forwards(plans=changed, sizes=sizes, programs=done)
+
+    def take(self, forwards: Forwards) -> None:
+        """Runs other plans from the next forward on."""
+        self._programs |= forwards.programs
+        self._sizes = forwards.sizes
 
     def _other_jobs(
         self,

@@ -19,7 +19,7 @@ from absl import flags as absl_flags
 from nanoflow_jax import config, console, flags
 from nanoflow_jax.cost import datasheets, steady_state
 from nanoflow_jax.deviceless import compiler, devices
-from nanoflow_jax.engine import build, executors
+from nanoflow_jax.engine import executors, model_source
 from nanoflow_jax.models import architecture, presets
 from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.overlap import (
@@ -58,7 +58,9 @@ def _model(section: config.ModelSection) -> architecture.ModelConfig:
     preset = presets.try_find(section.model)
     is_folder = pathlib.Path(section.model).is_dir()
     name = section.model if preset is None or is_folder else presets.PREFIX + preset
-    return build.open_model(dataclasses.replace(section, model=name, random_weights=True)).config
+    return model_source.open_model(
+        dataclasses.replace(section, model=name, random_weights=True)
+    ).config
 
 
 def _workload() -> workload.Workload:

@@ -350,7 +350,7 @@ def _complaints(evidence: kind.Evidence) -> list[str]:
         *_differing_rounds(evidence),
         *_short_rounds(cases, evidence.run),
     ]
-    if _is_gpu(evidence.run):
+    if kind.is_gpu(evidence.run):
         found += _failed_controls(cases)
     return found or ([] if cases else ["nothing was timed"])
 
@@ -419,21 +419,14 @@ def _failed_controls(cases: Cases) -> Iterator[str]:
                 )
 
 
-def _is_gpu(run: manifest.Run) -> bool:
-    return run.device.platform == "gpu"
-
-
-def _level(run: manifest.Run) -> kind.Level:
-    # On a CPU nothing can overlap: what it shows is that the modes give the same tokens.
-    return kind.Level.ONE_RUN if _is_gpu(run) else kind.Level.CPU_NUMERICS
-
-
 KIND = kind.Kind(
     name="ablation",
     sample=SAMPLE,
     files=lambda run: frozenset({manifest.SAMPLES, manifest.TOKENS, manifest.CURVES}),
-    needs_ceilings=_is_gpu,
-    level=_level,
+    needs_ceilings=kind.is_gpu,
+    needs_fitness=kind.is_gpu,
+    # On a CPU nothing can overlap: what it shows is that the modes give the same tokens.
+    level=kind.device_level,
     figures=_figures,
     complaints=_complaints,
     is_headline=lambda run, figure: not any(part in figure.name for part in _DETAILS),

@@ -3,7 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nanoflow_jax.results import ablation, ablation_operations, ablation_sweep, figures, manifest
+from nanoflow_jax.results import (
+    ablation,
+    ablation_operations,
+    ablation_sweep,
+    figures,
+    kind,
+    manifest,
+)
 from nanoflow_jax.results.ablation import Role, Timed
 from nanoflow_jax.results.figures import Figure
 
@@ -116,7 +123,7 @@ def goals(run: manifest.Run, samples: Sequence[Any], made: Sequence[Figure]) -> 
         samples: Of one result.
         made: Its figures.
     """
-    if run.device.platform != "gpu":
+    if not kind.is_gpu(run):
         return
     by_name = {one.name: one for one in made}
     cases = ablation.timed(samples)

@@ -4,9 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import signal
-import subprocess
-import sys
 
 import batch_runs
 import engine_runs
@@ -30,7 +27,7 @@ from nanoflow_jax.bench import (
 from nanoflow_jax.bench.ablation_scale import Scale
 from nanoflow_jax.bench.steady_state import Lengths, Load
 from nanoflow_jax.config import Executor
-from nanoflow_jax.engine import build, executors
+from nanoflow_jax.engine import executors, model_source
 from nanoflow_jax.results import ablation, folder, manifest
 
 _SCALE = Scale(
@@ -74,7 +71,7 @@ def _run(root, scale=_SCALE, *, clock=None, progress=None, budget_s=1000.0, **kn
 def _ground(**knobs):
     section = _engine(**knobs)
     return ablation_ground.Ground(
-        config=section, source=build.open_model(section.model), device=jax.devices()[0]
+        config=section, source=model_source.open_model(section.model), device=jax.devices()[0]
     )
 
 
@@ -326,13 +323,13 @@ def test_knobs_that_leave_nothing_to_compare_are_refused(tmp_path, knobs, messag
 
 def test_parameters_are_counted_as_tokens_meet_them():
     section = config.ModelSection(model="preset:llama-3-8b", random_weights=True)
-    found = ablation_bench.parameters(build.open_model(section).config)
+    found = ablation_bench.parameters(model_source.open_model(section).config)
     assert found["active_parameters"] == 8_030_261_248
     # At 512/512 half of the tokens go through the head.
     executed = found["layer_parameters"] + found["head_parameters"] / 2
     assert executed == pytest.approx(7.24e9, rel=1e-3)
     sparse = config.ModelSection(model="preset:mixtral-8x7b", random_weights=True)
-    active = ablation_bench.parameters(build.open_model(sparse).config)["active_parameters"]
+    active = ablation_bench.parameters(model_source.open_model(sparse).config)["active_parameters"]
     assert active == pytest.approx(12.9e9, rel=0.01)
 
 
@@ -347,15 +344,7 @@ one._run(pathlib.Path(sys.argv[1]), one._ALONE, progress=progress)
 
 
 def test_a_killed_run_is_gone_on_with_and_times_no_round_again(tmp_path, monkeypatch):
-    here = pathlib.Path(__file__).parent
-    tests = pathlib.Path(batch_runs.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path)],
-        env={**batch_runs.environment(), "PYTHONPATH": f"{here}:{tests}:{tests.parent}"},
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    batch_runs.run_until_killed(_KILLED, tmp_path, also=[pathlib.Path(__file__).parent])
     monkeypatch.setattr(os, "environ", batch_runs.environment())
     (path,) = tmp_path.glob("*/*")
     assert manifest.read(path).status == "running"

@@ -2,8 +2,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import subprocess
-import sys
 
 import batch_runs
 import msgspec
@@ -11,7 +9,7 @@ import pytest
 
 from nanoflow_jax import config
 from nanoflow_jax.bench import throughput, throughput_result
-from nanoflow_jax.engine import build, kernel_choice
+from nanoflow_jax.engine import build, kernel_choice, model_source
 from nanoflow_jax.results import folder, manifest, provenance
 from nanoflow_jax.results import throughput as throughput_kind
 from nanoflow_jax.workload.file import WorkRequest
@@ -30,7 +28,7 @@ def test_a_result_says_which_work_was_done_with_which_knobs(tmp_path: pathlib.Pa
     asked = throughput_result.Asked(
         name="try", workload=workload, mixes=["a", "b"], repeats=3, engine=knobs, command=["x"]
     )
-    found = throughput_result.planned(asked, build.open_model(knobs.model))
+    found = throughput_result.planned(asked, model_source.open_model(knobs.model))
 
     assert found.setting == {
         "workload_sha256": hashlib.sha256(workload.read_bytes()).hexdigest(),
@@ -42,7 +40,7 @@ def test_a_result_says_which_work_was_done_with_which_knobs(tmp_path: pathlib.Pa
     assert found.model["num_layers"] == 4
     assert found.device.platform == "cpu"
     trained = dataclasses.replace(asked, engine=config.EngineConfig())
-    assert throughput_result.planned(trained, build.open_model(knobs.model)).seed is None
+    assert throughput_result.planned(trained, model_source.open_model(knobs.model)).seed is None
 
 
 def _settings(**makers: kernel_choice.Maker) -> build.Settings:
@@ -130,23 +128,10 @@ def test_a_run_is_a_sample_of_its_kind() -> None:
 def test_a_benchmark_leaves_a_result_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "work.json").write_text(json.dumps(_WORKLOAD))
     command = [
-        *(sys.executable, "-m", "nanoflow_jax.bench", "throughput", "--workload=work.json"),
-        *("--result_name=try", "--results=results", "--repeats=2"),
-        *batch_runs.flags(),
+        *("throughput", "--workload=work.json", "--result_name=try", "--results=results"),
+        *("--repeats=2", *batch_runs.flags()),
     ]
-
-    def bench() -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            command,
-            env=batch_runs.environment(),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=250,
-            check=False,
-        )
-
-    done = bench()
+    done = batch_runs.bench(tmp_path, *command)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("*/*-try")
     result = folder.read(path)
@@ -164,6 +149,6 @@ def test_a_benchmark_leaves_a_result_folder(tmp_path: pathlib.Path) -> None:
     assert log.startswith("start ")
     assert "a run 2 of 2\n" in log
 
-    again = bench()
+    again = batch_runs.bench(tmp_path, *command)
     assert again.returncode == 2
     assert "is there already; give the result another name, or delete it" in again.stderr

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import config, console
-from nanoflow_jax.engine import build, lockstep, runner
+from nanoflow_jax.engine import build, lockstep, model_source, runner
 from nanoflow_jax.engine.sampling import SamplerVariant
 from nanoflow_jax.scheduler.buckets import Bucket
 
@@ -118,14 +118,14 @@ def test_devices_that_a_process_lacks_are_refused():
         "--tensor_parallel=4 needs 2 devices of each of --num_processes=2, and process 1 has 0"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        build.build_engine(made, build.open_model(made.model), group=_Group())
+        build.build_engine(made, model_source.open_model(made.model), group=_Group())
 
 
 def test_several_processes_are_refused_where_they_were_not_joined():
     made = _config()
     message = "--num_processes=2: of the programs only python -m nanoflow_jax.generate runs in"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        build.build_engine(made, build.open_model(made.model))
+        build.build_engine(made, model_source.open_model(made.model))
 
 
 def test_another_model_than_that_of_process_0_is_refused():
