@@ -10,6 +10,7 @@ Each command has flags of its own: `plan --help` lists those of plan.
 Exit codes: 0 done, 1 failed while it ran, 2 wrong flags or files, 130 interrupted.
 """
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -44,14 +45,28 @@ _COMMANDS: Mapping[str, str] = {
     "serve": "nanoflow_jax.split.serve_command",
     "study": "nanoflow_jax.split.planning.study_command",
 }
+# Packages that only the extra `split` installs.
+_OF_EXTRA = ("grpc", "google_crc32c")
 
 
 def command(argv: list[str]) -> Command | None:
-    """The command that a program's arguments begin with; None if they name none."""
+    """The command that a program's arguments begin with; None if they name none.
+
+    Raises:
+        ValueError: It needs a package that is not here.
+    """
     name = argv[1] if len(argv) > 1 else ""
     if name not in _COMMANDS:
         return None
-    found: Command = importlib.import_module(_COMMANDS[name])
+    try:
+        found: Command = importlib.import_module(_COMMANDS[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OF_EXTRA:
+            raise
+        raise ValueError(
+            f"{name} needs the package {error.name}: pip install 'nanoflow_jax[split]', or "
+            "pip install -e '.[split]' in a clone"
+        ) from None
     return found
 
 
@@ -74,13 +89,24 @@ def main(argv: list[str], chosen: Command | None, values: absl_flags.FlagValues)
     """
     return console.run(
         lambda: _run(argv[1:], chosen, values),
-        say=lambda text: print(text, file=sys.stderr),
+        say=_complain,
         debug=False,
     )
 
 
+def _refuse(error: ValueError) -> int:
+    raise error
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _start() -> None:
-    chosen = command(sys.argv)
+    try:
+        chosen = command(sys.argv)
+    except ValueError as error:
+        sys.exit(console.run(functools.partial(_refuse, error), say=_complain, debug=False))
     if chosen is not None:
         chosen.define(_FLAGS)
     console.start(lambda argv: main(argv, chosen, _FLAGS))

@@ -158,3 +158,23 @@ def test_flags_that_are_wrong_are_said_before_a_weight_is_read(capsys, arguments
     assert said.startswith("error: ")
     assert message in said
     assert "loading" not in said
+
+
+def test_without_the_extra_it_is_said_what_to_install():
+    script = (
+        "import runpy, sys; sys.modules['grpc'] = None; sys.argv = ['split', 'serve'];"
+        "runpy.run_module('nanoflow_jax.split', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=batch_runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=process_runs.LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: serve needs the package grpc: pip install 'nanoflow_jax[split]', or pip install -e "
+        "'.[split]' in a clone\n"
+    )
