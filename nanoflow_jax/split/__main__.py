@@ -3,6 +3,8 @@
 `python -m nanoflow_jax.split plan --model=llama-3-8b --client=FILE --server=FILE --link=FILE
     --prompt_len=512 --output_len=128 --ttft_ms=500 --tpot_ms=50 [--plot=FILE.svg]`
 `python -m nanoflow_jax.split study [--profiles=configs/split]`
+`python -m nanoflow_jax.split serve --model=DIR --grid=8,16,24`
+`python -m nanoflow_jax.split client --model=DIR --layers=0:8 --prompt="..."`
 
 Each command has flags of its own: `plan --help` lists those of plan.
 Exit codes: 0 done, 1 failed while it ran, 2 wrong flags or files, 130 interrupted.
@@ -37,7 +39,9 @@ class Command(Protocol):
 
 # By name, so that a command loads what it needs alone: planning needs no jax.
 _COMMANDS: Mapping[str, str] = {
+    "client": "nanoflow_jax.split.client_command",
     "plan": "nanoflow_jax.split.planning.plan_command",
+    "serve": "nanoflow_jax.split.serve_command",
     "study": "nanoflow_jax.split.planning.study_command",
 }
 

@@ -508,6 +508,7 @@ def test_ranges_of_layers_that_are_none_are_refused(folder, layers, text):
     [
         ("--data_parallel", {"data_parallel": 2}),
         ("--batch_invariant", {"batch_invariant": True, "buckets": ""}),
+        ("--plan_watch", {"plan_watch": True}),
     ],
 )
 def test_knobs_for_engines_of_whole_models_are_refused(folder, name, knobs):

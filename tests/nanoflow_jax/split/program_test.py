@@ -156,9 +156,12 @@ def test_planning_loads_no_jax():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do first: one of plan, study; got nothing"),
-        (["price"], "say what to do first: one of plan, study; got price"),
-        ([*_SPLIT, "more"], "say what to do first: one of plan, study; got plan more"),
+        ([], "say what to do first: one of client, plan, serve, study; got nothing"),
+        (["price"], "say what to do first: one of client, plan, serve, study; got price"),
+        (
+            [*_SPLIT, "more"],
+            "say what to do first: one of client, plan, serve, study; got plan more",
+        ),
         (["plan"], "--model names the model to work it out for: a folder, or one of"),
         (["plan", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
         (["plan", "--model=llama-3-8b"], "--client names the JSON profile of the client, as in"),
