@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
+from nanoflow_jax import flags
 from nanoflow_jax.models import named, presets
 from nanoflow_jax.split.planning import profile_file, study
 from nanoflow_jax.split.planning.baselines import GREEDY
@@ -24,31 +25,32 @@ _THIRD = 1 / 3
 
 def define(values: absl_flags.FlagValues) -> None:
     """Defines the command's flags."""
+    common = flags.of_program(values)
     absl_flags.DEFINE_string(
         "model",
         "llama-3-8b",
         f"A model folder, or one of {', '.join(presets.names())}.",
-        flag_values=values,
+        **common,
     )
     absl_flags.DEFINE_string(
         "profiles",
         "configs/split",
         f"Folder of the profiles {', '.join((*CLIENTS, *SERVERS, *LINKS))}, as JSON files.",
-        flag_values=values,
+        **common,
     )
     absl_flags.DEFINE_integer(
-        "requests", 150, "How many are drawn for each setting.", lower_bound=1, flag_values=values
+        "requests", 150, "How many are drawn for each setting.", lower_bound=1, **common
     )
-    absl_flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=values)
+    absl_flags.DEFINE_integer("seed", 0, "Of what is drawn.", **common)
     absl_flags.DEFINE_multi_enum(
         "accounting",
         [str(one) for one in Accounting],
         [str(one) for one in Accounting],
         "What requests are charged; may be given more than once.",
-        flag_values=values,
+        **common,
     )
     absl_flags.DEFINE_boolean(
-        "region", True, "Also look where a third of the server's time is saved.", flag_values=values
+        "region", True, "Also look where a third of the server's time is saved.", **common
     )
 
 

@@ -139,6 +139,14 @@ def test_a_rejected_request_is_drawn_with_its_frontier_alone(ask, tmp_path):
     assert not list(picture.iter(f"{_SVG}circle"))
 
 
+@pytest.mark.parametrize(("name", "flag"), [("plan", "--ttft_ms"), ("study", "--[no]region")])
+def test_help_of_a_command_lists_its_flags(name, flag):
+    command = [sys.executable, "-m", "nanoflow_jax.split", name, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert flag in shown.stdout
+
+
 def test_planning_loads_no_jax():
     code = "import sys; from nanoflow_jax.split import __main__ as p; p.command(['', 'plan']); "
     code += "p.command(['', 'study']); assert 'jax' not in sys.modules"

@@ -180,6 +180,12 @@ def _unrowed():
             ),
             "priced accounting charges memory for as long as a request may last; give an end-to-",
         ),
+        (
+            lambda: _build(
+                server=dataclasses.replace(split_profiles.device("h100"), memory_bytes=1e10)
+            ),
+            "the server's 10 GB do not hold 16.1 GB of weights of llama-3-8b; describe",
+        ),
         (lambda: _build(server=_unrowed()), "profile h100-class has no row_us of embedding, which"),
         (
             lambda: _build(client=dataclasses.replace(_unrowed(), model="x")),
