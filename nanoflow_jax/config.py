@@ -273,7 +273,10 @@ class PlanSection:
         "and run from the next step after that.",
     )
     plan_min_tokens: int = knob(
-        0, "Smallest bucket that --plan=halves cuts. 0: any that has tokens enough.", low=0
+        0,
+        "Smallest bucket that --plan=halves cuts; bench ablation finds from where on it pays. 0: "
+        "any that has tokens enough.",
+        low=0,
     )
     plan_granule: int = knob(
         128, "Tokens of which nano-batches of --plan=halves are multiples.", low=1
@@ -342,6 +345,21 @@ class EngineConfig:
     plans: PlanSection = dataclasses.field(default_factory=PlanSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
     profile: ProfileSection = dataclasses.field(default_factory=ProfileSection)
+
+    def __post_init__(self) -> None:
+        size, count = self.parallel.tensor_parallel, self.processes.num_processes
+        if count == 1 or self.processes.process_id:  # what process 0 says is what counts
+            return
+        if self.parallel.data_parallel > 1:
+            raise ValueError(
+                f"--data_parallel={self.parallel.data_parallel} and --num_processes={count}: "
+                "replicas are of one process; start a job for each, which --process_count can "
+                "share out"
+            )
+        if size % count:
+            raise ValueError(
+                f"--tensor_parallel={size} cannot be shared out evenly over --num_processes={count}"
+            )
 
     @classmethod
     def from_knobs(cls, **knobs: Any) -> "EngineConfig":

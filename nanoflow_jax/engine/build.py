@@ -14,10 +14,8 @@ import numpy as np
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import (
     cache_memory,
-    collective_caps,
     compiler,
     engine,
-    executors,
     implementations,
     inputs,
     interface,
@@ -38,7 +36,6 @@ from nanoflow_jax.engine import devices as devices_lib
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.models import architecture, loading
-from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.parallel import peers
 from nanoflow_jax.scheduler import buckets as bucket_lib
 from nanoflow_jax.scheduler import scheduler
@@ -276,7 +273,6 @@ def _build_parts(
     chosen = choose()
     choices = chosen.kernels
     placement = placement.with_columns(chosen.by_columns, hidden_size=source.config.hidden_size)
-    operations = executors.operations(chosen.executor, choices, served.config)
     held = spans or [architecture.Span(0, source.config.num_layers)]
     num_layers = sum(stop - start for start, stop in held)
     models = model_source.load_spans(config.model, source, dtype, placement, reports.weights, held)
@@ -336,8 +332,7 @@ def _build_parts(
             batch_invariant=is_invariant,
         )
     )
-    options = functools.partial(_options, is_invariant=is_invariant, on_gpu=on_gpu)
-    with step_trace.programs_that_traces_know(config.profile):
+    with step_trace.programs_that_traces_know(config.profile.steps > 0):
         make = (
             functools.partial(runner.Runner, models[0])
             if spans is None
@@ -350,9 +345,7 @@ def _build_parts(
             max_context_len=context,
             placement=placement,
             threads=config.compile.threads,
-            executor=chosen.executor,
-            options=options(chosen.plans),
-            operations=operations,
+            ways=chosen.ways,
             watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
             progress=reports.program,
         )
@@ -362,8 +355,7 @@ def _build_parts(
         swap = plan_swap.PlanSwap(
             plan_source,
             step_runner,
-            read=functools.partial(_other_plans, chosen, choose),
-            options=options,
+            choose=functools.partial(_choose_again, chosen, choose),
         )
     return _Parts(
         source=source,
@@ -379,29 +371,17 @@ def _build_parts(
     )
 
 
-def _other_plans(
+def _choose_again(
     running: step_choice.Chosen, choose: Callable[[], step_choice.Chosen]
-) -> Mapping[bucket_lib.Bucket, Plan]:
-    """The plans that the knobs choose by now.
+) -> step_choice.Chosen:
+    """What the knobs choose by now.
 
     Raises:
-        ValueError: There are none, or they need more than an engine can change as it runs.
+        ValueError: Nothing, or what an engine cannot change as it runs.
     """
     wanted = choose()
     step_choice.check_swap(running, wanted)
-    return wanted.plans
-
-
-def _options(
-    plans: Mapping[bucket_lib.Bucket, Plan], *, is_invariant: bool, on_gpu: bool
-) -> dict[bucket_lib.Bucket, Mapping[str, Any]]:
-    """What XLA is told of each bucket's forward, whoever runs its plan."""
-    common = invariance.compiler_options(plans.values()) if is_invariant else {}
-    is_capped = collective_caps.can_cap(plans.values(), on_gpu=on_gpu)
-    return {
-        bucket: {**common, **(collective_caps.compiler_options(plan) if is_capped else {})}
-        for bucket, plan in plans.items()
-    }
+    return wanted
 
 
 def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:

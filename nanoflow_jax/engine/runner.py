@@ -9,10 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int32
 
-from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import compiler, drawing, executors, programs, sampling
+from nanoflow_jax.engine import ways as ways_lib
 from nanoflow_jax.kv_cache import layout
-from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import transformer
 from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.parallel import placement as placement_lib
@@ -182,9 +181,7 @@ class Runner:
         max_context_len: int,
         placement: placement_lib.Placement,
         threads: int,
-        executor: config_lib.Executor,
-        options: Mapping[buckets.Bucket, Mapping[str, Any]],
-        operations: operation_lib.Operations,
+        ways: Mapping[buckets.Bucket, ways_lib.Way],
         watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
     ) -> None:
@@ -192,13 +189,12 @@ class Runner:
         graph, state = nnx.split(model)
         self._weights, treedef = jax.tree.flatten(state)
         self._model_form = (graph, treedef)
-        self._executor, self._operations = executor, operations
         self._layout, self._num_layers = kv_layout, len(model.layers)
         self._placement = placement
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._drawer = drawing.Drawer(sizes, placement, max_context_len=max_context_len)
         self._allocate()
-        forwards = [self._forward_job(sizes, bucket, options[bucket]) for bucket in bucket_list]
+        forwards = [self._forward_job(sizes, bucket, ways[bucket]) for bucket in bucket_list]
         draws = self._drawer.jobs(
             graph,
             treedef,
@@ -236,7 +232,7 @@ class Runner:
         )
 
     def _forward_job(
-        self, sizes: programs.Sizes, bucket: buckets.Bucket, options: Mapping[str, Any]
+        self, sizes: programs.Sizes, bucket: buckets.Bucket, way: ways_lib.Way
     ) -> compiler.Job:
         size = programs.forward_packing(sizes, bucket).size
         return compiler.Job(
@@ -246,9 +242,9 @@ class Runner:
                 layout=self._layout,
                 sizes=sizes,
                 bucket=bucket,
-                operations=self._operations,
+                operations=way.operations,
                 shares=self._shares,
-                keep_lanes=executors.keeps_lanes(self._executor),
+                keep_lanes=executors.keeps_lanes(way.executor),
             ),
             arguments=(
                 drawing.abstract(self._caches),
@@ -257,13 +253,13 @@ class Runner:
                 drawing.int32_vector(size),
             ),
             donated=(0,),
-            options={**executors.compiler_options(self._executor), **options},
+            options=way.compiler_options,
         )
 
     def compile_forwards(
         self,
         plans: Mapping[buckets.Bucket, Plan],
-        options: Mapping[buckets.Bucket, Mapping[str, Any]],
+        ways: Mapping[buckets.Bucket, ways_lib.Way],
         *,
         gives_up: Callable[[], bool],
     ) -> Forwards | None:
@@ -271,7 +267,7 @@ class Runner:
 
         Args:
             plans: Of all buckets; what runs by its plan already is not compiled again.
-            options: XLA's, of each bucket.
+            ways: How each bucket runs.
             gives_up: Asked before each program; None is returned once it says so.
         """
         sizes = dataclasses.replace(self._sizes, plans=plans)
@@ -280,7 +276,7 @@ class Runner:
         for bucket in changed:
             if gives_up():
                 return None
-            job = self._forward_job(sizes, bucket, options[bucket])
+            job = self._forward_job(sizes, bucket, ways[bucket])
             done[job.name] = compiler.compile_one(job)
         return Forwards(plans=changed, sizes=sizes, programs=done)
 

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import (
     compiler,
     drawing,
@@ -18,8 +17,8 @@ from nanoflow_jax.engine import (
     segment_inputs,
     segment_programs,
 )
+from nanoflow_jax.engine import ways as ways_lib
 from nanoflow_jax.kv_cache import layout
-from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import transformer
 from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
@@ -71,9 +70,7 @@ class SegmentRunner:
         max_context_len: int,
         placement: placement_lib.Placement,
         threads: int,
-        executor: config_lib.Executor,
-        options: Mapping[buckets.Bucket, Mapping[str, Any]],
-        operations: operation_lib.Operations,
+        ways: Mapping[buckets.Bucket, ways_lib.Way],
         watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
     ) -> None:
@@ -90,10 +87,7 @@ class SegmentRunner:
             first = first_alike.setdefault(segment.likeness, segment)
             segment.program = first.program
         for segment in first_alike.values():
-            jobs += [
-                self._segment_job(segment, bucket, operations, executor, options[bucket])
-                for bucket in bucket_list
-            ]
+            jobs += [self._segment_job(segment, bucket, ways[bucket]) for bucket in bucket_list]
         last = self._segments[-1]
         if last.ends:
             jobs += self._drawer.jobs(
@@ -136,9 +130,7 @@ class SegmentRunner:
         self,
         segment: _Segment,
         bucket: buckets.Bucket,
-        operations: operation_lib.Operations,
-        executor: config_lib.Executor,
-        options: Mapping[str, Any],
+        way: ways_lib.Way,
     ) -> compiler.Job:
         size = programs.forward_packing(self._sizes, bucket).size
         return compiler.Job(
@@ -151,9 +143,9 @@ class SegmentRunner:
                 layout=self._layout,
                 sizes=self._sizes,
                 bucket=bucket,
-                operations=operations,
+                operations=way.operations,
                 shares=self._shares(segment),
-                keep_lanes=executors.keeps_lanes(executor),
+                keep_lanes=executors.keeps_lanes(way.executor),
             ),
             arguments=(
                 drawing.abstract(segment.caches),
@@ -164,7 +156,7 @@ class SegmentRunner:
                 drawing.int32_vector(bucket.tokens),
             ),
             donated=(0, 1),
-            options={**executors.compiler_options(executor), **options},
+            options=way.compiler_options,
         )
 
     def _border_jobs(self, bucket_list: Sequence[buckets.Bucket]) -> list[compiler.Job]:

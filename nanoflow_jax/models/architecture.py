@@ -171,8 +171,13 @@ class ModelConfig:
         """Weights that one token meets: of the experts, those that it is sent to."""
         return self._num_parameters(0 if self.moe is None else self.moe.num_active)
 
+    @property
+    def num_attention_parameters(self) -> int:
+        """Weights of a layer's attention."""
+        return (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+
     def _num_parameters(self, experts_counted: int) -> int:
-        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+        attention = self.num_attention_parameters
         total = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         for layer in range(self.num_layers):
             total += attention
