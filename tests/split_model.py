@@ -5,8 +5,10 @@ through the wrong layers. Rows are computed one by one: chunks make no differenc
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -122,6 +124,7 @@ class ToyEngine:
         open_pieces: By their ids.
         steps: How many pieces had rows in each step.
         fails: Raised by the next step, if set.
+        num_rows: Computed, of all pieces.
         holds_at: A piece that has drawn so many tokens waits while this is set.
         spoils: Puts a value that is not finite into rows that leave.
     """
@@ -139,8 +142,22 @@ class ToyEngine:
         self.open_pieces: dict[str, _Open] = {}
         self.steps: list[int] = []
         self.fails: Exception | None = None
+        self.num_rows = 0
         self.holds_at: int | None = None
+        self._steps_left = 0
+        self._gate = threading.Event()
+        self._gate.set()
         self.spoils = False
+
+    @contextlib.contextmanager
+    def paused(self, *, after: int = 0) -> Iterator[None]:
+        """After so many more steps, one that begins meanwhile ends only afterwards."""
+        self._steps_left = after
+        self._gate.clear()
+        try:
+            yield
+        finally:
+            self._gate.set()
 
     @property
     def has_work(self) -> bool:
@@ -194,6 +211,10 @@ class ToyEngine:
         self.open_pieces.pop(piece_id, None)
 
     def step(self) -> list[interface.PieceOutput]:
+        if self._steps_left == 0:
+            self._gate.wait()
+        else:
+            self._steps_left -= 1
         if self.fails is not None:
             error, self.fails = self.fails, None
             raise error
@@ -210,6 +231,7 @@ class ToyEngine:
 
     def _run(self, held: _Open, count: int) -> list[interface.PieceOutput]:
         piece, begin = held.piece, held.rows.length
+        self.num_rows += count
         leaving = [held.rows.run(held.waiting.popleft()) for _ in range(count)]
         if piece.stop < NUM_LAYERS:
             hidden = np.stack(leaving)

@@ -83,6 +83,26 @@ async def serving(
         yield made
 
 
+def client_of(
+    endpoint: transport.Endpoint,
+    identity: messages.Identity = split_model.IDENTITY,
+    *,
+    engine: split_model.ToyEngine | None = None,
+    held_layers: tuple[tuple[int, int], ...] = ((0, split_model.NUM_LAYERS),),
+    codecs: tuple[Codec, ...] = (Codec.F32,),
+    **knobs: Any,
+) -> client.SplitClient:
+    """A client with small chunks that does not wait long between attempts."""
+    return client.SplitClient(
+        endpoint,
+        identity,
+        engine=engine or split_model.ToyEngine(),
+        held_layers=held_layers,
+        codecs=codecs,
+        knobs=settings.ClientSection(**({"chunk_len": 8, "backoff_s": 0.01} | knobs)),
+    )
+
+
 @contextlib.asynccontextmanager
 async def ends(
     *,
@@ -110,13 +130,12 @@ async def ends(
     async with (
         serving(engine, **limits) as served,
         shaping_proxy.ShapingProxy(served.port) as proxy,
-        client.SplitClient(
+        client_of(
             transport.Endpoint(host="127.0.0.1", port=proxy.port, token=token),
             identity,
             engine=client_engine,
-            held_layers=((0, split_model.NUM_LAYERS),),
             codecs=codecs,
-            knobs=settings.ClientSection(**({"chunk_len": 8, "backoff_s": 0.01} | (knobs or {}))),
+            **(knobs or {}),
         ) as driven,
     ):
         yield Ends(

@@ -15,13 +15,13 @@ from nanoflow_jax.serve import keys as keys_lib
 from nanoflow_jax.split import (
     budget,
     codecs,
+    conversation,
     engine_thread,
     errors,
     frames,
     handshake,
     interface,
     messages,
-    outbox,
     settings,
     transport,
 )
@@ -32,53 +32,12 @@ _LOG = logging.getLogger(__name__)
 _MAX_PROBES = 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Ending:
-    """How a stream ended.
-
-    Attributes:
-        keep: Whether the session waits for its client.
-        last: What the client is told, if it still listens.
-        why: For the log.
-    """
-
-    keep: bool
-    last: messages.Message | None
-    why: str
-
-
-class _Attachment:
-    """A client's stream on a session."""
-
-    def __init__(self) -> None:
-        self.outbox = outbox.Outbox()
-        self.ended: asyncio.Future[_Ending] = asyncio.get_running_loop().create_future()
-        self.heard_s = asyncio.get_running_loop().time()
-        self.is_reading = True
-
-    def end(self, *, keep: bool, why: str, last: messages.Message | None = None) -> None:
-        """Says how the stream ends; the first to say so is right."""
-        if not self.ended.done():
-            self.ended.set_result(_Ending(keep=keep, last=last, why=why))
-
-    def fail(self, error: errors.SplitError) -> None:
-        """Ends the stream with an error; the session is kept if it may be retried."""
-        last = messages.Err(code=error.code, detail=error.detail[:4096], retryable=error.retryable)
-        self.end(keep=error.retryable, why=str(error), last=last)
-
-    def look_at(self, task: asyncio.Task[None]) -> None:
-        """Ends the stream if one of its tasks failed in a way that nobody thought of."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _LOG.error("a stream failed", exc_info=error)
-            self.fail(errors.SplitError(Code.ENGINE, f"the gateway failed: {error!r}"))
-
-
 @dataclasses.dataclass(kw_only=True)
 class _Held:
     """A session, its client's stream if there is one, its lease if there is none."""
 
     session: session_lib.Session
-    attachment: _Attachment | None = None
+    talk: conversation.Conversation | None = None
     lease: asyncio.TimerHandle | None = None
 
 
@@ -144,7 +103,7 @@ class Gateway:
     def check(self) -> None:
         """Raises if the invariant is broken."""
         for held in self._held.values():
-            assert (held.attachment is None) != (held.lease is None)
+            assert (held.talk is None) != (held.lease is None)
             held.session.check()
 
     @contextlib.asynccontextmanager
@@ -168,10 +127,10 @@ class Gateway:
     async def _stop(self, server: grpc.aio.Server) -> None:
         self._is_stopping = True
         for held in list(self._held.values()):
-            if held.attachment is None:
+            if held.talk is None:
                 self._release(held)
             else:
-                held.attachment.fail(
+                held.talk.fail(
                     errors.SplitError(Code.SHUTDOWN, "the server is stopping", retryable=True)
                 )
         await server.stop(grace=1.0)
@@ -180,9 +139,9 @@ class Gateway:
 
     async def _serve(self, stream: transport.ServerStream) -> None:
         """One stream of a session, from its greeting to its end."""
-        attachment = _Attachment()
+        talk = conversation.Conversation(stream, limits=self._limits, counts=self.counts)
         try:
-            held, welcome = await self._greet(stream, attachment)
+            held, welcome = await self._greet(stream, talk)
         except errors.RefusedError as error:
             self.counts[f"refused: {error.code}"] += 1
             reject = messages.Reject(
@@ -193,19 +152,20 @@ class Gateway:
             return
         except transport.StreamLostError:
             return
-        await self._talk(held, attachment, stream, welcome)
+        await talk.run(
+            held.session, welcome, settle=lambda ending: self._settle(held, talk, ending)
+        )
 
     async def _greet(
-        self, stream: transport.ServerStream, attachment: _Attachment
+        self, stream: transport.ServerStream, talk: conversation.Conversation
     ) -> tuple[_Held, messages.Welcome]:
-        self._check_key(stream)
         hello = await self._hello(stream)
         codec = handshake.check_hello(hello, self._terms)
         if self._is_stopping:
             raise self._later(Code.SHUTDOWN, "the server is stopping")
         if hello.resume is not None:
-            return await self._resume(hello, hello.resume, attachment)
-        return await self._open(hello, codec, attachment)
+            return await self._resume(hello, hello.resume, talk)
+        return await self._open(hello, codec, talk)
 
     def _check_key(self, stream: transport.ServerStream) -> None:
         shown = stream.authorization
@@ -222,6 +182,7 @@ class Gateway:
                 data = await stream.read()
             if data is None:
                 raise transport.StreamLostError("the client left without a word")
+            self._check_key(stream)
             message, _ = messages.from_frame(data, self._limits.frame_limits)
         except TimeoutError as error:
             raise errors.RefusedError(
@@ -236,7 +197,7 @@ class Gateway:
         return message
 
     async def _open(
-        self, hello: messages.Hello, codec: codecs.Codec, attachment: _Attachment
+        self, hello: messages.Hello, codec: codecs.Codec, talk: conversation.Conversation
     ) -> tuple[_Held, messages.Welcome]:
         if len(self._held) >= self._limits.max_sessions:
             raise self._later(
@@ -244,7 +205,7 @@ class Gateway:
             )
         session_id = secrets.token_hex(8)
         session = self._session(hello, codec, session_id)
-        held = self._held[session_id] = _Held(session=session, attachment=attachment)
+        held = self._held[session_id] = _Held(session=session, talk=talk)
         try:
             await session.open()
         except ValueError as error:
@@ -253,7 +214,7 @@ class Gateway:
         except BaseException:
             self._release(held)
             raise
-        session.attach(attachment.outbox)
+        session.attach(talk.outbox)
         self.counts["opened"] += 1
         return held, self._welcome(session, 0)
 
@@ -283,19 +244,19 @@ class Gateway:
         )
 
     async def _resume(
-        self, hello: messages.Hello, resume: messages.Resume, attachment: _Attachment
+        self, hello: messages.Hello, resume: messages.Resume, talk: conversation.Conversation
     ) -> tuple[_Held, messages.Welcome]:
         held = self._find(hello, resume)
         async with held.session.lock:
             if self._held.get(resume.session_id) is not held:
                 raise _unknown(resume.session_id)
-            if held.attachment is not None:
-                held.attachment.end(keep=True, why="its client came back on another stream")
+            if held.talk is not None:
+                held.talk.end(keep=True, why="its client came back on another stream")
             if held.lease is not None:
                 held.lease.cancel()
-            held.attachment, held.lease = attachment, None
+            held.talk, held.lease = talk, None
             try:
-                position = await held.session.resume(resume.position, attachment.outbox)
+                position = await held.session.resume(resume.position, talk.outbox)
             except errors.SplitError as error:
                 self._release(held)
                 raise errors.RefusedError(Code.SESSION, error.detail) from error
@@ -344,38 +305,10 @@ class Gateway:
     def _later(self, code: Code, reason: str) -> errors.RefusedError:
         return errors.RefusedError(code, reason, retry_after_s=self._limits.retry_after_s)
 
-    async def _talk(
-        self,
-        held: _Held,
-        attachment: _Attachment,
-        stream: transport.ServerStream,
-        welcome: messages.Welcome,
+    def _settle(
+        self, held: _Held, talk: conversation.Conversation, ending: conversation.Ending
     ) -> None:
-        """Reads and writes until the stream ends; then the session is kept or freed."""
-        writer = asyncio.create_task(self._write(held, attachment, stream, welcome))
-        tasks = [
-            writer,
-            asyncio.create_task(self._read(held, attachment, stream)),
-            asyncio.create_task(self._watch(attachment)),
-        ]
-        for task in tasks:
-            task.add_done_callback(attachment.look_at)
-        try:
-            # Cancelled, this waits no more, but how the stream ended is still to be said.
-            ending = await asyncio.shield(attachment.ended)
-            self._settle(held, attachment, ending)
-            if ending.last is not None:
-                attachment.outbox.close(ending.last)
-                await asyncio.wait([writer], timeout=self._limits.write_timeout_s)
-        finally:
-            # gRPC cancels this coroutine when the client is gone.
-            attachment.end(keep=True, why="the client is gone")
-            self._settle(held, attachment, attachment.ended.result())
-            for task in tasks:
-                task.cancel()
-
-    def _settle(self, held: _Held, attachment: _Attachment, ending: _Ending) -> None:
-        if held.attachment is not attachment:
+        if held.talk is not talk:
             return  # settled, or gone over to another stream
         _LOG.info("session %s: %s", held.session.grant.session_id, ending.why)
         if ending.keep and not self._is_stopping:
@@ -385,7 +318,7 @@ class Gateway:
             self._release(held)
 
     def _suspend(self, held: _Held) -> None:
-        held.attachment = None
+        held.talk = None
         held.session.detach()
         loop = asyncio.get_running_loop()
         held.lease = loop.call_later(self._limits.lease_s, self._expire, held)
@@ -397,7 +330,7 @@ class Gateway:
     def _release(self, held: _Held) -> None:
         if held.lease is not None:
             held.lease.cancel()
-        held.attachment = held.lease = None
+        held.talk = held.lease = None
         if self._held.pop(held.session.grant.session_id, None) is not None:
             self.counts["closed"] += 1
         held.session.release()
@@ -406,90 +339,20 @@ class Gateway:
         """The engine gave a session up."""
         self.counts[f"failed: {error.code}"] += 1
         held = self._held.get(session.grant.session_id)
-        if held is not None and held.attachment is not None:
-            held.attachment.fail(error)
+        if held is not None and held.talk is not None:
+            held.talk.fail(error)
         elif held is not None:
             self._release(held)
-
-    async def _read(
-        self, held: _Held, attachment: _Attachment, stream: transport.ServerStream
-    ) -> None:
-        try:
-            while (data := await stream.read()) is not None:
-                attachment.is_reading = False
-                if await self._take(held, attachment, data):
-                    return
-                attachment.heard_s = asyncio.get_running_loop().time()
-                attachment.is_reading = True
-            attachment.end(keep=True, why="the client closed its end without Close")
-        except transport.StreamLostError as error:
-            attachment.end(keep=True, why=str(error))
-        except frames.FrameError as error:
-            self.counts[f"failed: {Code.BAD_FRAME}"] += 1
-            attachment.fail(errors.SplitError(Code.BAD_FRAME, str(error), retryable=True))
-        except errors.SplitError as error:
-            self.counts[f"failed: {error.code}"] += 1
-            attachment.fail(error)
-
-    async def _take(self, held: _Held, attachment: _Attachment, data: bytes) -> bool:
-        """Does what a frame says; whether it is the last one."""
-        message, payload = messages.from_frame(data, self._limits.frame_limits)
-        match message:
-            case messages.Act() | messages.Tok() | messages.Trunc():
-                await held.session.receive(message, payload)
-            case messages.Ping():
-                attachment.outbox.put(messages.Pong(sent_s=message.sent_s))
-            case messages.Close():
-                attachment.end(keep=False, why="closed", last=messages.Close())
-                return True
-            case _:
-                raise errors.SplitError(
-                    Code.PROTOCOL, f"{type(message).__name__} is nothing that a client says here"
-                )
-        return False
-
-    async def _write(
-        self,
-        held: _Held,
-        attachment: _Attachment,
-        stream: transport.ServerStream,
-        welcome: messages.Welcome,
-    ) -> None:
-        box, timeout_s = attachment.outbox, self._limits.write_timeout_s
-        try:
-            await stream.write(messages.to_frame(welcome))
-            while not box.is_done:
-                await box.write_next(stream, timeout_s=timeout_s)
-                held.session.feed()
-        except transport.StreamLostError as error:
-            attachment.end(keep=True, why=str(error))
-        except codecs.CodecError as error:
-            attachment.fail(errors.SplitError(Code.ENGINE, f"the engine's {error}"))
-            # What was to be the last message is still to be written.
-            with contextlib.suppress(transport.StreamLostError):
-                box.close(attachment.ended.result().last or messages.Close())
-                await box.write_next(stream, timeout_s=timeout_s)
-
-    async def _watch(self, attachment: _Attachment) -> None:
-        """Ends a stream from which nothing was heard for two heartbeats."""
-        patience_s = 2 * self._limits.heartbeat_s
-        loop = asyncio.get_running_loop()
-        while True:
-            silent_s = loop.time() - attachment.heard_s if attachment.is_reading else 0.0
-            if silent_s >= patience_s:
-                attachment.end(keep=True, why=f"nothing was heard for {silent_s:.1f} s")
-                return
-            await asyncio.sleep(patience_s - silent_s)
 
     async def _probe(self, stream: transport.ServerStream) -> None:
         """Answers pings, so that a client can measure the link before it asks for a session."""
         try:
-            self._check_key(stream)
             for _ in range(_MAX_PROBES):
                 async with asyncio.timeout(2 * self._limits.heartbeat_s):
                     data = await stream.read()
                 if data is None:
                     return
+                self._check_key(stream)
                 message, _payload = messages.from_frame(data, self._limits.frame_limits)
                 if not isinstance(message, messages.Ping):
                     return

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from nanoflow_jax.split import codecs, errors, frames, messages, outbox, settings, transport
 from nanoflow_jax.split.messages import Code
 
+_READER_S = 1.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrived:
@@ -376,8 +378,8 @@ class Remote:
                     stream, timeout_s=self._knobs.step_timeout_s
                 )
         except transport.StreamLostError as error:
-            # The reader learns more of why.
-            await asyncio.sleep(0)
+            # If the stream is over, its reader learns more of why.
+            await asyncio.wait(self._tasks[:1], timeout=_READER_S)
             self._lose(errors.SplitError(Code.LINK, str(error), retryable=True))
         except codecs.CodecError as error:
             # The stream itself is well, and will carry the end of the session.

@@ -193,7 +193,7 @@ class Session:
     def feed(self) -> None:
         """Gives the engine the rows that wait, unless results wait for the client."""
         box = self._outbox
-        while box is not None and self._queue and box.num_bytes <= self._limits.max_outbox_bytes:
+        while box is not None and self._queue and self._has_room(box):
             rows = self._queue.popleft()
             self._fed = rows.end
 
@@ -208,6 +208,13 @@ class Session:
                 hidden=rows.hidden,
                 on_taken=taken,
             )
+
+    def _has_room(self, box: outbox.Outbox) -> bool:
+        """Whether results that wait, and are on their way from the engine, leave room for more."""
+        coming = 0 if self.grant.draws else self._fed - self._emitted
+        identity = self.grant.identity
+        row_bytes = identity.hidden_size * codecs.HIDDEN_DTYPES[identity.hidden_dtype].itemsize
+        return box.num_bytes + coming * row_bytes <= self._limits.max_outbox_bytes
 
     def _is_next(self, step: int) -> bool:
         """Whether a step is new; the newest one is answered again."""

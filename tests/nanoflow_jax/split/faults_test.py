@@ -42,14 +42,15 @@ def test_link_broken_while_tokens_are_drawn_is_taken_up_with_the_same_tokens(
     cut: cut_lib.Cut, how: str
 ) -> None:
     async def body() -> None:
-        # One token a step, and one credit: the server has not drawn all when the link breaks.
-        async with split_runs.ends(engine=split_model.ToyEngine(rows_per_step=1)) as ends:
+        # A server that draws by itself may be finished before anything breaks.
+        limits = {"lease_s": 0.5} if cut.is_all_server else {}
+        engine = split_model.ToyEngine(rows_per_step=1)
+        async with split_runs.ends(engine=engine, **limits) as ends:
             on_tokens = _at_token(5, lambda: _BREAKS[how](ends))
             result = await ends.client.generate(PROMPT, PARAMS, cut, on_tokens=on_tokens)
             assert result.token_ids == split_model.generate(PROMPT, PARAMS)
-            assert result.report.num_replays == 0
-            if not cut.is_all_server:  # which may be finished before anything breaks
-                assert result.report.num_resumes == 1
+            if not cut.is_all_server:
+                assert (result.report.num_resumes, result.report.num_replays) == (1, 0)
             await ends.at_baseline()
 
     split_runs.run(body())
