@@ -33,6 +33,16 @@ class Ground:
                 "ablation compares modes on one device; leave out --tensor_parallel, "
                 "--data_parallel and --num_processes"
             )
+        if self.config.plans.executor is not config_lib.Executor.AUTO:
+            raise ValueError(
+                f"--executor={self.config.plans.executor}: ablation compares all executors that "
+                "run here; leave it out"
+            )
+        if self.config.batch.batch_invariant:
+            raise ValueError(
+                "ablation compares modes that change last bits; leave out --batch_invariant, whose "
+                "cost python -m nanoflow_jax.bench invariance measures"
+            )
 
     @property
     def on_gpu(self) -> bool:

@@ -26,18 +26,9 @@ def shared(config: config_lib.EngineConfig) -> list[jax.Device]:
     """As many devices of each process, in their order.
 
     Raises:
-        ValueError: They cannot be shared out so, or a process has too few.
+        ValueError: A process has too few.
     """
     size, count = config.parallel.tensor_parallel, config.processes.num_processes
-    if config.parallel.data_parallel > 1:
-        raise ValueError(
-            f"--data_parallel={config.parallel.data_parallel} and --num_processes={count}: "
-            "replicas are of one process; start a job for each, which --process_count can share out"
-        )
-    if size % count:
-        raise ValueError(
-            f"--tensor_parallel={size} cannot be shared out evenly over --num_processes={count}"
-        )
     found: list[jax.Device] = []
     for i in range(count):
         own = [device for device in jax.devices() if device.process_index == i]

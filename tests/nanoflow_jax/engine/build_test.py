@@ -57,7 +57,7 @@ def test_a_build_tells_what_it_chose():
     (chosen,) = settings
     assert (chosen.dtype, chosen.page_size, chosen.num_pages) == ("float32", 256, 12)
     assert (chosen.max_requests, chosen.dense_batch, chosen.max_context_len) == (12, 24, 256)
-    assert chosen.plans == {"24:12:12": "one"}
+    assert (chosen.plans, chosen.executor) == ({"24:12:12": "one"}, "sequential")
     assert chosen.cache_bytes == 12 * 2 * 256 * 4 * 8 * 4 * 2
     assert weights[-1].done_bytes == weights[-1].total_bytes == chosen.model_bytes
     assert sorted(name for name, _ in programs) == sorted(built.compile_seconds)

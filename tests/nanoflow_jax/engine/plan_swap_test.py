@@ -56,7 +56,6 @@ def _serve_until(served, is_done):
 
 
 def test_plans_of_a_file_are_swapped_under_requests_that_get_the_same_tokens(plans, caplog):
-    caplog.set_level(logging.INFO)
     served = build_small(cases.load("llama3").path, plan=str(plans), plan_watch=True, **_KNOBS)
     alone = _serve_until(served, lambda: True)[0]
     assert len(alone) == 12
@@ -70,7 +69,6 @@ def test_plans_of_a_file_are_swapped_under_requests_that_get_the_same_tokens(pla
 
 
 def test_a_file_of_plans_that_is_wrong_is_told_and_changes_nothing(plans, caplog):
-    caplog.set_level(logging.INFO)
     served = build_small(cases.load("llama3").path, plan=str(plans), plan_watch=True, **_KNOBS)
     alone = _serve_until(served, lambda: True)[0]
     _write(plans, "{")
@@ -103,7 +101,12 @@ def test_a_file_that_is_gone_for_a_moment_has_not_changed(plans):
             "leave --plan_watch out",
         ),
         (
-            {"plan": "plans.json", "num_processes": 2, "coordinator": "127.0.0.1:7000"},
+            {
+                "plan": "plans.json",
+                "num_processes": 2,
+                "tensor_parallel": 2,
+                "coordinator": "127.0.0.1:7000",
+            },
             "--plan_watch takes other plans in one process, and --num_processes=2; leave it out, "
             "and start all of them again for other plans",
         ),
@@ -119,31 +122,21 @@ def test_without_the_flag_no_file_is_watched():
     assert plan_swap.watched(config.EngineConfig.from_knobs(plan="plans.json")) is None
 
 
-def _chosen(executor=config.Executor.SEQUENTIAL, columns=(), gemm=kernel_choice.Maker.PLAIN):
-    makers = dict.fromkeys(kernel_choice.Operation, kernel_choice.Maker.PLAIN)
-    makers[kernel_choice.Operation.GEMM] = gemm
-    kernels = {name: kernel_choice.Choice(maker=m, reason="") for name, m in makers.items()}
+def _chosen(*columns):
     return step_choice.Chosen(
         plans={},
         by_columns=frozenset(columns),
-        executor=executor,
-        kernels=kernel_choice.Choices(by_operation=kernels, num_ctas=1),
+        executor=config.Executor.SEQUENTIAL,
+        kernels=kernel_choice.Choices(by_operation={}, num_ctas=1),
+        ways={},
     )
 
 
-def test_plans_that_need_less_than_was_chosen_may_follow():
-    running = _chosen(config.Executor.GRAPH, {"o"}, kernel_choice.Maker.MOSAIC)
-    step_choice.check_swap(running, running)
-    less = _chosen(config.Executor.SEQUENTIAL, {"o"})
-    step_choice.check_swap(running, less)
-
-
-def test_plans_that_need_what_was_not_chosen_are_refused():
-    wanted = _chosen(config.Executor.GRAPH, {"o"}, kernel_choice.Maker.MOSAIC)
+def test_plans_that_want_weights_otherwise_than_they_were_loaded_are_refused():
+    step_choice.check_swap(_chosen("o"), _chosen("o"))
     message = (
-        "the plans need --executor=graph, and the engine was started with sequential; weights "
-        "split by columns: o, and the engine was started with none; gemm made of Mosaic "
-        "kernel, and the engine was started with plain; start it again with these plans"
+        "weights split by columns are those of down, o, and of none since the start; start again "
+        "with these plans"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        step_choice.check_swap(_chosen(), wanted)
+        step_choice.check_swap(_chosen(), _chosen("o", "down"))
