@@ -27,6 +27,8 @@ _VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 CAN_INTERPRET_MOSAIC = _VERSION >= (0, 11)
 # 0.10 finds no layout for registers that are loaded from transposed shared memory.
 CAN_LOAD_TRANSPOSED = _VERSION >= (0, 11)
+# 0.10 makes code of more registers for warpgroups that only move memory.
+MOVES_WITH_FEW_REGISTERS = _VERSION >= (0, 11)
 # The backend for GPUs older than Hopper; 0.12.0.1 still has it.
 HAS_PALLAS_TRITON = plt is not None
 # Digits behind the name of a kernel; see `name_kernels`.

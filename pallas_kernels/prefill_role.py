@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanoflow_jax import compat
 from pallas_kernels import mosaic
 from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, tile_len
 from pallas_kernels.scores import powers
@@ -19,11 +21,14 @@ _HALF_GRANULES = TILE_GRANULES // mosaic.COMPUTE_WARPGROUPS
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
 _MOST_STAGES = 4
+# Barriers behind those of stages and slots.
+_NUM_LAST, _NUM_TURNS = 1, 1
 _BARRIER_BYTES = 1024
-# Registers a thread. Other kernels' 40 are too few for the warpgroup that moves memory here: as jax
-# 0.10.2 compiles it, it spills.
-_COMPUTE_REGISTERS = mosaic.COMPUTE_REGISTERS - 8
-_MEMORY_REGISTERS = mosaic.MEMORY_REGISTERS + 8 * mosaic.COMPUTE_WARPGROUPS
+# Registers a thread. Wide heads with a soft-cap, whose keys are cut, need all that other kernels
+# have to compute; what jax 0.10.2 makes of moving memory here needs more than others, or spills.
+_MOVED = 0 if compat.MOVES_WITH_FEW_REGISTERS else 8
+_COMPUTE_REGISTERS = mosaic.COMPUTE_REGISTERS - _MOVED
+_MEMORY_REGISTERS = mosaic.MEMORY_REGISTERS + _MOVED * mosaic.COMPUTE_WARPGROUPS
 # Columns of a value tile that the memory warpgroup can hold in its few registers.
 _CLEARED = 64
 # Columns of a part's result that leave at a time.
@@ -117,13 +122,14 @@ def prefill_role(index: Any, num_workers: Any, refs: PrefillRefs, form: PrefillF
         "q_there": plgpu.Barrier(
             num_arrivals=form.slots // GRANULE * form.group, num_barriers=form.q_slots
         ),
-        "q_free": plgpu.Barrier(num_arrivals=2, num_barriers=form.q_slots),
-        "k_there": plgpu.Barrier(num_arrivals=form.num_pieces, num_barriers=form.stages),
-        "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=form.stages),
-        "v_there": plgpu.Barrier(num_arrivals=form.num_pieces, num_barriers=form.stages),
-        "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=form.stages),
-        "v_last": plgpu.Barrier(num_arrivals=form.num_pieces),
-        "turn": plgpu.Barrier(num_arrivals=2),
+        # Few arrays: each takes a register for its place and one for the phases of its barriers.
+        "there": plgpu.Barrier(
+            num_arrivals=form.num_pieces, num_barriers=2 * form.stages + _NUM_LAST
+        ),
+        "free": plgpu.Barrier(
+            num_arrivals=mosaic.COMPUTE_WARPGROUPS,
+            num_barriers=2 * form.stages + form.q_slots + _NUM_TURNS,
+        ),
     }
     if form.max_parts:
         scratch["part"] = plgpu.SMEM(
@@ -174,10 +180,30 @@ class _Prefill:
     ) -> None:
         self._index, self._num_workers = index, num_workers
         self._refs, self._form, self._s = refs, form, s
-        num_items = refs.num_tiles[0] * form.num_kv_heads
-        rounds = lax.div(num_items, jnp.int32(num_workers))
-        is_in_last = self._place(rounds) < num_items - rounds * num_workers
-        self._num_turns = jnp.where(is_in_last, rounds + 1, rounds)
+
+    # Barriers: keys, values and the last values of an item have come; they, a slot of queries and
+    # the tensor cores are free.
+
+    def _k_there(self, stage: Any) -> Any:
+        return self._s.there.at[stage]
+
+    def _v_there(self, stage: Any) -> Any:
+        return self._s.there.at[self._form.stages + stage]
+
+    def _v_last(self) -> Any:
+        return self._s.there.at[2 * self._form.stages]
+
+    def _k_free(self, stage: Any) -> Any:
+        return self._s.free.at[stage]
+
+    def _v_free(self, stage: Any) -> Any:
+        return self._s.free.at[self._form.stages + stage]
+
+    def _q_free(self, slot: Any) -> Any:
+        return self._s.free.at[2 * self._form.stages + slot]
+
+    def _turn(self) -> Any:
+        return self._s.free.at[2 * self._form.stages + self._form.q_slots]
 
     def fetch(self) -> None:
         """What the memory warpgroup does."""
@@ -187,24 +213,25 @@ class _Prefill:
         def one_item(turn: Any, done: Any) -> Any:
             item = self._item(turn)
             slot = _rem(turn, form.q_slots)
-            pl.when(turn >= form.q_slots)(lambda: plgpu.barrier_wait(s.q_free.at[slot]))
+            pl.when(turn >= form.q_slots)(lambda: plgpu.barrier_wait(self._q_free(slot)))
             self._fetch_queries(item, slot)
 
             def one_step(step: Any, done: Any) -> Any:
                 stage = _rem(done, form.stages)
                 is_reused = done >= form.stages
-                pl.when(is_reused)(lambda: plgpu.barrier_wait(s.k_free.at[stage]))
-                self._fetch_keys(item, step, 0, s.k.at[stage], s.k_there.at[stage])
-                pl.when(is_reused)(lambda: plgpu.barrier_wait(s.v_free.at[stage]))
-                self._fetch_values(item, step, s.v.at[stage], s.v_there.at[stage])
+                pl.when(is_reused)(lambda: plgpu.barrier_wait(self._k_free(stage)))
+                self._fetch_keys(item, step, 0, s.k.at[stage], self._k_there(stage))
+                pl.when(is_reused)(lambda: plgpu.barrier_wait(self._v_free(stage)))
+                self._fetch_values(item, step, s.v.at[stage], self._v_there(stage))
                 return done + 1
 
             return lax.fori_loop(0, item.steps, one_step, done)
 
-        done = lax.fori_loop(0, self._num_turns, one_item, jnp.int32(0))
+        num_turns = self._num_turns()
+        done = lax.fori_loop(0, num_turns, one_item, jnp.int32(0))
         # A barrier must not end with a completion that nobody saw.
-        _drain(done, form.stages, s.k_free, s.v_free)
-        _drain(self._num_turns, form.q_slots, s.q_free)
+        _drain(done, form.stages, self._k_free, self._v_free)
+        _drain(num_turns, form.q_slots, self._q_free)
 
     def compute(self) -> None:
         """What each of the other warpgroups does."""
@@ -224,11 +251,18 @@ class _Prefill:
             else:
                 self._store(item, slot, out)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(s.q_free.at[slot])
+            plgpu.barrier_arrive(self._q_free(slot))
             return done + item.steps
 
-        lax.fori_loop(0, self._num_turns, one_item, jnp.int32(0))
+        lax.fori_loop(0, self._num_turns(), one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+
+    def _num_turns(self) -> Any:
+        """Items of this CTA. Each warpgroup asks for itself: what all share takes registers."""
+        num_items = self._refs.num_tiles[0] * self._form.num_kv_heads
+        rounds = lax.div(num_items, jnp.int32(self._num_workers))
+        is_in_last = self._place(rounds) < num_items - rounds * self._num_workers
+        return jnp.where(is_in_last, rounds + 1, rounds)
 
     def _place(self, turn: Any) -> Any:
         """To and fro: who had the costliest item of one round has the cheapest of the next."""
@@ -301,7 +335,7 @@ class _Prefill:
     def _fetch_values(self, item: _Item, step: Any, to: Any, there: Any) -> None:
         """Values that nobody sees become zeros: a weight of 0 is not enough, as 0 * NaN is NaN."""
         is_last = step == item.steps - 1
-        last_there = self._s.v_last
+        last_there = self._v_last()
 
         @pl.when(jnp.logical_not(is_last))
         def _() -> None:
@@ -356,8 +390,8 @@ class _Prefill:
         return running
 
     def _take_turn(self) -> None:
-        plgpu.barrier_arrive(self._s.turn)
-        plgpu.barrier_wait(self._s.turn)
+        plgpu.barrier_arrive(self._turn())
+        plgpu.barrier_wait(self._turn())
 
     def _step(
         self, item: _Item, slot: Any, done: Any, step: Any, running: Any, *, is_masked: bool
@@ -366,7 +400,7 @@ class _Prefill:
         acc, top, total = running
         stage = _rem(done + step, form.stages)
         mine = pl.ds(lax.axis_index("warpgroup") * _HALF, _HALF)
-        plgpu.barrier_wait(s.k_there.at[stage])
+        plgpu.barrier_wait(self._k_there(stage))
 
         def multiply(scores: Any) -> Any:
             plgpu.wgmma(scores, s.q.at[slot, mine], s.k.at[stage].transpose((1, 0)))
@@ -374,7 +408,7 @@ class _Prefill:
             return scores[...]
 
         scores = pl.run_scoped(multiply, plgpu.ACC((_HALF, form.step_len), jnp.float32))
-        plgpu.barrier_arrive(s.k_free.at[stage])
+        plgpu.barrier_arrive(self._k_free(stage))
         scores = powers(scores, scale=form.scale, softcap=form.softcap)
         if is_masked:
             scores = jnp.where(self._is_seen(item, step), scores, _LOWEST)
@@ -385,11 +419,11 @@ class _Prefill:
         total = total * fade + weights.sum(axis=1)
         weights = weights.astype(form.dtype)
         acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-        plgpu.barrier_arrive(s.turn)
-        plgpu.barrier_wait(s.v_there.at[stage])
-        plgpu.barrier_wait(s.turn)
+        plgpu.barrier_arrive(self._turn())
+        plgpu.barrier_wait(self._v_there(stage))
+        plgpu.barrier_wait(self._turn())
         acc = self._mix(acc, weights, s.v.at[stage])
-        plgpu.barrier_arrive(s.v_free.at[stage])
+        plgpu.barrier_arrive(self._v_free(stage))
         return acc, new_top, total
 
     def _is_seen(self, item: _Item, step: Any) -> Any:
@@ -479,10 +513,10 @@ def _full(shape: tuple[int, ...], value: float, layout: Any) -> Any:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _drain(num_uses: Any, depth: int, *rings: Any) -> None:
+def _drain(num_uses: Any, depth: int, *rings: Callable[[Any], Any]) -> None:
     """Waits for the completions of a ring that were not waited for when it came round."""
 
     @pl.loop(jnp.maximum(num_uses - depth, 0), num_uses)
     def _(use: Any) -> None:
         for ring in rings:
-            plgpu.barrier_wait(ring.at[_rem(use, depth)])
+            plgpu.barrier_wait(ring(_rem(use, depth)))

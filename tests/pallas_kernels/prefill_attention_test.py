@@ -8,7 +8,6 @@ import numpy as np
 import prefill_runs
 import pytest
 
-from nanoflow_jax import compat
 from nanoflow_jax.kv_cache import attention, tiles
 from nanoflow_jax.kv_cache.layout import CacheShape, PageMajorLayout
 from pallas_kernels.prefill_attention import prefill_attention, prefill_attention_reference
@@ -206,9 +205,7 @@ def test_served_sizes_lower_for_hopper(sizes, more):
 def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more):
     kernels = deviceless.compiled(_served(more), *_shapes(*sizes))
     assert all(kernel.grid == (100, 1, 1) for kernel in kernels)
-    # With heads of 256, a window and a soft-cap jax 0.11 puts 12 values of a thread away.
-    most_spilled = 48 if compat.CAN_INTERPRET_MOSAIC and more.get("softcap") else 0
-    assert max(kernel.spill_bytes for kernel in kernels) <= most_spilled
+    assert not any(kernel.spill_bytes for kernel in kernels)
     # Where the plan has room for parts, a second one merges them.
     assert len(kernels) == len(sizes) - 3
     (kernel,) = [kernel for kernel in kernels if "wgmma.mma_async" in kernel.ptx]
