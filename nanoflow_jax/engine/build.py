@@ -6,8 +6,10 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import (
@@ -26,15 +28,15 @@ from nanoflow_jax.engine import (
     replicas,
     request_limit,
     runner,
+    segment_inputs,
+    segment_runner,
     step_choice,
     step_trace,
 )
 from nanoflow_jax.engine import devices as devices_lib
-from nanoflow_jax.engine import ways as ways_lib
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import pages
-from nanoflow_jax.models import loading
-from nanoflow_jax.nanobatch.plan import Plan
+from nanoflow_jax.models import architecture, loading
 from nanoflow_jax.parallel import peers
 from nanoflow_jax.scheduler import buckets as bucket_lib
 from nanoflow_jax.scheduler import scheduler
@@ -141,6 +143,41 @@ def build_engine(
     return replicas.Replicas(engines)
 
 
+def build_in_segments(
+    config: config_lib.EngineConfig,
+    source: model_source.ModelSource,
+    spans: Sequence[architecture.Span],
+    reports: Reports | None = None,
+) -> tuple[engine.Engine, np.dtype[Any]]:
+    """An engine whose requests may enter and leave between segments of the model.
+
+    Args:
+        config: The knobs.
+        source: The opened model.
+        spans: The segments that it holds, in order; only these layers are loaded.
+        reports: Called while it goes on.
+
+    Returns:
+        The engine, and the dtype of its hidden states.
+
+    Raises:
+        ValueError: As `build_engine`, or a knob is for engines that run whole models.
+    """
+    whole = {
+        "--data_parallel": config.parallel.data_parallel > 1,
+        "--num_processes": config.processes.num_processes > 1,
+        "--batch_invariant": config.batch.batch_invariant,
+        "--plan_watch": config.plans.plan_watch,
+    }
+    for name, is_set in whole.items():
+        if is_set:
+            raise ValueError(f"{name} is for engines that run whole models; leave it out here")
+    use_compile_cache(config.compile.cache_dir)
+    [devices] = devices_lib.replicas_of(config.parallel)
+    parts = _build_parts(config, source, reports or Reports(), devices, spans=spans)
+    return _engine(parts), parts.dtype
+
+
 def follow(
     config: config_lib.EngineConfig, group: peers.Group, reports: Reports | None = None
 ) -> None:
@@ -182,7 +219,9 @@ class _Parts:
 
     source: model_source.ModelSource
     config: config_lib.EngineConfig
-    step_runner: runner.Runner
+    step_runner: runner.Runner | segment_runner.SegmentRunner
+    dtype: np.dtype[Any]
+    spans: Sequence[architecture.Span] | None
     sizes: programs.Sizes
     buckets: Sequence[bucket_lib.Bucket]
     page_size: int
@@ -201,6 +240,7 @@ def _build_parts(
     reports: Reports,
     devices: Sequence[jax.Device],
     group: peers.Group | None = None,
+    spans: Sequence[architecture.Span] | None = None,
 ) -> _Parts:
     device = next(one for one in devices if one.process_index == jax.process_index())
     defaults = defaults_of(device)
@@ -218,6 +258,8 @@ def _build_parts(
         page_size=page_size,
         num_devices=placement.num_devices,
     )
+    held = spans or [architecture.Span(0, source.config.num_layers)]
+    num_layers = sum(stop - start for start, stop in held)
     limit = request_limit.choose(
         config.batch,
         usual=defaults.max_requests,
@@ -227,7 +269,8 @@ def _build_parts(
             device,
             config.cache,
             served,
-            weight_bytes=loading.model_bytes(source.config, dtype) // placement.num_devices,
+            weight_bytes=loading.model_bytes(source.config, dtype, held) // placement.num_devices,
+            num_layers=num_layers,
         ),
     )
     max_requests = limit.max_requests if group is None else group.least(limit.max_requests)
@@ -248,16 +291,7 @@ def _build_parts(
     chosen = choose()
     choices = chosen.kernels
     placement = placement.with_columns(chosen.by_columns, hidden_size=source.config.hidden_size)
-    ways = functools.partial(
-        ways_lib.choose,
-        config,
-        chosen.executor,
-        machine=machine,
-        served=dataclasses.replace(served, by_columns=chosen.by_columns),
-        on_gpu=on_gpu,
-    )
-    ways_at_start = ways(chosen.plans)
-    model = model_source.load_weights(config.model, source, dtype, placement, reports.weights)
+    models = model_source.load_spans(config.model, source, dtype, placement, reports.weights, held)
     max_pages = -(-context // page_size)
     kv_layout = cache_memory.make_layout(
         placement,
@@ -265,6 +299,7 @@ def _build_parts(
         served,
         most_pages=max_requests * max_pages,
         page_major=on_gpu or implementations.wants_page_major(choices),
+        num_layers=num_layers,
         num_replicas=config.parallel.data_parallel,
     )
     if group is not None:  # the machine with the least memory decides
@@ -300,10 +335,8 @@ def _build_parts(
             num_replicas=config.parallel.data_parallel,
             device=devices_lib.name(device.device_kind, config),
             dtype=dtype.name,
-            model_bytes=loading.model_bytes(source.config, dtype),
-            cache_bytes=kv_layout.shape.cache_bytes
-            * source.config.num_layers
-            * placement.num_devices,
+            model_bytes=loading.model_bytes(source.config, dtype, held),
+            cache_bytes=kv_layout.shape.cache_bytes * num_layers * placement.num_devices,
             num_pages=sizes.num_pages,
             page_size=page_size,
             max_requests=max_requests,
@@ -317,48 +350,55 @@ def _build_parts(
         )
     )
     with step_trace.programs_that_traces_know(config.profile.steps > 0):
-        step_runner = runner.Runner(
-            model,
+        make = (
+            functools.partial(runner.Runner, models[0])
+            if spans is None
+            else functools.partial(segment_runner.SegmentRunner, models)
+        )
+        step_runner: runner.Runner | segment_runner.SegmentRunner = make(
             kv_layout=kv_layout,
             sizes=sizes,
             bucket_list=bucket_list,
             max_context_len=context,
             placement=placement,
             threads=config.compile.threads,
-            ways=ways_at_start,
+            ways=chosen.ways,
             watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
             progress=reports.program,
+        )
+    swap = None
+    if plan_source is not None:
+        assert isinstance(step_runner, runner.Runner), "segments keep their plans"
+        swap = plan_swap.PlanSwap(
+            plan_source,
+            step_runner,
+            choose=functools.partial(_choose_again, chosen, choose),
         )
     return _Parts(
         source=source,
         config=config,
         step_runner=step_runner,
+        dtype=dtype,
+        spans=spans,
         sizes=sizes,
         buckets=bucket_list,
         page_size=page_size,
         context_len=context,
-        plans=None
-        if plan_source is None
-        else plan_swap.PlanSwap(
-            plan_source,
-            step_runner,
-            read=functools.partial(_other_plans, chosen, choose),
-            ways=ways,
-        ),
+        plans=swap,
     )
 
 
-def _other_plans(
+def _choose_again(
     running: step_choice.Chosen, choose: Callable[[], step_choice.Chosen]
-) -> Mapping[bucket_lib.Bucket, Plan]:
-    """The plans that the knobs choose by now.
+) -> step_choice.Chosen:
+    """What the knobs choose by now.
 
     Raises:
-        ValueError: There are none, or they need more than an engine can change as it runs.
+        ValueError: Nothing, or what an engine cannot change as it runs.
     """
     wanted = choose()
     step_choice.check_swap(running, wanted)
-    return wanted.plans
+    return wanted
 
 
 def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
@@ -371,11 +411,14 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         penalty_requests=sizes.penalty_requests,
         fixed_ways=parts.config.batch.batch_invariant,
     )
-    own = parts.step_runner
+    own: runner.StepRunner = parts.step_runner
+    if group is not None:
+        assert isinstance(own, runner.Runner), "processes share whole models"
+        own = lockstep.LeadRunner(own, group)
     return engine.Engine(
-        own if group is None else lockstep.LeadRunner(own, group),
+        own,
         scheduler.Scheduler(limits, parts.buckets, pages.PageAllocator(sizes.num_pages)),
-        inputs.InputBuilder(sizes, page_size=parts.page_size, max_context_len=parts.context_len),
+        _builder(parts),
         engine.Limits(
             vocab_size=source.config.vocab_size,
             max_context_len=parts.context_len,
@@ -385,6 +428,22 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         run_ahead=parts.config.batch.async_scheduling,
         trace=step_trace.StepTrace(parts.config.profile),
         plans=parts.plans,
+    )
+
+
+def _builder(parts: _Parts) -> inputs.StepBuilder:
+    whole = inputs.InputBuilder(
+        parts.sizes, page_size=parts.page_size, max_context_len=parts.context_len
+    )
+    if parts.spans is None:
+        return whole
+    return segment_inputs.SegmentInputBuilder(
+        whole,
+        parts.spans,
+        num_layers=parts.source.config.num_layers,
+        bucket_list=parts.buckets,
+        hidden_size=parts.source.config.hidden_size,
+        dtype=parts.dtype,
     )
 
 

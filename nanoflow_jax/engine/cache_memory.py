@@ -22,15 +22,17 @@ def make_layout(
     most_pages: int,
     page_major: bool,
     num_replicas: int,
+    num_layers: int | None = None,
 ) -> layout_lib.PageMajorLayout | layout_lib.TokenMinorLayout:
     """The cache of one layer: as many pages as memory allows and all requests could use.
 
-    Each device has some kv heads of every page.
+    Each device has some kv heads of every page. All layers of the model have one, unless told how
+    many do.
     """
     local = placement.mesh.local_devices
     device = local[0]
     kind = layout_lib.PageMajorLayout if page_major else layout_lib.TokenMinorLayout
-    shape, page_bytes = _page(served)
+    shape, page_bytes = _page(served, num_layers)
     num_pages = section.num_pages
     # The host's memory is one, however many devices it plays.
     sharers = len(local) * num_replicas if device.platform == "cpu" else 1
@@ -58,6 +60,7 @@ def tokens_beside_weights(
     served: kernel_choice.Served,
     *,
     weight_bytes: int,
+    num_layers: int | None = None,
 ) -> int:
     """Tokens that the cache of a GPU will have room for once its share of the weights is there.
 
@@ -66,14 +69,17 @@ def tokens_beside_weights(
         section: The knobs.
         served: What a device has of the model.
         weight_bytes: Of that share.
+        num_layers: That have a cache; all of the model unless told how many.
     """
     if section.num_pages:
         return section.num_pages * served.page_size
     room = (_free_bytes(device) - weight_bytes) * section.memory_fraction
-    return max(0, int(room // _page(served)[1])) * served.page_size
+    return max(0, int(room // _page(served, num_layers)[1])) * served.page_size
 
 
-def _page(served: kernel_choice.Served) -> tuple[layout_lib.CacheShape, int]:
+def _page(
+    served: kernel_choice.Served, num_layers: int | None
+) -> tuple[layout_lib.CacheShape, int]:
     """The shape of a cache of one page in one layer, and the bytes of that page in all layers."""
     shape = layout_lib.CacheShape(
         num_pages=1,
@@ -82,7 +88,7 @@ def _page(served: kernel_choice.Served) -> tuple[layout_lib.CacheShape, int]:
         head_dim=served.config.head_dim,
         dtype=served.dtype,
     )
-    return shape, shape.page_bytes * served.config.num_layers
+    return shape, shape.page_bytes * (num_layers or served.config.num_layers)
 
 
 def _free_bytes(device: jax.Device) -> int:

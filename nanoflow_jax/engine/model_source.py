@@ -5,7 +5,7 @@ import hashlib
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -150,14 +150,29 @@ def load_weights(
     progress: Callable[[loading.Progress], None],
 ) -> transformer.Transformer:
     """The model with its weights on its devices, random ones where they are asked for."""
+    whole = [architecture.Span(0, source.config.num_layers)]
+    [model] = load_spans(section, source, dtype, placement, progress, whole)
+    return model
+
+
+def load_spans(
+    section: config_lib.ModelSection,
+    source: ModelSource,
+    dtype: np.dtype[Any],
+    placement: placement_lib.Placement,
+    progress: Callable[[loading.Progress], None],
+    spans: Sequence[architecture.Span],
+) -> list[transformer.Transformer]:
+    """Some layers of it, as models of their own; see `loading.load_spans`."""
     if section.random_weights or source.folder is None:
-        return loading.random_model(
+        return loading.random_spans(
             source.config,
+            spans,
             seed=section.weight_seed,
             dtype=dtype,
             placement=placement,
             progress=progress,
         )
-    return loading.load_model(
-        source.folder, source.config, dtype=dtype, placement=placement, progress=progress
+    return loading.load_spans(
+        source.folder, source.config, spans, dtype=dtype, placement=placement, progress=progress
     )

@@ -6,16 +6,13 @@ them: pages, tokens and programs that draw know nothing of plans.
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from nanoflow_jax import config as config_lib
-from nanoflow_jax.engine import inputs, runner
-from nanoflow_jax.engine import ways as ways_lib
-from nanoflow_jax.nanobatch.plan import Plan
-from nanoflow_jax.scheduler.buckets import Bucket
+from nanoflow_jax.engine import inputs, runner, step_choice
 
 _LOG = logging.getLogger(__name__)
 _PERIOD_S = 1.0
@@ -82,8 +79,7 @@ class PlanSwap:
         file: WatchedFile,
         step_runner: runner.Runner,
         *,
-        read: Callable[[], Mapping[Bucket, Plan]],
-        ways: Callable[[Mapping[Bucket, Plan]], Mapping[Bucket, ways_lib.Way]],
+        choose: Callable[[], step_choice.Chosen],
         period_s: float = _PERIOD_S,
     ) -> None:
         """Starts to watch.
@@ -91,12 +87,11 @@ class PlanSwap:
         Args:
             file: As it was before the plans that run were read.
             step_runner: That runs them.
-            read: Plans of all buckets, made of what runs now; ValueError if they cannot be.
-            ways: How they run.
+            choose: Reads the file; ValueError if what it says cannot run with what was loaded.
             period_s: Between two looks at the file.
         """
         self._file, self._runner = file, step_runner
-        self._read, self._ways = read, ways
+        self._choose = choose
         self._period_s = period_s
         self._ready: runner.Forwards | None = None
         self._lock, self._ends = threading.Lock(), threading.Event()
@@ -111,12 +106,12 @@ class PlanSwap:
     def _prepare(self) -> None:
         path = self._file.path
         try:
-            plans = self._read()
+            chosen = self._choose()
             _LOG.warning("%s has changed; its plans are compiled beside the steps", path)
             with self._lock:  # it is compared with what runs, which must not change meanwhile
                 self._ready = None
             forwards = self._runner.compile_forwards(
-                plans, self._ways(plans), gives_up=self._ends.is_set
+                chosen.plans, chosen.ways, gives_up=self._ends.is_set
             )
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             _LOG.error("the plans that run are kept: %s", error)
@@ -124,7 +119,7 @@ class PlanSwap:
         with self._lock:
             self._ready = forwards
 
-    def turn(self, builder: inputs.InputBuilder) -> inputs.InputBuilder:
+    def turn(self, builder: inputs.StepBuilder) -> inputs.StepBuilder:
         """What writes the inputs of the next step: another one where other plans are ready.
 
         Args:
@@ -134,6 +129,7 @@ class PlanSwap:
             forwards, self._ready = self._ready, None
         if forwards is None:
             return builder
+        assert isinstance(builder, inputs.InputBuilder), "segments keep their plans"
         self._runner.take(forwards)
         _LOG.warning(
             "plans of %s run from now on: %s",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import executors, invariance, kernel_choice, plan_choice
+from nanoflow_jax.engine import ways as ways_lib
 from nanoflow_jax.nanobatch.operations import LayerShape
 from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.scheduler.buckets import Bucket
@@ -17,14 +18,16 @@ class Chosen:
     Attributes:
         plans: Of all buckets.
         by_columns: Products whose weight the plans want split by columns.
-        executor: That runs them.
+        executor: That runs those that cut.
         kernels: What operations are made of.
+        ways: How each bucket runs.
     """
 
     plans: dict[Bucket, Plan]
     by_columns: frozenset[str]
     executor: config_lib.Executor
     kernels: kernel_choice.Choices
+    ways: dict[Bucket, ways_lib.Way]
 
 
 def choose(
@@ -61,33 +64,26 @@ def choose(
         on_gpu=on_gpu,
         interprets=config.kernels.gemm == config_lib.KernelUse.INTERPRET,
     )
+    served = dataclasses.replace(served, by_columns=by_columns)
     kernels = kernel_choice.choose(
         config.kernels,
         machine,
-        dataclasses.replace(served, by_columns=by_columns),
+        served,
         caps_products=executors.caps_products(plans.values()),
     )
-    return Chosen(plans=plans, by_columns=by_columns, executor=executor, kernels=kernels)
+    ways = ways_lib.choose(config, executor, plans, machine=machine, served=served, on_gpu=on_gpu)
+    return Chosen(plans=plans, by_columns=by_columns, executor=executor, kernels=kernels, ways=ways)
 
 
 def check_swap(running: Chosen, wanted: Chosen) -> None:
-    """Makes sure that other plans need no more than what was loaded and chosen at the start.
-
-    Any executor runs a plan that splits nothing, and our products keep to any share of the SMs.
+    """Makes sure that other plans run with the weights as they were loaded.
 
     Raises:
-        ValueError: They need more.
+        ValueError: They want them otherwise.
     """
-    needs: list[tuple[object, object]] = []
-    if wanted.executor not in (running.executor, config_lib.Executor.SEQUENTIAL):
-        needs.append((f"--executor={wanted.executor}", running.executor))
     if wanted.by_columns != running.by_columns:
-        names = (", ".join(sorted(one.by_columns)) or "none" for one in (wanted, running))
-        needs.append((f"weights split by columns: {next(names)}", next(names)))
-    for operation, choice in wanted.kernels.by_operation.items():
-        had = running.kernels[operation].maker
-        if choice.maker not in (had, kernel_choice.Maker.PLAIN):
-            needs.append((f"{operation} made of {choice.maker}", had))
-    if needs:
-        said = "; ".join(f"{need}, and the engine was started with {had}" for need, had in needs)
-        raise ValueError(f"the plans need {said}; start it again with these plans")
+        names = [", ".join(sorted(one.by_columns)) or "none" for one in (wanted, running)]
+        raise ValueError(
+            "weights split by columns are those of {}, and of {} since the start; start again with "
+            "these plans".format(*names)
+        )

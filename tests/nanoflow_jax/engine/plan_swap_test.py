@@ -122,31 +122,21 @@ def test_without_the_flag_no_file_is_watched():
     assert plan_swap.watched(config.EngineConfig.from_knobs(plan="plans.json")) is None
 
 
-def _chosen(executor=config.Executor.SEQUENTIAL, columns=(), gemm=kernel_choice.Maker.PLAIN):
-    makers = dict.fromkeys(kernel_choice.Operation, kernel_choice.Maker.PLAIN)
-    makers[kernel_choice.Operation.GEMM] = gemm
-    kernels = {name: kernel_choice.Choice(maker=m, reason="") for name, m in makers.items()}
+def _chosen(*columns):
     return step_choice.Chosen(
         plans={},
         by_columns=frozenset(columns),
-        executor=executor,
-        kernels=kernel_choice.Choices(by_operation=kernels, num_ctas=1),
+        executor=config.Executor.SEQUENTIAL,
+        kernels=kernel_choice.Choices(by_operation={}, num_ctas=1),
+        ways={},
     )
 
 
-def test_plans_that_need_less_than_was_chosen_may_follow():
-    running = _chosen(config.Executor.GRAPH, {"o"}, kernel_choice.Maker.MOSAIC)
-    step_choice.check_swap(running, running)
-    less = _chosen(config.Executor.SEQUENTIAL, {"o"})
-    step_choice.check_swap(running, less)
-
-
-def test_plans_that_need_what_was_not_chosen_are_refused():
-    wanted = _chosen(config.Executor.GRAPH, {"o"}, kernel_choice.Maker.MOSAIC)
+def test_plans_that_want_weights_otherwise_than_they_were_loaded_are_refused():
+    step_choice.check_swap(_chosen("o"), _chosen("o"))
     message = (
-        "the plans need --executor=graph, and the engine was started with sequential; weights "
-        "split by columns: o, and the engine was started with none; gemm made of Mosaic "
-        "kernel, and the engine was started with plain; start it again with these plans"
+        "weights split by columns are those of down, o, and of none since the start; start again "
+        "with these plans"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        step_choice.check_swap(_chosen(), wanted)
+        step_choice.check_swap(_chosen(), _chosen("o", "down"))
