@@ -13,7 +13,7 @@ from nanoflow_jax.nanobatch.plan import Plan
 SHAPE = operations.LayerShape()
 HALVES = builders.halves(SHAPE, num_tokens=512)
 EIGHT = builders.tensor_parallel(
-    dataclasses.replace(SHAPE, num_devices=8), num_tokens=512, gathers=False
+    dataclasses.replace(SHAPE, num_devices=8), num_tokens=512, gathers=()
 )
 NUM_LAYERS = 4
 

@@ -94,7 +94,7 @@ def _try_halve(
     device = builders.share_out(num_sms, granule=section.plan_granule)
     if shape.num_devices == 1:
         return builders.halves(shape, num_tokens=bucket.tokens, device=device)
-    return builders.tensor_parallel(shape, num_tokens=bucket.tokens, gathers=False, device=device)
+    return builders.tensor_parallel(shape, num_tokens=bucket.tokens, gathers=(), device=device)
 
 
 def _from_file(path: Path, buckets: Sequence[Bucket], shape: LayerShape) -> dict[Bucket, Plan]:

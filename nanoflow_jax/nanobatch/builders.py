@@ -129,7 +129,7 @@ def tensor_parallel(
     *,
     num_tokens: int,
     first: int | None = None,
-    gathers: bool = True,
+    gathers: Collection[str] = ("a",),
     device: Device | None = None,
 ) -> Plan:
     """Several devices to a layer: collectives and decode attention under products.
@@ -147,13 +147,14 @@ def tensor_parallel(
         up_gate, down B     |            down_reduce A
 
     A's o has its weight by columns, between two gathers; B's has it along the summed axis, before
-    an all-reduce, which replaces both of B's gathers: a gather before o could hide under nothing.
+    an all-reduce, which replaces both of B's gathers. Where both gather, the gather before B's o
+    hides under A's o and the one after it under A's up_gate.
 
     Args:
         shape: Of a layer, on at least two devices.
         num_tokens: Tokens of the dense batch, at least four granules.
         first: Tokens of half A, a multiple of the granule; half of all if None.
-        gathers: Whether A's o is the one by columns; otherwise it is as B's.
+        gathers: Which halves' o is by columns, of `a` and `b`.
         device: How to share each GPU; None takes the defaults.
 
     Raises:
@@ -170,17 +171,19 @@ def tensor_parallel(
     beside_network = device.num_sms - device.network_ctas
     early = _Layer(shape, compute=beside_network - device.attention_ctas, device=device)
     late = _Layer(shape, compute=beside_network, device=device)
-    output = ("attention_gather", "o_columns", "o_gather") if gathers else ("o", "o_reduce")
+    a_gathers, b_gathers = "a" in gathers, "b" in gathers
     order = [
         *early.attention(a1),
         *early.attention(a2),
         *early.nano("prefill_attention", a),
         *early.attention(b1),
+        # A collective ends a CUDA graph: before it, A2's attention needs a product in its own.
+        *(early.gather(a, after=("norm_kqv.2",)) if a_gathers else ()),
         *early.attention(b2),
         *early.nano("prefill_attention", b),
-        *(nano for name in output for nano in early.nano(name, a)),
-        *late.nano("o", b),
-        *late.nano("o_reduce", b),
+        *(early.gather(b) if b_gathers else ()),
+        *early.output(a, gathers=a_gathers),
+        *late.output(b, gathers=b_gathers),
         *late.feed_forward(a),
         *late.nano("down_reduce", a),
         *late.feed_forward(b),
@@ -230,6 +233,14 @@ class _Layer:
 
     def attention(self, tokens: TokenRange) -> list[NanoOperation]:
         return [*self.before_attention([tokens]), *self.nano("decode_attention", tokens)]
+
+    def gather(self, tokens: TokenRange, *, after: tuple[str, ...] = ()) -> list[NanoOperation]:
+        (nano,) = self.nano("attention_gather", tokens)
+        return [dataclasses.replace(nano, after=after)]
+
+    def output(self, tokens: TokenRange, *, gathers: bool) -> list[NanoOperation]:
+        names = ("o_columns", "o_gather") if gathers else ("o", "o_reduce")
+        return [nano for name in names for nano in self.nano(name, tokens)]
 
     def feed_forward(self, tokens: TokenRange, *, shift: int = 0) -> list[NanoOperation]:
         names = ("norm", "route", "up_gate", "down")

@@ -123,6 +123,13 @@ class Analysis:
             return True
         return not any(self.graph.are_ordered(first, second) for first in mine for second in others)
 
+    @property
+    def collectives(self) -> tuple[str, ...]:
+        """Operations of the plan that devices do together."""
+        names = dict.fromkeys(nano.operation for nano in self.plan.order)
+        of_network = Resource.NETWORK
+        return tuple(n for n in names if self.plan.graph.by_name[n].resource is of_network)
+
     def beside(self, *names: str) -> Iterator[Beside]:
         """Nano-operations of these operations, with what is to run beside them of other tokens.
 

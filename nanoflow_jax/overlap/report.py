@@ -10,7 +10,6 @@ from nanoflow_jax.overlap.analysis import Analysis
 from nanoflow_jax.overlap.step import Step
 
 _MOST_NAMED = 3
-_SUMS = ("o_reduce", "down_reduce")
 # Of the sum of all durations, the most that the longest chain may take.
 _LONGEST = 0.70
 # XLA's short kernels hide less than their plan would have them.
@@ -49,7 +48,8 @@ def _findings(found: Analysis, step: Step, prediction: Prediction | str) -> Iter
         claim = f"decode attention may run beside {others} of other tokens"
         yield _beside(found, claim, "decode_attention")
     if step.num_devices > 1:
-        yield _beside(found, "sums over devices may run beside computing for other tokens", *_SUMS)
+        claim = "collectives may run beside computing for other tokens"
+        yield _beside(found, claim, *found.collectives)
     pairs = [f"{found.name(a)} and {found.name(b)}" for a, b in found.products_at_once()]
     yield Finding(
         claim="products wait for each other",

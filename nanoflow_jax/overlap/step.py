@@ -12,7 +12,7 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax.deviceless import compiler
 from nanoflow_jax.deviceless.devices import Device, find_device
 from nanoflow_jax.deviceless.program import Program
-from nanoflow_jax.engine import executors, implementations, kernel_choice, programs
+from nanoflow_jax.engine import executors, implementations, kernel_choice, plan_choice, programs
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.models import architecture, layers, loading, transformer
 from nanoflow_jax.nanobatch.plan import Plan
@@ -53,7 +53,7 @@ class Step:
     max_pages: int = 32
 
     def __post_init__(self) -> None:
-        loading.place_model(self.model, self.num_devices, split_experts=self.split_experts)
+        self.placement  # noqa: B018 (raises where they cannot)
 
     @property
     def cache_bytes(self) -> int:
@@ -68,7 +68,10 @@ class Step:
     @property
     def placement(self) -> placement_lib.Placement:
         """How the model lies on the devices, which are absent."""
-        return loading.place_model(self.model, self.num_devices, split_experts=self.split_experts)
+        placed = loading.place_model(self.model, self.num_devices, split_experts=self.split_experts)
+        return placed.with_columns(
+            plan_choice.by_columns([self.plan]), hidden_size=self.model.hidden_size
+        )
 
     @property
     def share(self) -> architecture.ModelConfig:
@@ -90,7 +93,13 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
     """
     device = find_device(step.device)
     placement, share = step.placement, step.share
-    served = kernel_choice.Served(config=share, dtype=_DTYPE, page_size=step.page_size)
+    served = kernel_choice.Served(
+        config=share,
+        dtype=_DTYPE,
+        page_size=step.page_size,
+        num_devices=step.num_devices,
+        by_columns=placement.by_columns,
+    )
     choices = kernel_choice.choose(
         step.kernels,
         _machine(device),
@@ -171,7 +180,7 @@ class _AbstractWeights:
     def __call__(self, spec: layers.ParamSpec) -> jax.ShapeDtypeStruct:
         whole = jax.ShapeDtypeStruct(spec.shape, _DTYPE)
         held = jax.eval_shape(lambda weight: self._placement.lay_out(weight, spec.axes), whole)
-        sharding = self._placement.sharding(spec.axes)
+        sharding = self._placement.sharding(spec.axes, spec.product)
         return jax.ShapeDtypeStruct(held.shape, _DTYPE, sharding=sharding)
 
 

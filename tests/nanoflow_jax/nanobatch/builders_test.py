@@ -77,9 +77,20 @@ def test_a_half_of_nothing_is_refused():
 
 
 def test_without_gathers_both_halves_reduce():
-    plan = builders.tensor_parallel(TENSOR, num_tokens=512, gathers=False)
+    plan = builders.tensor_parallel(TENSOR, num_tokens=512, gathers=())
     assert _ranges(plan, "o") == _ranges(plan, "o_reduce") == [(0, 256), (256, 512)]
     assert not any("gather" in key or "columns" in key for key in plan.keys)
+
+
+def test_where_both_halves_gather_one_is_multiplied_while_the_other_is_on_its_way():
+    plan = builders.tensor_parallel(TENSOR, num_tokens=512, gathers=("a", "b"))
+    assert _ranges(plan, "o_columns") == [(0, 256), (256, 512)]
+    assert plan.ways["o"] == {"gather"}
+    order = [key for key in plan.keys if key.startswith(("attention_gather", "o_"))]
+    assert order == [
+        *("attention_gather.0", "attention_gather.1"),
+        *("o_columns.0", "o_gather.0", "o_columns.1", "o_gather.1"),
+    ]
 
 
 def test_a_smaller_device_is_shared_alike():

@@ -20,7 +20,7 @@ from nanoflow_jax.scheduler.buckets import Bucket
 _8B = huggingface.read_config(presets.load("llama-3-8b"))
 _CONTEXTS = timeline.Contexts(decode_len=768.0, prefix_len=256.0)
 _ATTENTION = "decode attention may run beside products of other tokens"
-_SUMS = "sums over devices may run beside computing for other tokens"
+_SUMS = "collectives may run beside computing for other tokens"
 _PRODUCTS = "products wait for each other"
 _CHAIN = "the longest chain takes at most 70% of the sum of predicted times"
 _SMS = "what runs at once fits the 132 SMs"

@@ -27,9 +27,11 @@ _HALVES = builders.halves(_8B.layer_shape, num_tokens=2048)
 _FEW = Bucket(tokens=512, decode_rows=256, prefill_rows=2)
 _HALVES_OF_FEW = builders.halves(_8B.layer_shape, num_tokens=512)
 _EIGHT = builders.tensor_parallel(
-    dataclasses.replace(_8B.layer_shape, num_devices=8), num_tokens=2048, gathers=False
+    dataclasses.replace(_8B.layer_shape, num_devices=8), num_tokens=2048, gathers=()
 )
 
+
+_PRODUCTS = {"norm_kqv", "o", "o_columns", "up_gate", "down"}
 
 # Each compiles for half a minute.
 _on_new_jax = pytest.mark.skipif(
@@ -171,7 +173,7 @@ def test_sums_over_eight_devices_are_on_their_way_while_other_tokens_are_multipl
     # for 8 bytes of up-gate of a device's share.
     is_old = jax.__version__.startswith("0.10.")
     failed = {
-        "sums over devices may run beside computing for other tokens": "nothing is beside layer 0 "
+        "collectives may run beside computing for other tokens": "nothing is beside layer 0 "
         "down_reduce.1",
         "no kernel of ours spills registers": "8 bytes",
     }
@@ -179,9 +181,7 @@ def test_sums_over_eight_devices_are_on_their_way_while_other_tokens_are_multipl
     found, _ = _checked(_EIGHT)
     beside = _beside(found, "o_reduce", "down_reduce")
     assert beside["layer 0 down_reduce.1"] >= (set() if is_old else {"norm_kqv"})
-    products = {
-        name: others & {"norm_kqv", "o", "up_gate", "down"} for name, others in beside.items()
-    }
+    products = {name: others & _PRODUCTS for name, others in beside.items()}
     assert {name: others for name, others in products.items() if "layer 0" in name and others} == {
         "layer 0 o_reduce.0": {"o"},
         "layer 0 o_reduce.1": {"up_gate", "down"},
@@ -194,3 +194,18 @@ def test_sums_over_eight_devices_are_on_their_way_while_other_tokens_are_multipl
         "layer 1 down_reduce.0",
     }
     assert found.called_wrongly() == {}
+
+
+@_on_new_jax
+def test_gathers_around_o_are_on_their_way_while_other_tokens_are_multiplied():
+    shape = dataclasses.replace(_8B.layer_shape, num_devices=8)
+    plan = builders.tensor_parallel(shape, num_tokens=2048, gathers=("a", "b"))
+    assert _failed(plan, layers=1) == {}
+    found, _ = _checked(plan, layers=1)
+    beside = _beside(found, "attention_gather", "o_gather")
+    assert "prefill_attention" in beside.pop("layer 0 attention_gather.0")
+    assert {name: others & _PRODUCTS for name, others in beside.items()} == {
+        "layer 0 attention_gather.1": {"o_columns"},
+        "layer 0 o_gather.0": {"o_columns"},
+        "layer 0 o_gather.1": {"up_gate", "down"},
+    }
