@@ -6,6 +6,7 @@
 `python -m nanoflow_jax.search simulate --model=llama-3-8b --trace=sharegpt --rates=5,10,20
     --duration_s=300 [--mode=best] [--reached=datasheet] [--output=FILE.json] [--plot=FILE.png]`
 `python -m nanoflow_jax.search draw --input=FILE.json --picture=latency --plot=FILE.png`
+`python -m nanoflow_jax.search draw --plan=FILE.json --model=llama-3-8b --plot=FILE.html`
 
 Exit codes: 0 done, 2 wrong flags or files, 130 interrupted.
 """
@@ -20,7 +21,8 @@ from nanoflow_jax import console
 from nanoflow_jax.cost import datasheets, serving
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import named, presets
-from nanoflow_jax.search import cost_plot, cost_report, simulate_command
+from nanoflow_jax.results import picture_file
+from nanoflow_jax.search import cost_plot, cost_report, plan_picture, simulate_command
 from nanoflow_jax.workload import traces
 
 _FLAGS = absl_flags.FLAGS
@@ -180,7 +182,16 @@ def _simulate() -> int:
 
 
 def _draw_saved() -> int:
-    print(simulate_command.draw(_FLAGS))
+    if not (_FLAGS.plan and _FLAGS.plot):
+        print(simulate_command.draw(_FLAGS))
+        return 0
+    tokens = None if _FLAGS.dense_batch is None else int(_FLAGS.dense_batch)
+    _, config = named.read(_FLAGS.model)
+    picture, title = plan_picture.draw(
+        _FLAGS.plan, config, device=_FLAGS.device, mix=_mix(), tokens=tokens
+    )
+    picture_file.save(picture, _FLAGS.plot, title=title, flag="plot")
+    print(f"{_FLAGS.plot} shows {title}; predicted, nothing was measured")
     return 0
 
 

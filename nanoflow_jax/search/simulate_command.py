@@ -1,18 +1,13 @@
 """`simulate` and `draw`: a serving loop in simulated time, and pictures of what came of it."""
 
 import pathlib
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 from absl import flags as absl_flags
 
-from nanoflow_jax import console
 from nanoflow_jax.cost import serving
 from nanoflow_jax.models import architecture
-from nanoflow_jax.results import svg
+from nanoflow_jax.results import picture_file
 from nanoflow_jax.scheduler import buckets as bucket_list
 from nanoflow_jax.scheduler import scheduler
 from nanoflow_jax.simulator import calibration, loop, measures, pictures, result_file
@@ -20,7 +15,6 @@ from nanoflow_jax.simulator.result_file import OneRate, Simulation
 from nanoflow_jax.simulator.step_time import Mode, Roofline
 from nanoflow_jax.workload import traces
 
-_T = TypeVar("_T")
 _PICTURES = ("latency", "resources", "throughput")
 
 
@@ -82,6 +76,9 @@ def define(values: absl_flags.FlagValues) -> None:
         lower_bound=1e-9,
         flag_values=values,
     )
+    absl_flags.DEFINE_string(
+        "plan", None, "A file of plans: its pipeline is drawn.", flag_values=values
+    )
     absl_flags.DEFINE_list("input", [], "Saved simulations to draw.", flag_values=values)
     absl_flags.DEFINE_enum(
         "picture", "resources", _PICTURES, "What to draw of a simulation.", flag_values=values
@@ -124,7 +121,11 @@ def simulate(
         runs=tuple(runs),
     )
     if flags.output:
-        _write(result_file.write, found, flag="output", path=flags.output)
+        try:
+            result_file.write(found, pathlib.Path(flags.output))
+        except OSError as error:
+            message = f"--output={flags.output} cannot be written: {error.strerror}"
+            raise ValueError(message) from error
     if flags.plot:
         _plot(flags, [found])
     return "\n".join(_text(found, flags.objective_ms / 1e3))
@@ -227,7 +228,9 @@ def draw(flags: absl_flags.FlagValues) -> str:
         ValueError: No such file, or nothing in it to draw so.
     """
     if not flags.input or not flags.plot:
-        raise ValueError("--input names files that simulate wrote, and --plot the picture")
+        raise ValueError(
+            "--input names files that simulate wrote, or --plan one of plans; and --plot a picture"
+        )
     found = []
     for path in flags.input:
         try:
@@ -250,45 +253,4 @@ def _plot(flags: absl_flags.FlagValues, found: list[Simulation]) -> None:
             busiest = found[0].runs[-1]
             rate = "" if busiest.rate is None else f", {busiest.rate:g} requests/s"
             picture = pictures.resources(busiest, title=found[0].title + rate)
-    _write(_save, (picture, found[0].title), flag="plot", path=flags.plot)
-
-
-def _write(how: Callable[[_T, pathlib.Path], None], what: _T, *, flag: str, path: str) -> None:
-    try:
-        how(what, pathlib.Path(path))
-    except OSError as error:
-        raise ValueError(f"--{flag}={path} cannot be written: {error.strerror}") from error
-
-
-def _save(what: tuple[str, str], path: pathlib.Path) -> None:
-    """Writes a picture in the form that the name asks for."""
-    picture, title = what
-    match path.suffix:
-        case ".svg":
-            path.write_text(picture, encoding="utf-8")
-        case ".html":
-            path.write_text(svg.document(picture, title=title), encoding="utf-8")
-        case ".png":
-            _photograph(picture, path)
-        case other:
-            raise ValueError(f"--plot ends in {other!r}; pictures are .svg, .html or .png")
-
-
-def _photograph(picture: str, path: pathlib.Path) -> None:
-    """Has a browser turn a picture into pixels."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        raise ValueError("a .png needs chromium on the path; take .svg or .html")
-    width, height = svg.size(picture)
-    with tempfile.TemporaryDirectory() as folder:
-        page = pathlib.Path(folder, "picture.svg")
-        page.write_text(picture, encoding="utf-8")
-        command = [
-            browser,
-            *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-            *(f"--user-data-dir={folder}", f"--window-size={width},{height}"),
-            *(f"--screenshot={path.resolve()}", page.as_uri()),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not path.is_file():
-        raise console.RunError(f"{browser} made no picture: {done.stderr.strip()[-500:]}")
+    picture_file.save(picture, flags.plot, title=found[0].title, flag="plot")

@@ -5,7 +5,12 @@ import shutil
 
 import pytest
 
+from nanoflow_jax.nanobatch import builders, plan_file
+from nanoflow_jax.nanobatch.operations import LayerShape
+
 _ASKED = ("simulate", "--model=llama-3-8b", "--device=h200", "--input_len=64", "--output_len=8")
+
+_PLAN = ("draw", "--model=llama-3-8b", "--plot=p.svg")
 
 
 def test_rates_are_simulated_saved_and_drawn(ask, tmp_path):
@@ -71,7 +76,10 @@ def test_a_browser_that_makes_no_picture_is_told_of(ask, tmp_path, monkeypatch):
         ((*_ASKED, "--requests=2", "--output=/nowhere/s"), "--output=/nowhere/s cannot be written"),
         ((*_ASKED, "--requests=2", "--plot=/nowhere/s.svg"), "--plot=/nowhere/s.svg cannot be"),
         ((*_ASKED, "--requests=2", "--plot=p.gif"), "--plot ends in '.gif'; pictures are .svg"),
-        (("draw",), "--input names files that simulate wrote, and --plot the picture"),
+        (("draw",), "--input names files that simulate wrote, or --plan one of plans; and"),
+        (("draw", "--plan=p"), "--input names files that simulate wrote, or --plan one of plans"),
+        ((*_PLAN, "--plan=/nowhere"), "--plan=/nowhere cannot be read: No such file"),
+        ((*_PLAN, "--plan=p", "--device=paper:h200"), "--device=paper:h200 has no number of SMs"),
         (("draw", "--input=/nowhere", "--plot=p.svg"), "--input=/nowhere cannot be read: No such"),
     ],
 )
@@ -89,3 +97,21 @@ def test_one_picture_of_latency_shows_one_simulation(ask, tmp_path):
     )
     assert code == 2
     assert complaint.startswith("error: --picture=latency shows one simulation; give one --input")
+
+
+def test_the_pipeline_of_a_plan_is_drawn_with_its_predicted_time(ask, tmp_path):
+    shape = LayerShape(is_sparse=False)
+    plans = [builders.halves(shape, num_tokens=tokens) for tokens in (1024, 2048)]
+    path, plot = tmp_path / "plans.json", tmp_path / "plan.html"
+    path.write_text(plan_file.to_json(plans))
+    asked = ("draw", "--model=llama-3-8b", f"--plan={path}", f"--plot={plot}")
+    code, text, _ = ask(*asked)
+    assert code == 0
+    assert "halves, 2048 tokens of 512/512, H200 SXM: a layer in" in text
+    page = plot.read_text()
+    assert "layer 15 up_gate.0:" in page
+    assert "layer 18 " not in page
+    assert "halves, 1024 tokens" in ask(*asked, "--dense_batch=1024")[1]
+    code, _, complaint = ask(*asked, "--dense_batch=512")
+    assert code == 2
+    assert complaint.startswith(f"error: --dense_batch=512: {path} has plans for 1024, 2048")
