@@ -124,7 +124,12 @@ class BatchSection:
 
     PREFIX = ""
 
-    max_requests: int = knob(0, "Most requests in one step. 0: 64 on CPU, 256 on GPU.", low=0)
+    max_requests: int = knob(
+        0,
+        "Most requests in one step. 0: 64 on CPU; on GPU as many as decode at once in a dense "
+        "batch of requests of 512/512 tokens, if memory holds them.",
+        low=0,
+    )
     dense_batch: int = knob(
         0, "Tokens in a full step, decode rows and chunks together. 0: by device.", low=0
     )

@@ -48,13 +48,14 @@ def reports(
 
 def describe(chosen: build.Settings) -> str:
     """The settings of an engine in a few lines."""
+    reason = f" ({chosen.max_requests_reason})" if chosen.max_requests_reason else ""
     return "\n".join(
         [
             f"device: {chosen.device}; model: {chosen.dtype}, {bytes_text(chosen.model_bytes)}",
             f"cache: {chosen.num_pages} pages of {chosen.page_size} tokens, "
             f"{bytes_text(chosen.cache_bytes)}; context: {chosen.max_context_len} tokens",
-            f"dense batch: {chosen.dense_batch} tokens of at most {chosen.max_requests} requests; "
-            f"buckets: {', '.join(chosen.plans)}"
+            f"dense batch: {chosen.dense_batch} tokens of at most {chosen.max_requests} "
+            f"requests{reason}; buckets: {', '.join(chosen.plans)}"
             + ("; batch invariant" if chosen.batch_invariant else ""),
             f"plan: {_plans(chosen.plans)}; executor: {chosen.executor}",
             f"kernels: {chosen.kernels}",

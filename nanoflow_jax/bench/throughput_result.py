@@ -15,7 +15,7 @@ from nanoflow_jax.results import manifest, provenance
 from nanoflow_jax.workload import file as workload_file
 
 # Not known before the memory is: it may differ from day to day with the same work done.
-_NOT_PLANNED = ("device", "model_bytes", "cache_bytes", "num_pages")
+_NOT_PLANNED = ("device", "model_bytes", "cache_bytes", "num_pages", "max_requests_reason")
 # Ends of the names of kernels' modules.
 _MODULES = {kernel_choice.Maker.MOSAIC: "", kernel_choice.Maker.TRITON: "_triton"}
 _PLACES = ("model", "cache_dir", "dir")

@@ -26,6 +26,7 @@ from nanoflow_jax.engine import (
     plan_swap,
     programs,
     replicas,
+    request_limit,
     runner,
     segment_inputs,
     segment_runner,
@@ -45,16 +46,20 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What measured best on a kind of device; docs/decisions.md has the measurements."""
+    """What measured best on a kind of device; docs/decisions.md has the measurements.
+
+    Attributes:
+        max_requests: None if it depends on the model.
+    """
 
     page_size: int
     tile_len: int
-    max_requests: int
+    max_requests: int | None
     dense_batch: int
 
 
 _CPU = Defaults(page_size=64, tile_len=32, max_requests=64, dense_batch=512)
-_GPU = Defaults(page_size=64, tile_len=128, max_requests=256, dense_batch=2048)
+_GPU = Defaults(page_size=64, tile_len=128, max_requests=None, dense_batch=2048)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,7 @@ class Settings:
     executor: config_lib.Executor
     kernels: kernel_choice.Choices
     batch_invariant: bool = False
+    max_requests_reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,18 +246,7 @@ def _build_parts(
     defaults = defaults_of(device)
     dtype = model_source.run_dtype(config.model.dtype, source.stored_dtype, device.platform)
     context = model_source.context_len(config.model, source.config)
-    asked = config.batch.dense_batch
-    max_requests = config.batch.max_requests or min(
-        defaults.max_requests, asked or defaults.max_requests
-    )
-    dense_batch = asked or max(defaults.dense_batch, max_requests)
-    if dense_batch < max_requests:
-        raise ValueError(
-            f"--dense_batch={dense_batch} is less than --max_requests={max_requests}: each "
-            "running request needs a token of room"
-        )
     is_invariant = config.batch.batch_invariant
-    bucket_list = _buckets(config.batch, max_requests, dense_batch)
     placement = dataclasses.replace(
         loading.place_model(source.config, devices, split_experts=config.parallel.expert_parallel),
         adds_in_order=is_invariant,
@@ -263,6 +258,29 @@ def _build_parts(
         page_size=page_size,
         num_devices=placement.num_devices,
     )
+    held = spans or [architecture.Span(0, source.config.num_layers)]
+    num_layers = sum(stop - start for start, stop in held)
+    limit = request_limit.choose(
+        config.batch,
+        usual=defaults.max_requests,
+        dense_batch=config.batch.dense_batch or defaults.dense_batch,
+        context_len=context,
+        cached_tokens=lambda: cache_memory.tokens_beside_weights(
+            device,
+            config.cache,
+            served,
+            weight_bytes=loading.model_bytes(source.config, dtype, held) // placement.num_devices,
+            num_layers=num_layers,
+        ),
+    )
+    max_requests = limit.max_requests if group is None else group.least(limit.max_requests)
+    dense_batch = config.batch.dense_batch or max(defaults.dense_batch, max_requests)
+    if dense_batch < max_requests:
+        raise ValueError(
+            f"--dense_batch={dense_batch} is less than --max_requests={max_requests}: each "
+            "running request needs a token of room"
+        )
+    bucket_list = _buckets(config.batch, max_requests, dense_batch)
     machine = kernel_choice.machine_of(device)
     shape = dataclasses.replace(source.config.layer_shape, num_devices=placement.num_devices)
     on_gpu = device.platform != "cpu"
@@ -273,8 +291,6 @@ def _build_parts(
     chosen = choose()
     choices = chosen.kernels
     placement = placement.with_columns(chosen.by_columns, hidden_size=source.config.hidden_size)
-    held = spans or [architecture.Span(0, source.config.num_layers)]
-    num_layers = sum(stop - start for start, stop in held)
     models = model_source.load_spans(config.model, source, dtype, placement, reports.weights, held)
     max_pages = -(-context // page_size)
     kv_layout = cache_memory.make_layout(
@@ -324,6 +340,7 @@ def _build_parts(
             num_pages=sizes.num_pages,
             page_size=page_size,
             max_requests=max_requests,
+            max_requests_reason=limit.reason,
             dense_batch=dense_batch,
             max_context_len=context,
             plans={str(bucket): plan.name for bucket, plan in chosen.plans.items()},

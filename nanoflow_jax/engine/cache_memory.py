@@ -32,15 +32,8 @@ def make_layout(
     local = placement.mesh.local_devices
     device = local[0]
     kind = layout_lib.PageMajorLayout if page_major else layout_lib.TokenMinorLayout
-    shape = layout_lib.CacheShape(
-        num_pages=1,
-        page_size=served.page_size,
-        num_kv_heads=served.config.num_kv_heads,
-        head_dim=served.config.head_dim,
-        dtype=served.dtype,
-    )
+    shape, page_bytes = _page(served, num_layers)
     num_pages = section.num_pages
-    page_bytes = shape.page_bytes * (num_layers or served.config.num_layers)
     # The host's memory is one, however many devices it plays.
     sharers = len(local) * num_replicas if device.platform == "cpu" else 1
     free = _free_bytes(device) // sharers
@@ -59,6 +52,43 @@ def make_layout(
             "--dtype=bfloat16, or raise --cache_memory_fraction"
         )
     return kind(shape=dataclasses.replace(shape, num_pages=num_pages))
+
+
+def tokens_beside_weights(
+    device: jax.Device,
+    section: config_lib.CacheSection,
+    served: kernel_choice.Served,
+    *,
+    weight_bytes: int,
+    num_layers: int | None = None,
+) -> int:
+    """Tokens that the cache of a GPU will have room for once its share of the weights is there.
+
+    Args:
+        device: The GPU.
+        section: The knobs.
+        served: What a device has of the model.
+        weight_bytes: Of that share.
+        num_layers: That have a cache; all of the model unless told how many.
+    """
+    if section.num_pages:
+        return section.num_pages * served.page_size
+    room = (_free_bytes(device) - weight_bytes) * section.memory_fraction
+    return max(0, int(room // _page(served, num_layers)[1])) * served.page_size
+
+
+def _page(
+    served: kernel_choice.Served, num_layers: int | None
+) -> tuple[layout_lib.CacheShape, int]:
+    """The shape of a cache of one page in one layer, and the bytes of that page in all layers."""
+    shape = layout_lib.CacheShape(
+        num_pages=1,
+        page_size=served.page_size,
+        num_kv_heads=served.config.num_kv_heads,
+        head_dim=served.config.head_dim,
+        dtype=served.dtype,
+    )
+    return shape, shape.page_bytes * (num_layers or served.config.num_layers)
 
 
 def _free_bytes(device: jax.Device) -> int:

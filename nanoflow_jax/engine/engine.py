@@ -56,25 +56,6 @@ class Counters:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LeftRows:
-    """Hidden states of consecutive positions of a request, which left before the model's end.
-
-    Attributes:
-        request_id: Whose.
-        start: Position of the first.
-        hidden: One row for each.
-    """
-
-    request_id: str
-    start: int
-    hidden: Float[np.ndarray, "n D"]
-
-    def before(self, position: int) -> "LeftRows":
-        """The rows before a position."""
-        return dataclasses.replace(self, hidden=self.hidden[: max(position - self.start, 0)])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _InFlight:
     """A launched step and what is needed to read its results."""
 
@@ -115,7 +96,7 @@ class Engine:
         self._num_added = 0
         self._in_flight: _InFlight | None = None
         self._outbox: list[request_lib.RequestUpdate] = []
-        self._left: list[LeftRows] = []
+        self._left: list[fed_lib.LeftRows] = []
         self._recovery = recovery.Recovery(max_requests=step_scheduler.limits.max_requests)
         self.counters = Counters()
 
@@ -196,9 +177,7 @@ class Engine:
             is_fed=fed is not None,
             draws=fed is None or not fed.leaves,
         )
-        made.fed = fed
-        if fed is not None and fed.leaves:
-            made.token_ids.clear()  # it never draws: these are what comes
+        made.wait_for(fed)
         self._num_added += 1
         self._keys[request.request_id] = key
         self._sequences[key] = made
@@ -229,15 +208,7 @@ class Engine:
                 token of the one before was drawn.
         """
         key = self._keys[request_id]
-        made = self._sequences[key]
-        assert made.fed is not None
-        count = len(token_ids)
-        if hidden is not None:
-            count = len(hidden)
-            made.fed.add(hidden)
-        if made.fed.leaves:
-            made.token_ids += token_ids if hidden is None else [0] * count
-        self._scheduler.feed(key, count)
+        self._scheduler.feed(key, self._sequences[key].feed(token_ids, hidden))
 
     def truncate(self, request_id: str, position: int) -> None:
         """Forgets the rows of a request that is fed at and after a position.
@@ -249,11 +220,7 @@ class Engine:
         key = self._keys.get(request_id)
         if key is None:
             return  # it failed, or its last token was in flight
-        made = self._sequences[key]
-        assert made.fed is not None
-        made.fed.truncate(position)
-        kept = position if made.fed.leaves else max(made.prompt_len, position + 1)
-        del made.token_ids[kept:]
+        self._sequences[key].truncate(position)
         self._scheduler.truncate(key, position)
         self._outbox = [one for one in self._outbox if one.request_id != request_id]
         self._left = [
@@ -267,7 +234,7 @@ class Engine:
         except jax.errors.JaxRuntimeError as error:
             self._recover(error)
 
-    def take_left(self) -> list["LeftRows"]:
+    def take_left(self) -> list[fed_lib.LeftRows]:
         """Hidden states that left since the last call, in order."""
         left, self._left = self._left, []
         return [one for one in left if len(one.hidden)]
@@ -474,7 +441,7 @@ class Engine:
             made = self._sequences.get(who.request_id)
             if made is not None:
                 name = made.request.request_id
-                self._left.append(LeftRows(request_id=name, start=who.start, hidden=hidden))
+                self._left.append(fed_lib.LeftRows(request_id=name, start=who.start, hidden=hidden))
 
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken."""

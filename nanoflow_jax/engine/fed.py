@@ -1,6 +1,7 @@
 """What comes from outside for a request that runs some layers only, and is not computed yet."""
 
 import collections
+import dataclasses
 
 import numpy as np
 from jaxtyping import Float
@@ -60,3 +61,22 @@ class Fed:
             kept.append(rows[:keep])
             keep -= len(kept[-1])
         self._rows = collections.deque(rows for rows in kept if len(rows))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeftRows:
+    """Hidden states of consecutive positions of a request, which left before the model's end.
+
+    Attributes:
+        request_id: Whose.
+        start: Position of the first.
+        hidden: One row for each.
+    """
+
+    request_id: str
+    start: int
+    hidden: Float[np.ndarray, "n D"]
+
+    def before(self, position: int) -> "LeftRows":
+        """The rows before a position."""
+        return dataclasses.replace(self, hidden=self.hidden[: max(position - self.start, 0)])

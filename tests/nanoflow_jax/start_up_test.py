@@ -78,5 +78,9 @@ def test_settings_are_said_and_handed_on() -> None:
         "kernels: gemm plain (why 0), grouped gemm plain (why 1), decode attention plain (why 2), "
         "prefill attention plain (why 3)",
     ]
+    reasoned = dataclasses.replace(_SETTINGS, max_requests_reason="memory holds 9 of 64 tokens")
+    assert "at most 8 requests (memory holds 9 of 64 tokens); buckets: " in start_up.describe(
+        reasoned
+    )
     invariant = dataclasses.replace(_SETTINGS, batch_invariant=True)
     assert "buckets: 8:8:0, 32:8:8; batch invariant\n" in start_up.describe(invariant)

@@ -132,6 +132,8 @@ class Policy:
         embedding: Where the embedding must run; None is anywhere.
         head: Where the head must run, and with it sampling.
         activation_bytes: Of a number of a hidden state that is sent.
+        least_saving: A split must save this share of the server's charge, or the server does all if
+            it may and can; each split costs a round trip for every token.
         best_effort: Answer all_server where no placement meets the deadlines, not reject.
         max_labels: Partial placements kept for each node and side; more are thinned out.
     """
@@ -147,6 +149,7 @@ class Policy:
     embedding: Side | None = None
     head: Side | None = None
     activation_bytes: float = 2.0
+    least_saving: float = 0.0
     best_effort: bool = False
     max_labels: int = 1024
 
@@ -156,6 +159,10 @@ class Policy:
         for name in ("grid", "pinned_first", "pinned_last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 or more")
+        if not 0 <= self.least_saving < 1:
+            raise ValueError(
+                f"least_saving={self.least_saving:g} is outside [0, 1); 0.1 is a tenth"
+            )
         if not 0 < self.activation_bytes <= 4:
             raise ValueError(f"activation_bytes={self.activation_bytes:g} is outside (0, 4]")
         if self.max_labels < 16:

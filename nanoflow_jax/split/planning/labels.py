@@ -123,7 +123,7 @@ def ways(
     return Found(tuple(Way(label[:4], _states(label)) for label in last), is_complete)
 
 
-_TOLL_STEPS = 12
+_TOLL_STEPS = 20
 
 
 def tolls(chain: Chain, *, rank: int) -> Tolls:
@@ -135,7 +135,7 @@ def tolls(chain: Chain, *, rank: int) -> Tolls:
     """
     limits = (chain.limits[0], chain.limits[1], chain.total)
     shares = [0.0, 0.0, 0.0]  # toll x limit
-    best, highest = _FREE, -math.inf
+    best, highest, boldness = _FREE, -math.inf, 1.0
     for _ in range(_TOLL_STEPS):
         tried = Tolls(
             **{
@@ -151,6 +151,8 @@ def tolls(chain: Chain, *, rank: int) -> Tolls:
         bound = _weighted(way.vector, tried.weights(chain)) - tried.of_limits(chain)
         if bound > highest:
             best, highest = tried, bound
+        else:
+            boldness /= 2
         first, second, _, _ = way.vector
         used = (first, second, first + chain.weight * second)
         over = [
@@ -160,7 +162,7 @@ def tolls(chain: Chain, *, rank: int) -> Tolls:
         length = sum(one**2 for one in over)
         if not length or bound >= rank:
             break
-        step = (rank - bound) / length
+        step = boldness * (rank - bound) / length
         shares = [max(0.0, share + step * one) for share, one in zip(shares, over, strict=True)]
     return best
 

@@ -1,10 +1,12 @@
 """`plan`: where one request's layers would run, what that comes to, and what deadlines cost."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags as absl_flags
 
+from nanoflow_jax import flags
 from nanoflow_jax.models import named, presets
 from nanoflow_jax.split.planning import drawing, planner, profile_file, report
 from nanoflow_jax.split.planning.asked import Policy, Prices, Request, Side
@@ -16,42 +18,43 @@ _MILLI = 1e-3
 
 def define(values: absl_flags.FlagValues) -> None:
     """Defines the command's flags."""
+    common = flags.of_program(values)
     absl_flags.DEFINE_string(
         "model",
         None,
         f"A model folder, or one of {', '.join(presets.names())}.",
-        flag_values=values,
+        **common,
     )
     for name, what in (("client", "client"), ("server", "server"), ("link", "link")):
-        absl_flags.DEFINE_string(name, None, f"JSON profile of the {what}.", flag_values=values)
+        absl_flags.DEFINE_string(name, None, f"JSON profile of the {what}.", **common)
     _define_request(values)
     define_policy(values)
     absl_flags.DEFINE_string(
-        "plot", None, "Also draw the plan and the frontier, in this SVG file.", flag_values=values
+        "plot", None, "Also draw the plan and the frontier, in this SVG file.", **common
     )
 
 
 def _define_request(values: absl_flags.FlagValues) -> None:
-    absl_flags.DEFINE_integer("prompt_len", 512, "Tokens of the prompt.", flag_values=values)
-    absl_flags.DEFINE_float(
-        "output_len", 128, "Tokens that are generated, on average.", flag_values=values
-    )
+    common = flags.of_program(values)
+    absl_flags.DEFINE_integer("prompt_len", 512, "Tokens of the prompt.", **common)
+    absl_flags.DEFINE_float("output_len", 128, "Tokens that are generated, on average.", **common)
     absl_flags.DEFINE_integer(
         "output_len_high",
         None,
         "Tokens that deadlines and memory are kept for; unset: the average.",
-        flag_values=values,
+        **common,
     )
     for name, what in (
         ("ttft_ms", "the first token"),
         ("tpot_ms", "each further token"),
         ("e2e_ms", "the whole answer"),
     ):
-        absl_flags.DEFINE_float(name, None, f"Deadline of {what}; unset: none.", flag_values=values)
+        absl_flags.DEFINE_float(name, None, f"Deadline of {what}; unset: none.", **common)
 
 
 def define_policy(values: absl_flags.FlagValues) -> None:
     """Defines flags of what placements may look like, with the policy's own defaults."""
+    common = flags.of_program(values)
     default = Policy()
     absl_flags.DEFINE_enum(
         "accounting",
@@ -59,47 +62,49 @@ def define_policy(values: absl_flags.FlagValues) -> None:
         [str(one) for one in Accounting],
         "What a request is charged: what it adds to steps that run anyway, its share of them, or "
         "the first and the memory of its cached tokens, each at its price.",
-        flag_values=values,
+        **common,
+    )
+    absl_flags.DEFINE_float("second_price", 1.0, "Of a second of the server; priced.", **common)
+    absl_flags.DEFINE_float(
+        "gigabyte_second_price", 0.0, "Of its memory for cached tokens; priced.", **common
     )
     absl_flags.DEFINE_float(
-        "second_price", 1.0, "Of a second of the server; priced.", flag_values=values
-    )
-    absl_flags.DEFINE_float(
-        "gigabyte_second_price", 0.0, "Of its memory for cached tokens; priced.", flag_values=values
-    )
-    absl_flags.DEFINE_float(
-        "guard", default.guard, "Keep deadlines with this share of their time.", flag_values=values
+        "guard", default.guard, "Keep deadlines with this share of their time.", **common
     )
     absl_flags.DEFINE_integer(
         "grid",
         default.grid,
         "Change the machine only before each n-th layer; 0: between any two nodes.",
-        flag_values=values,
+        **common,
     )
     absl_flags.DEFINE_boolean(
-        "migrate", False, "Decode may be placed otherwise than prefill.", flag_values=values
+        "migrate", False, "Decode may be placed otherwise than prefill.", **common
     )
     absl_flags.DEFINE_list(
         "client_layers",
         None,
         "Layers that the client holds, as 0:8,28:32; unset: the whole model.",
-        flag_values=values,
+        **common,
     )
     absl_flags.DEFINE_integer(
-        "client_first", 0, "The first so many layers run on the client.", flag_values=values
+        "client_first", 0, "The first so many layers run on the client.", **common
     )
     absl_flags.DEFINE_integer(
-        "client_last", 0, "The last so many layers run on the client.", flag_values=values
+        "client_last", 0, "The last so many layers run on the client.", **common
     )
     for name in ("embedding", "head"):
-        absl_flags.DEFINE_enum(
-            name, "any", list(_SIDES), f"Where the {name} must run.", flag_values=values
-        )
+        absl_flags.DEFINE_enum(name, "any", list(_SIDES), f"Where the {name} must run.", **common)
+    absl_flags.DEFINE_float(
+        "least_saving",
+        default.least_saving,
+        "A split must save this share of the server's charge.",
+        **common,
+    )
     absl_flags.DEFINE_boolean(
         "best_effort",
         False,
         "Let the server do all of a request whose deadlines nothing meets.",
-        flag_values=values,
+        **common,
     )
 
 
@@ -127,6 +132,7 @@ def policy(values: absl_flags.FlagValues) -> Policy:
         pinned_last=_value(values, "client_last"),
         embedding=_SIDES[_value(values, "embedding")],
         head=_SIDES[_value(values, "head")],
+        least_saving=_value(values, "least_saving"),
         best_effort=_value(values, "best_effort"),
     )
 
@@ -165,8 +171,8 @@ def _path(values: absl_flags.FlagValues, name: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def run(values: absl_flags.FlagValues) -> int:
-    """Plans, prints and perhaps draws."""
+def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
+    """Plans, says it and perhaps draws it."""
     name, config = named.read(_value(values, "model"))
     asked = report.Question(
         model=Model(name, config),
@@ -180,7 +186,7 @@ def run(values: absl_flags.FlagValues) -> int:
     points = planner.frontier(*asked.ends, asked.request, asked.policy)
     if _value(values, "plot"):
         write_picture(_value(values, "plot"), drawing.draw(asked, verdict, points))
-    print(report.text(asked, verdict, points))  # noqa: T201
+    say(report.text(asked, verdict, points))
     return 0
 
 

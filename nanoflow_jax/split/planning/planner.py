@@ -30,6 +30,24 @@ class Stretch:
     stop: int
 
 
+def layers_of(model: Model, stretch: Stretch) -> tuple[int, int]:
+    """Layers [start, stop) of a stretch, as an engine of pieces runs them.
+
+    The embedding goes with layer 0, the head with the last.
+
+    Raises:
+        ValueError: It begins or ends within a layer, or between a layer and embedding or head.
+    """
+    ends = {0: 0, len(model.nodes): model.config.num_layers}
+    borders = ends | {1 + 2 * layer: layer for layer in range(1, model.config.num_layers)}
+    if stretch.start not in borders or stretch.stop not in borders:
+        raise ValueError(
+            f"nodes {stretch.start}:{stretch.stop} are no whole layers; plan with a grid of at "
+            "least 1"
+        )
+    return borders[stretch.start], borders[stretch.stop]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
     """Where a time goes, in seconds, one after the other.
@@ -132,11 +150,16 @@ def plan(
         ValueError: The policy contradicts itself or the model, or a profile lacks what is needed.
     """
     problem = problems.build(model, client, server, link, request, policy)
-    all_server = problems.outcome(problem, baselines.all_on(problem, Side.SERVER))
+    alone = baselines.all_on(problem, Side.SERVER)
+    all_server = problems.outcome(problem, alone)
     placed = search.cheapest(problem, max_labels=policy.max_labels)
     if placed is None:
         return _not_met(problem, all_server, policy)
-    kind = _kind(placed)
+    if kind_of(alone) is VerdictKind.ALL_SERVER and all_server.meets(problem.limits):
+        charge = problems.outcome(problem, placed).charge
+        if charge and charge > (1 - policy.least_saving) * all_server.charge:
+            placed = alone
+    kind = kind_of(placed)
     return Verdict(
         kind=kind,
         plan=as_plan(problem, placed),
@@ -151,14 +174,14 @@ _REASONS = {
     VerdictKind.SPLIT: "sharing the layers charges the server least within the deadlines",
     VerdictKind.ALL_CLIENT: "the client meets the deadlines by itself",
     VerdictKind.ALL_SERVER: "no placement with layers on the client is within the deadlines and "
-    "charges the server less",
+    "charges the server enough less",
 }
 
 
 def _not_met(problem: Problem, all_server: Outcome, policy: Policy) -> Verdict:
     best = _best(problem)
     placed = baselines.all_on(problem, Side.SERVER)
-    is_served = policy.best_effort and _kind(placed) is VerdictKind.ALL_SERVER
+    is_served = policy.best_effort and kind_of(placed) is VerdictKind.ALL_SERVER
     missed = _missed(problem, best)
     return Verdict(
         kind=VerdictKind.ALL_SERVER if is_served else VerdictKind.REJECT,
@@ -199,7 +222,8 @@ def _best(problem: Problem) -> Best:
     return Best(ttft_s=least["ttft"], tpot_s=least["tpot"], e2e_s=least["e2e"])
 
 
-def _kind(placed: Placement) -> VerdictKind:
+def kind_of(placed: Placement) -> VerdictKind:
+    """All on one side, or split."""
     sides = {*placed.prefill, *placed.decode}
     if sides == {Side.SERVER}:
         return VerdictKind.ALL_SERVER
@@ -327,7 +351,7 @@ def frontier(
         if least is None or rank[0] < least[0]:
             least = rank
             points.append(
-                FrontierPoint(stretch=needed, kind=_kind(placed), plan=as_plan(problem, placed))
+                FrontierPoint(stretch=needed, kind=kind_of(placed), plan=as_plan(problem, placed))
             )
     return tuple(points)
 

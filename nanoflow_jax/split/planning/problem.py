@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 
 from nanoflow_jax.cost.node_work import Node, NodeKind
+from nanoflow_jax.split.planning import places
 from nanoflow_jax.split.planning.asked import Policy, Request, Side
 from nanoflow_jax.split.planning.costs import Accounting, Model, NodeCosts
 from nanoflow_jax.split.planning.profiles import DeviceProfile, LinkProfile
@@ -21,7 +22,6 @@ from nanoflow_jax.split.planning.profiles import DeviceProfile, LinkProfile
 PER_SECOND = 10**12
 _TOKEN_BYTES = 4
 _GIGA = 1e9
-_BOTH = frozenset(Side)
 
 Pair = tuple[int, int]  # of the client, of the server; or to the client, to the server
 
@@ -237,10 +237,11 @@ class _Builder:
                 f"{request.prompt_len} tokens in and {request.most_output} out are more than the "
                 f"{self._model.config.max_context_len} that {self._model.name} sees; ask for fewer"
             )
-        allowed = _allowed(self._model, policy)
+        allowed = places.allowed(self._model, policy)
+        self._check_server(allowed)
         units = tuple(
-            self._unit(start, stop, _common(self._model, allowed, start, stop, policy))
-            for start, stop in _spans(self._model, policy)
+            self._unit(start, stop, places.common(self._model, allowed, start, stop, policy))
+            for start, stop in places.spans(self._model, policy)
         )
         keep = policy.guard
         return Problem(
@@ -256,6 +257,17 @@ class _Builder:
             ),
             migrates=policy.migrates,
         )
+
+    def _check_server(self, allowed: Sequence[frozenset[Side]]) -> None:
+        """It holds the weights of all that it may run, for all requests together."""
+        pairs = zip(self._model.nodes, allowed, strict=True)
+        held = sum(self._charged.weight_bytes(n) for n, sides in pairs if Side.SERVER in sides)
+        room = self._charged.device.memory_bytes
+        if held > room:
+            raise ValueError(
+                f"the server's {room / 1e9:g} GB do not hold {held / 1e9:,.1f} GB of weights of "
+                f"{self._model.name}; describe more devices, or leave it fewer layers"
+            )
 
     def _unit(self, start: int, stop: int, allowed: frozenset[Side]) -> Unit:
         nodes = self._model.nodes[start:stop]
@@ -349,80 +361,3 @@ def _up(seconds: float) -> int:
 
 def _down(seconds: float | None, guard: float) -> int | None:
     return None if seconds is None else math.floor(seconds * guard * PER_SECOND)
-
-
-def _spans(model: Model, policy: Policy) -> list[tuple[int, int]]:
-    """Nodes [start, stop) of each unit."""
-    num_nodes = len(model.nodes)
-    if not policy.grid:
-        return [(node, node + 1) for node in range(num_nodes)]
-    layers = range(0, model.config.num_layers, policy.grid)
-    starts = [0 if layer == 0 else 1 + 2 * layer for layer in layers]
-    return list(zip(starts, [*starts[1:], num_nodes], strict=True))
-
-
-def _allowed(model: Model, policy: Policy) -> list[frozenset[Side]]:
-    """Where each node may run, for what the client has and what is pinned."""
-    num_layers = model.config.num_layers
-    if policy.pinned_first + policy.pinned_last > num_layers:
-        raise ValueError(
-            f"{policy.pinned_first} first and {policy.pinned_last} last layers are pinned to the "
-            f"client, but {model.name} has {num_layers}"
-        )
-    held = _held(model, policy)
-    found = [_BOTH if has else frozenset({Side.SERVER}) for has in held]
-    last = num_layers - policy.pinned_last
-    for index, node in enumerate(model.nodes):
-        pins = set()
-        if _is_pinned(node, policy, last):
-            pins.add(Side.CLIENT)
-        if node.kind is NodeKind.EMBEDDING and policy.embedding is not None:
-            pins.add(policy.embedding)
-        if node.kind is NodeKind.HEAD and policy.head is not None:
-            pins.add(policy.head)
-        for pin in pins:
-            found[index] &= {pin}
-        if not found[index]:
-            raise ValueError(
-                f"{node.name} may run nowhere: it is pinned to both sides, or to a client that "
-                "does not have it; change what is pinned or what the client holds"
-            )
-    return found
-
-
-def _is_pinned(node: Node, policy: Policy, last: int) -> bool:
-    if node.layer is None:
-        first = node.kind is NodeKind.EMBEDDING
-        return bool(policy.pinned_first if first else policy.pinned_last)
-    return node.layer < policy.pinned_first or node.layer >= last
-
-
-def _held(model: Model, policy: Policy) -> list[bool]:
-    """Whether the client has each node."""
-    num_layers = model.config.num_layers
-    if policy.held_layers is None:
-        return [True] * len(model.nodes)
-    layers: set[int] = set()
-    for start, stop in policy.held_layers:
-        if not 0 <= start < stop <= num_layers:
-            raise ValueError(
-                f"the client cannot hold layers {start}:{stop} of {model.name}, which has "
-                f"{num_layers}; give START:STOP within them"
-            )
-        layers.update(range(start, stop))
-    ends = {NodeKind.EMBEDDING: 0, NodeKind.HEAD: num_layers - 1}
-    return [(ends[n.kind] if n.layer is None else n.layer) in layers for n in model.nodes]
-
-
-def _common(
-    model: Model, allowed: Sequence[frozenset[Side]], start: int, stop: int, policy: Policy
-) -> frozenset[Side]:
-    """Where all nodes of a unit may run."""
-    common = frozenset.intersection(*allowed[start:stop])
-    if not common:
-        raise ValueError(
-            f"{model.nodes[start].name} to {model.nodes[stop - 1].name} are placed together by "
-            f"grid={policy.grid}, but some must run on the client and some on the server; take a "
-            "finer grid"
-        )
-    return common

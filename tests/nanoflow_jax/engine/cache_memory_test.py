@@ -73,3 +73,19 @@ def test_f5_more_pages_than_there_is_memory_are_refused_with_the_most_that_fit(m
         "most 80, or leave it out for as many as fit"
     ):
         _layout(80 * page + 1, monkeypatch, num_pages=81)
+
+
+def test_the_tokens_that_a_gpu_will_hold_are_what_the_weights_leave(monkeypatch):
+    page = 2 * 16 * 4 * 8 * 4 * 2
+    monkeypatch.setattr(cache_memory, "_free_bytes", lambda device: 110 * page)
+    opened = model_source.open_model(config.ModelSection(model=str(_CASE.path)))
+    served = kernel_choice.Served(config=opened.config, dtype=np.dtype(np.float32), page_size=16)
+
+    def tokens(weight_bytes, **knobs):
+        return cache_memory.tokens_beside_weights(
+            jax.devices()[0], config.CacheSection(**knobs), served, weight_bytes=weight_bytes
+        )
+
+    assert tokens(10 * page, memory_fraction=0.5) == 50 * 16
+    assert tokens(200 * page) == 0
+    assert tokens(200 * page, num_pages=3) == 3 * 16

@@ -172,6 +172,36 @@ def _check_same(outputs, wanted):
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_sessions_that_come_and_go_at_any_time_give_their_tokens(server, client, wanted, seed):
+    random = np.random.default_rng(seed)
+    engines = (client, server)
+    later, running, cut_short = [], [], []
+    for i in range(12):
+        borders = sorted(random.choice([1, 2, 3], random.integers(1, 4), replace=False).tolist())
+        plan = _cut(*borders, engines=engines[:: random.choice([1, -1])])
+        chunk = int(random.integers(1, 12))
+        later.append(_session(str(i), int(random.integers(len(_PROMPTS))), plan, chunk=chunk))
+    for i, asked in enumerate(_ordinary()):
+        engines[i % 2].add(asked)
+    sessions = list(later)
+    while later or client.has_work or server.has_work:
+        if later and random.random() < 0.5:
+            running.append(later.pop())
+            running[-1].open()
+        piece_runs.turn(engines, sessions)
+        if running and random.random() < 0.05:
+            cut_short.append(running.pop(int(random.integers(len(running)))))
+            cut_short[-1].close()
+    assert server.engine.num_pages_used == client.engine.num_pages_used == 0
+    assert server.engine.num_late_compiles == client.engine.num_late_compiles == 0
+    for session in sessions:
+        tokens = wanted[0][_PROMPTS.index(session.prompt)]
+        assert session.token_ids == tokens[: len(session.token_ids)]
+        assert session in cut_short or len(session.token_ids) == _LENGTH
+    assert len(cut_short) < len(sessions)
+
+
 def test_layers_that_a_client_runs_cost_the_server_nothing(monkeypatch, server, client):
     steps = _Steps(monkeypatch, server)
     session = _session("a", 0, _cut(3, engines=(client, server)))
@@ -508,6 +538,7 @@ def test_ranges_of_layers_that_are_none_are_refused(folder, layers, text):
     [
         ("--data_parallel", {"data_parallel": 2}),
         ("--batch_invariant", {"batch_invariant": True, "buckets": ""}),
+        ("--plan_watch", {"plan_watch": True}),
     ],
 )
 def test_knobs_for_engines_of_whole_models_are_refused(folder, name, knobs):

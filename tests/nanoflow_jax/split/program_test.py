@@ -8,6 +8,7 @@ import split_profiles
 from absl import flags as absl_flags
 
 from nanoflow_jax.split import __main__ as program
+from nanoflow_jax.split.planning import study_command
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -138,18 +139,29 @@ def test_a_rejected_request_is_drawn_with_its_frontier_alone(ask, tmp_path):
     assert not list(picture.iter(f"{_SVG}circle"))
 
 
+@pytest.mark.parametrize(("name", "flag"), [("plan", "--ttft_ms"), ("study", "--[no]region")])
+def test_help_of_a_command_lists_its_flags(name, flag):
+    command = [sys.executable, "-m", "nanoflow_jax.split", name, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert flag in shown.stdout
+
+
 def test_planning_loads_no_jax():
     code = "import sys; from nanoflow_jax.split import __main__ as p; p.command(['', 'plan']); "
-    code += "assert 'jax' not in sys.modules"
+    code += "p.command(['', 'study']); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do first: one of plan; got nothing"),
-        (["price"], "say what to do first: one of plan; got price"),
-        ([*_SPLIT, "more"], "say what to do first: one of plan; got plan more"),
+        ([], "say what to do first: one of client, plan, serve, study; got nothing"),
+        (["price"], "say what to do first: one of client, plan, serve, study; got price"),
+        (
+            [*_SPLIT, "more"],
+            "say what to do first: one of client, plan, serve, study; got plan more",
+        ),
         (["plan"], "--model names the model to work it out for: a folder, or one of"),
         (["plan", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
         (["plan", "--model=llama-3-8b"], "--client names the JSON profile of the client, as in"),
@@ -175,3 +187,24 @@ def test_a_broken_profile_is_a_message_with_its_file(ask, tmp_path):
     code, _, complaint = ask(*_SPLIT, f"--client={path}")
     assert code == 2
     assert complaint == f"error: {path}: the file.device is missing; wanted a string\n"
+
+
+def test_a_study_is_a_table_of_each_accounting_and_of_where_a_third_is_saved(ask, monkeypatch):
+    monkeypatch.setattr(study_command, "_SLACKS", (2.0,))
+    monkeypatch.setattr(study_command, "_RTTS_MS", (10,))
+    code, text, _ = ask(
+        "study", f"--profiles={split_profiles.FOLDER}", "--requests=1", "--accounting=average"
+    )
+    assert code == 0
+    assert text.startswith("average accounting, 1 requests for each setting:\n\n| setting | load |")
+    rows = [line for line in text.splitlines() if line.startswith(("| h100, answer", "| l4, tok"))]
+    assert len(rows) == 6
+    assert all(0 <= float(row.split(" | ")[1]) <= 1 for row in rows)
+    assert "| l4, deadlines of tokens | 2x |" in text
+    assert text.count("| round trip 10 ms | ") == 4
+
+
+def test_a_study_without_its_profiles_is_a_message(ask):
+    code, _, complaint = ask("study", "--profiles=/nowhere")
+    assert code == 2
+    assert "No such file or directory: '/nowhere/phone.json'" in complaint

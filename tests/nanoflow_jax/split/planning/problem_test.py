@@ -180,6 +180,12 @@ def _unrowed():
             ),
             "priced accounting charges memory for as long as a request may last; give an end-to-",
         ),
+        (
+            lambda: _build(
+                server=dataclasses.replace(split_profiles.device("h100"), memory_bytes=1e10)
+            ),
+            "the server's 10 GB do not hold 16.1 GB of weights of llama-3-8b; describe",
+        ),
         (lambda: _build(server=_unrowed()), "profile h100-class has no row_us of embedding, which"),
         (
             lambda: _build(client=dataclasses.replace(_unrowed(), model="x")),
@@ -204,6 +210,7 @@ def _unrowed():
         (lambda: Policy(guard=1.1), r"guard=1.1 is outside \(0, 1\]; 0.9 keeps a tenth in hand"),
         (lambda: Policy(grid=-1), "grid=-1 is negative; give 0 or more"),
         (lambda: Policy(activation_bytes=0), r"activation_bytes=0 is outside \(0, 4\]"),
+        (lambda: Policy(least_saving=1), r"least_saving=1 is outside \[0, 1\); 0.1 is a tenth"),
         (lambda: Policy(max_labels=3), "max_labels=3 is under 16; too few to plan with"),
         (lambda: Prices(second=-1), "the price second=-1 is not zero or a positive number"),
     ],

@@ -1,13 +1,14 @@
 import dataclasses
 import math
+from unittest import mock
 
 import hypothesis
 import pytest
 import split_problems
 from hypothesis import strategies as st
 
+from nanoflow_jax.split.planning import labels, search
 from nanoflow_jax.split.planning import problem as problems
-from nanoflow_jax.split.planning import search
 
 _MODES = ("e2e", "two", "all", "migrate")
 _SEEDS = st.integers(0, 2**32)
@@ -66,15 +67,32 @@ def test_more_time_or_memory_never_costs_more(mode, seed, more):
 
 
 @pytest.mark.parametrize("mode", _MODES)
-@hypothesis.settings(max_examples=6)
 @hypothesis.given(seed=_SEEDS)
 def test_what_tolls_leave_out_is_nothing_better(mode, seed):
-    asked = split_problems.random_problem(seed, mode=mode, num_units=14, unit_of_time=10**6)
-    found = search.cheapest(asked, max_labels=None)
+    units = 6 if mode == "migrate" else 10
+    asked = split_problems.random_problem(seed, mode=mode, num_units=units, unit_of_time=10**6)
+    with mock.patch.object(search, "_FEW", 4):  # so that the first search seldom is complete
+        found = search.cheapest(asked, max_labels=None)
     everything = [
         problems.outcome(asked, one).rank for one in search.undominated(asked, max_labels=None)
     ]
     assert (found and problems.outcome(asked, found).rank) == min(everything, default=None)
+
+
+def test_a_first_search_that_is_not_complete_is_followed_by_one_with_tolls():
+    asked = split_problems.random_problem(11, mode="two", num_units=20, unit_of_time=10**6)
+    with mock.patch.object(labels, "tolls", wraps=labels.tolls) as tolls:
+        found = search.cheapest(asked, max_labels=None)
+    assert tolls.called
+    (chain, *_), rank = tolls.call_args.args, tolls.call_args.kwargs["rank"]
+    paid = labels.tolls(chain, rank=rank)
+    assert max(paid.first, paid.second, paid.total) > 0
+    # The least of rank and tolls is a bound: nothing within the limits is under it.
+    way = labels.least(chain, paid.weights(chain))
+    weights = paid.weights(chain)
+    least = sum(v * w for v, w in zip(way.vector, weights, strict=True)) - paid.of_limits(chain)
+    charge, crossings, units = problems.outcome(asked, found).rank
+    assert least <= charge << 24 | crossings << 12 | units
 
 
 @pytest.mark.parametrize("mode", _MODES)
