@@ -137,6 +137,21 @@ class ServingCost:
         return max(times, key=lambda name: times[name])
 
 
+def cache_bytes(model: Sizes, cluster: Cluster) -> float:
+    """Of memory, what weights leave.
+
+    Raises:
+        ValueError: They leave nothing.
+    """
+    room = cluster.memory_bytes - _BYTES * model.held_parameters
+    if room <= 0:
+        raise ValueError(
+            f"weights of {_BYTES * model.held_parameters / 1e9:.0f} GB do not fit in "
+            f"{cluster.memory_bytes / 1e9:.0f} GB; take more devices, or larger ones"
+        )
+    return room
+
+
 def largest_batch(model: Sizes, cluster: Cluster, mix: Mix) -> tuple[float, float]:
     """Requests that memory holds beside the weights, and the dense batch that keeps it full.
 
@@ -145,12 +160,7 @@ def largest_batch(model: Sizes, cluster: Cluster, mix: Mix) -> tuple[float, floa
     Raises:
         ValueError: The weights leave no room, or nothing is generated.
     """
-    room = cluster.memory_bytes - _BYTES * model.held_parameters
-    if room <= 0:
-        raise ValueError(
-            f"weights of {_BYTES * model.held_parameters / 1e9:.0f} GB do not fit in "
-            f"{cluster.memory_bytes / 1e9:.0f} GB; take more devices, or larger ones"
-        )
+    room = cache_bytes(model, cluster)
     if mix.output_len == 0:
         raise ValueError("requests without output fill no memory; give a dense batch")
     requests = room / (model.kv_bytes_per_token * mix.decode_context)

@@ -28,7 +28,11 @@ def draw(
     begin, end = min(s.start_s for s in shown), max(s.end_s for s in shown)
     scale = (_WIDTH - _LEFT - _RIGHT) / (end - begin)
     lanes = [lane for lane in Resource if any(s.resource is lane for s in shown)]
-    parts = [f'<text class="title" x="{_LEFT}" y="22">{html.escape(title)}</text>']
+    bottom = _TOP + len(lanes) * _LANE
+    parts = [
+        f'<text class="title" x="{_LEFT}" y="22">{html.escape(title)}</text>',
+        *_time_axis((end - begin) * 1e6, bottom, scale / 1e6),
+    ]
     for i, lane in enumerate(lanes):
         base = _TOP + i * _LANE + _BAR
         parts.append(f'<text x="8" y="{base - _BAR // 2}">{lane.value}</text>')
@@ -36,9 +40,7 @@ def draw(
         for span in (s for s in shown if s.resource is lane):
             left = _LEFT + (span.start_s - begin) * scale
             parts.append(_bar(span, left, base, scale, num_sms=num_sms))
-    base = _TOP + len(lanes) * _LANE
-    parts += _time_axis((end - begin) * 1e6, base, scale / 1e6)
-    return svg.page(_WIDTH, base + _BOTTOM, parts)
+    return svg.page(_WIDTH, bottom + _BOTTOM, parts)
 
 
 def _bar(span: Span, left: float, base: int, scale: float, *, num_sms: int) -> str:

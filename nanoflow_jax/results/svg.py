@@ -1,6 +1,7 @@
 """What all pictures share."""
 
 import html
+import re
 from collections.abc import Iterable
 
 # Told apart by people who do not see all colours (Okabe and Ito).
@@ -27,6 +28,13 @@ def page(width: int, height: int, parts: Iterable[str]) -> str:
     )
     ground = f'<style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
     return "\n".join([head, ground, *parts, "</svg>", ""])
+
+
+def size(picture: str) -> tuple[int, int]:
+    """Width and height of a picture that `page` made, in pixels."""
+    found = re.match(r'<svg [^>]*width="(\d+)" height="(\d+)"', picture)
+    assert found, "not made by page"
+    return int(found[1]), int(found[2])
 
 
 def document(picture: str, *, title: str) -> str:

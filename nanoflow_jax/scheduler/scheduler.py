@@ -263,7 +263,7 @@ class Scheduler:
             taken = self._pages.try_take(self._reserved(entry))
             if taken is None:
                 return None
-            entry.pages = taken
+            entry.pages = tuple(taken)
         self._waiting.remove(entry)
         entry.slot = self._slots.pop()
         if entry.uses_penalties:
@@ -297,7 +297,7 @@ class Scheduler:
         while needed > 0:
             taken = self._pages.try_take(needed)
             if taken is not None:
-                entry.pages.extend(taken)
+                entry.pages = (*entry.pages, *taken)
                 return True
             victim = self._find_victim() if preempt else None
             if victim is None or victim is entry:
@@ -324,7 +324,7 @@ class Scheduler:
         self._slots.append(entry.slot)
         if entry.penalty_slot is not None:
             self._penalty_slots.append(entry.penalty_slot)
-        entry.pages, entry.slot, entry.penalty_slot = [], None, None
+        entry.pages, entry.slot, entry.penalty_slot = (), None, None
         self._running.remove(entry)
 
     def _launch(self, entry: Entry, length: int) -> Row:
@@ -342,7 +342,7 @@ class Scheduler:
             length=length,
             slot=entry.slot,
             penalty_slot=entry.penalty_slot,
-            pages=tuple(entry.pages),
+            pages=entry.pages,
             samples=samples,
             is_first=start == 0,
         )

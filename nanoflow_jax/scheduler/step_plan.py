@@ -1,6 +1,7 @@
 """What the scheduler knows of a request, and what it decides for one step."""
 
 import dataclasses
+from typing import NamedTuple
 
 from nanoflow_jax.scheduler import buckets
 
@@ -40,7 +41,7 @@ class Entry:
     draws: bool = True
     computed: int = 0
     in_flight: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
+    pages: tuple[int, ...] = ()
     slot: int | None = None
     penalty_slot: int | None = None
 
@@ -65,9 +66,10 @@ class Entry:
         return (self.priority, self.arrival)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """Tokens [start, start + length) of one request, to run in a step.
+
+    A tuple, since a step makes a thousand of them and a tuple is made in a third of the time.
 
     Attributes:
         request_id: Whose tokens.

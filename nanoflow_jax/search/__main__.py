@@ -1,8 +1,12 @@
-"""What bounds a model on some devices, before anything is run; and made-up requests to run.
+"""What bounds a model on devices, before anything runs; made-up requests; simulated serving.
 
 `python -m nanoflow_jax.search cost --model=llama-2-70b --device=a100-80g --devices=8
     --input_len=512 --output_len=512 [--plot=FILE.svg]`
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
+`python -m nanoflow_jax.search simulate --model=llama-3-8b --trace=sharegpt --rates=5,10,20
+    --duration_s=300 [--mode=best] [--reached=datasheet] [--output=FILE.json] [--plot=FILE.png]`
+`python -m nanoflow_jax.search draw --input=FILE.json --picture=latency --plot=FILE.png`
+`python -m nanoflow_jax.search draw --plan=FILE.json --model=llama-3-8b --plot=FILE.html`
 
 Exit codes: 0 done, 2 wrong flags or files, 130 interrupted.
 """
@@ -17,7 +21,8 @@ from nanoflow_jax import console
 from nanoflow_jax.cost import datasheets, serving
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import named, presets
-from nanoflow_jax.search import cost_plot, cost_report
+from nanoflow_jax.results import picture_file
+from nanoflow_jax.search import cost_plot, cost_report, plan_picture, simulate_command
 from nanoflow_jax.workload import traces
 
 _FLAGS = absl_flags.FLAGS
@@ -74,7 +79,10 @@ def define(values: absl_flags.FlagValues) -> None:
     )
     absl_flags.DEFINE_integer("seed", 0, "Of what is made up.", lower_bound=0, flag_values=values)
     absl_flags.DEFINE_string(
-        "output", None, "Made-up requests go into this CSV file.", flag_values=values
+        "output",
+        None,
+        "Made-up requests go into this CSV file, what was simulated into this JSON file.",
+        flag_values=values,
     )
     absl_flags.DEFINE_float(
         "dense_batch",
@@ -84,8 +92,13 @@ def define(values: absl_flags.FlagValues) -> None:
         flag_values=values,
     )
     absl_flags.DEFINE_string(
-        "plot", None, "Also draw where the workload sits, in this SVG file.", flag_values=values
+        "plot",
+        None,
+        "Also draw where the workload sits, in this SVG file; or what was simulated, in an SVG, "
+        "HTML or PNG file.",
+        flag_values=values,
     )
+    simulate_command.define(values)
 
 
 def _cluster() -> serving.Cluster:
@@ -162,7 +175,27 @@ def _trace() -> int:
     return 0
 
 
-_COMMANDS = {"cost": _cost, "trace": _trace}
+def _simulate() -> int:
+    name, config = named.read(_FLAGS.model)
+    print(simulate_command.simulate(_FLAGS, name=name, config=config, cluster=_cluster()))
+    return 0
+
+
+def _draw_saved() -> int:
+    if not (_FLAGS.plan and _FLAGS.plot):
+        print(simulate_command.draw(_FLAGS))
+        return 0
+    tokens = None if _FLAGS.dense_batch is None else int(_FLAGS.dense_batch)
+    _, config = named.read(_FLAGS.model)
+    picture, title = plan_picture.draw(
+        _FLAGS.plan, config, device=_FLAGS.device, mix=_mix(), tokens=tokens
+    )
+    picture_file.save(picture, _FLAGS.plot, title=title, flag="plot")
+    print(f"{_FLAGS.plot} shows {title}; predicted, nothing was measured")
+    return 0
+
+
+_COMMANDS = {"cost": _cost, "trace": _trace, "simulate": _simulate, "draw": _draw_saved}
 
 
 def _run(arguments: list[str]) -> int:

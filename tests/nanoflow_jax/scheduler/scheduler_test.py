@@ -490,6 +490,7 @@ def test_check_notices_a_lost_page():
     host = _Host()
     host.add("a", _Job(prompt_len=30, output_len=5))
     host.step()
-    host.scheduler._running[0].pages.pop()
+    entry = host.scheduler._running[0]
+    entry.pages = entry.pages[:-1]
     with pytest.raises(AssertionError, match="a page is lost"):
         host.scheduler.check()

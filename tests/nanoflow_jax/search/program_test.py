@@ -1,24 +1,7 @@
 import pictures
 import pytest
-from absl import flags as absl_flags
 
 from nanoflow_jax.engine import model_source
-from nanoflow_jax.search import __main__ as program
-
-
-@pytest.fixture
-def ask(monkeypatch, capsys):
-    """Runs the program; gives its exit code, what it printed, and what it complained of."""
-
-    def run(*arguments):
-        values = absl_flags.FlagValues()
-        program.define(values)
-        monkeypatch.setattr(program, "_FLAGS", values)
-        code = program.main(list(values(["search", *arguments])))
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
 
 
 def _line(text, start):
@@ -72,8 +55,8 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do: one of cost, trace; got nothing"),
-        (["price"], "say what to do: one of cost, trace; got price"),
+        ([], "say what to do: one of cost, trace, simulate, draw; got nothing"),
+        (["price"], "say what to do: one of cost, trace, simulate, draw; got price"),
         (["trace"], "--output names the CSV file that the requests go into"),
         (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
         (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),

@@ -1,0 +1,256 @@
+"""`simulate` and `draw`: a serving loop in simulated time, and pictures of what came of it."""
+
+import pathlib
+from collections.abc import Iterator
+
+from absl import flags as absl_flags
+
+from nanoflow_jax.cost import serving
+from nanoflow_jax.models import architecture
+from nanoflow_jax.results import picture_file
+from nanoflow_jax.scheduler import buckets as bucket_list
+from nanoflow_jax.scheduler import scheduler
+from nanoflow_jax.simulator import calibration, loop, measures, pictures, result_file
+from nanoflow_jax.simulator.result_file import OneRate, Simulation
+from nanoflow_jax.simulator.step_time import Mode, Roofline
+from nanoflow_jax.workload import traces
+
+_PICTURES = ("latency", "resources", "throughput")
+
+
+def define(values: absl_flags.FlagValues) -> None:
+    """Defines the flags of both."""
+    absl_flags.DEFINE_list("rates", [], "Rates to simulate one after another.", flag_values=values)
+    absl_flags.DEFINE_float(
+        "duration_s",
+        None,
+        "Simulated arrivals go on for so long, in place of --requests; needs a rate.",
+        lower_bound=1e-9,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_enum_class(
+        "mode", Mode.BEST, Mode, "How the operations of a layer run.", flag_values=values
+    )
+    absl_flags.DEFINE_enum(
+        "reached",
+        "datasheet",
+        sorted(calibration.REACHED),
+        "What operations reach of a datasheet.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_integer(
+        "data_parallel",
+        1,
+        "Copies of the model, on --devices each.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_integer(
+        "page_size", 16, "Tokens in one page.", lower_bound=1, flag_values=values
+    )
+    absl_flags.DEFINE_boolean(
+        "fixed_batch",
+        False,
+        "Run every step as a full dense batch, as NanoFlow does, rather than by the smallest of "
+        "the default buckets.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_float(
+        "host_ms", 2.0, "Of the host for each step.", lower_bound=0, flag_values=values
+    )
+    absl_flags.DEFINE_boolean(
+        "async_scheduling", True, "Plan a step while the last one runs.", flag_values=values
+    )
+    absl_flags.DEFINE_integer(
+        "max_tokens",
+        None,
+        "What requests ask for at most; they end where the trace has it, which the scheduler does "
+        "not know. Unset: it knows.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_float(
+        "objective_ms",
+        200.0,
+        "Wanted of the mean normalised latency.",
+        lower_bound=1e-9,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_string(
+        "plan", None, "A file of plans: its pipeline is drawn.", flag_values=values
+    )
+    absl_flags.DEFINE_list("input", [], "Saved simulations to draw.", flag_values=values)
+    absl_flags.DEFINE_enum(
+        "picture", "resources", _PICTURES, "What to draw of a simulation.", flag_values=values
+    )
+
+
+def simulate(
+    flags: absl_flags.FlagValues,
+    *,
+    name: str,
+    config: architecture.ModelConfig,
+    cluster: serving.Cluster,
+) -> str:
+    """Runs simulations and writes what came of them.
+
+    Returns:
+        Lines for people.
+
+    Raises:
+        ValueError: Flags that do not go together.
+    """
+    reached = calibration.REACHED[flags.reached]()
+    served = _served(flags, config, cluster)
+    times = Roofline(config, cluster, reached, flags.mode)
+    requests = flags.trace or f"{flags.input_len:g}/{flags.output_len:g}"
+    runs = []
+    for rate in _rates(flags):
+        run = loop.run(_requests(flags, requests, rate), served, times)
+        shown = measures.timeline(run, num_pages=served.num_pages, num_replicas=served.num_replicas)
+        runs.append(OneRate(rate=rate, summary=measures.summarise(run), timeline=shown))
+    devices = cluster.num_devices * served.num_replicas
+    optimal = cluster.flops / (2 * serving.sizes(config).active_parameters)
+    found = Simulation(
+        name=requests,
+        title=f"{name} on {devices} x {cluster.accelerator.name}, {requests}, {flags.mode.value}",
+        settings=_settings(flags),
+        source=reached.source,
+        num_devices=devices,
+        optimal_tokens_per_s=optimal * served.num_replicas * reached.product_fraction,
+        runs=tuple(runs),
+    )
+    if flags.output:
+        try:
+            result_file.write(found, pathlib.Path(flags.output))
+        except OSError as error:
+            message = f"--output={flags.output} cannot be written: {error.strerror}"
+            raise ValueError(message) from error
+    if flags.plot:
+        _plot(flags, [found])
+    return "\n".join(_text(found, flags.objective_ms / 1e3))
+
+
+def _settings(flags: absl_flags.FlagValues) -> dict[str, object]:
+    names = (
+        *("model", "device", "devices", "teraflops", "input_len", "output_len", "trace"),
+        *("requests", "duration_s", "seed", "reached", "data_parallel", "page_size"),
+        *("dense_batch", "fixed_batch", "host_ms", "async_scheduling", "max_tokens"),
+    )
+    return {"mode": flags.mode.value, **{name: flags[name].value for name in names}}
+
+
+def _served(
+    flags: absl_flags.FlagValues, config: architecture.ModelConfig, cluster: serving.Cluster
+) -> loop.Served:
+    tokens = int(flags.dense_batch or 2048)
+    sizes = serving.sizes(config)
+    room = serving.cache_bytes(sizes, cluster)
+    num_pages = int(room // (sizes.kv_bytes_per_token * flags.page_size))
+    if num_pages < 1:
+        raise ValueError("the weights leave no room for a page; take more devices, or larger ones")
+    buckets = bucket_list.default_buckets(max_requests=tokens, dense_batch=tokens)
+    if flags.fixed_batch:
+        buckets = (bucket_list.Bucket(tokens=tokens, decode_rows=tokens, prefill_rows=tokens),)
+    return loop.Served(
+        limits=scheduler.Limits(
+            max_requests=tokens,
+            dense_batch=tokens,
+            page_size=flags.page_size,
+            penalty_requests=0,
+        ),
+        buckets=buckets,
+        num_pages=num_pages,
+        num_replicas=flags.data_parallel,
+        host_s=flags.host_ms / 1e3,
+        run_ahead=flags.async_scheduling,
+        max_tokens=flags.max_tokens,
+    )
+
+
+def _rates(flags: absl_flags.FlagValues) -> list[float | None]:
+    if not flags.rates:
+        return [flags.rate]
+    if flags.rate is not None:
+        raise ValueError("--rate and --rates cannot both be given; leave one out")
+    try:
+        rates = sorted({float(text) for text in flags.rates})
+    except ValueError:
+        raise ValueError(f"--rates={','.join(flags.rates)} are not all numbers") from None
+    return list(rates)
+
+
+def _requests(flags: absl_flags.FlagValues, name: str, rate: float | None) -> traces.Requests:
+    count = flags.requests
+    if flags.duration_s is not None:
+        if rate is None:
+            raise ValueError("--duration_s needs --rate or --rates: without, all come at once")
+        count = max(round(rate * flags.duration_s), 1)
+    return traces.generate(name, count, seed=flags.seed, rate=rate)
+
+
+def _text(found: Simulation, objective_s: float) -> Iterator[str]:
+    devices, top = found.num_devices, found.optimal_tokens_per_s
+    yield f"{found.title}; nothing was measured: steps by {found.source}"
+    yield (
+        "    rate  tokens/s a device  of optimal  TTFT mean / p99 s  TPOT mean / p99 ms  "
+        "normalised mean / p50 / p90 / p99 ms"
+    )
+    for one in found.runs:
+        s = one.summary
+        rate = "at once" if one.rate is None else f"{one.rate:g}"
+        tpot = "-" if s.tpot_s is None else f"{1e3 * s.tpot_s.mean:.0f} / {1e3 * s.tpot_s.p99:.0f}"
+        each = s.normalised_s
+        spread = " / ".join(f"{1e3 * v:.0f}" for v in (each.mean, each.p50, each.p90, each.p99))
+        yield (
+            f"{rate:>8} {s.steady_tokens_per_s / devices:>18,.0f} "
+            f"{100 * s.steady_tokens_per_s / top:>9.1f} % "
+            f"{f'{s.ttft_s.mean:.2f} / {s.ttft_s.p99:.2f}':>18} {tpot:>19} {spread:>37}"
+        )
+    latencies = {r.rate: r.summary.normalised_s.mean for r in found.runs if r.rate is not None}
+    if len(latencies) > 1:
+        highest = measures.highest_rate(latencies, objective_s=objective_s)
+        held = "at none or all of these rates" if highest is None else f"up to {highest:.2f}/s"
+        yield f"{1e3 * objective_s:g} ms a token are held {held}"
+    for one in found.runs:
+        s = one.summary
+        yield (
+            f"{s.num_requests:,} requests, {s.tokens:,} tokens in {s.duration_s:,.1f} s and "
+            f"{s.num_steps:,} steps; {s.num_preemptions} preemptions, {s.surplus_tokens} surplus "
+            "tokens"
+        )
+
+
+def draw(flags: absl_flags.FlagValues) -> str:
+    """Draws saved simulations.
+
+    Raises:
+        ValueError: No such file, or nothing in it to draw so.
+    """
+    if not flags.input or not flags.plot:
+        raise ValueError(
+            "--input names files that simulate wrote, or --plan one of plans; and --plot a picture"
+        )
+    found = []
+    for path in flags.input:
+        try:
+            found.append(result_file.read(pathlib.Path(path)))
+        except OSError as error:
+            raise ValueError(f"--input={path} cannot be read: {error.strerror}") from error
+    _plot(flags, found)
+    return f"{flags.plot} shows {flags.picture} of {', '.join(one.title for one in found)}"
+
+
+def _plot(flags: absl_flags.FlagValues, found: list[Simulation]) -> None:
+    if flags.picture != "throughput" and len(found) > 1:
+        raise ValueError(f"--picture={flags.picture} shows one simulation; give one --input")
+    match flags.picture:
+        case "throughput":
+            picture = pictures.throughput(found)
+        case "latency":
+            picture = pictures.latency(found[0], objective_s=flags.objective_ms / 1e3)
+        case _:
+            busiest = found[0].runs[-1]
+            rate = "" if busiest.rate is None else f", {busiest.rate:g} requests/s"
+            picture = pictures.resources(busiest, title=found[0].title + rate)
+    picture_file.save(picture, flags.plot, title=found[0].title, flag="plot")

@@ -1,0 +1,117 @@
+"""`simulate` and `draw` as programs."""
+
+import json
+import shutil
+
+import pytest
+
+from nanoflow_jax.nanobatch import builders, plan_file
+from nanoflow_jax.nanobatch.operations import LayerShape
+
+_ASKED = ("simulate", "--model=llama-3-8b", "--device=h200", "--input_len=64", "--output_len=8")
+
+_PLAN = ("draw", "--model=llama-3-8b", "--plot=p.svg")
+
+
+def test_rates_are_simulated_saved_and_drawn(ask, tmp_path):
+    saved = tmp_path / "s.json"
+    code, text, _ = ask(
+        *_ASKED, "--rates=20,10", "--duration_s=3", "--data_parallel=2", f"--output={saved}"
+    )
+    assert code == 0
+    assert text.startswith("llama-3-8b on 2 x H200 SXM, 64/8, best; nothing was measured: steps by")
+    assert "30 requests, 2,160 tokens in" in text
+    assert "60 requests, 4,320 tokens in" in text
+    assert "200 ms a token are held at none or all of these rates" in text
+    content = json.loads(saved.read_text())
+    assert [run["rate"] for run in content["runs"]] == [10, 20]
+    for name, ending in (("latency", "svg"), ("resources", "html"), ("throughput", "svg")):
+        plot = tmp_path / f"{name}.{ending}"
+        code, text, _ = ask("draw", f"--input={saved}", f"--picture={name}", f"--plot={plot}")
+        assert code == 0
+        assert f"shows {name} of llama-3-8b on 2 x H200 SXM" in text
+        start = "<!doctype html>" if ending == "html" else "<svg "
+        assert plot.read_text().startswith(start)
+
+
+def test_the_same_flags_give_the_same_run_and_another_seed_another(ask):
+    asked = (*_ASKED, "--trace=lmsys", "--requests=50", "--rate=20", "--max_tokens=1024")
+    first, again, other = (ask(*asked, f"--seed={seed}")[1] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on the path")
+def test_a_picture_in_pixels_has_the_size_of_the_drawing(ask, tmp_path):
+    plot = tmp_path / "p.png"
+    code, _, _ = ask(*_ASKED, "--requests=20", f"--plot={plot}")
+    assert code == 0
+    head = plot.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(head[16:20]), int.from_bytes(head[20:24])) == (778, 700)
+
+
+def test_pixels_need_a_browser(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    code, _, complaint = ask(*_ASKED, "--requests=20", f"--plot={tmp_path}/p.png")
+    assert code == 2
+    assert complaint.startswith("error: a .png needs chromium on the path; take .svg or .html")
+
+
+def test_a_browser_that_makes_no_picture_is_told_of(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
+    code, _, complaint = ask(*_ASKED, "--requests=20", f"--plot={tmp_path}/p.png")
+    assert code == 1
+    assert complaint.startswith("error: /bin/false made no picture")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*_ASKED, "--rates=1,x"), "--rates=1,x are not all numbers"),
+        ((*_ASKED, "--rates=1,2", "--rate=1"), "--rate and --rates cannot both be given"),
+        ((*_ASKED, "--rates=-1"), "a rate of -1 requests/s brings none"),
+        ((*_ASKED, "--duration_s=3"), "--duration_s needs --rate or --rates: without, all"),
+        ((*_ASKED, "--device=l4", "--page_size=1000000"), "the weights leave no room for a page"),
+        ((*_ASKED, "--requests=2", "--output=/nowhere/s"), "--output=/nowhere/s cannot be written"),
+        ((*_ASKED, "--requests=2", "--plot=/nowhere/s.svg"), "--plot=/nowhere/s.svg cannot be"),
+        ((*_ASKED, "--requests=2", "--plot=p.gif"), "--plot ends in '.gif'; pictures are .svg"),
+        (("draw",), "--input names files that simulate wrote, or --plan one of plans; and"),
+        (("draw", "--plan=p"), "--input names files that simulate wrote, or --plan one of plans"),
+        ((*_PLAN, "--plan=/nowhere"), "--plan=/nowhere cannot be read: No such file"),
+        ((*_PLAN, "--plan=p", "--device=paper:h200"), "--device=paper:h200 has no number of SMs"),
+        (("draw", "--input=/nowhere", "--plot=p.svg"), "--input=/nowhere cannot be read: No such"),
+    ],
+)
+def test_what_cannot_be_simulated_or_drawn_is_a_message(ask, arguments, message):
+    code, text, complaint = ask(*arguments)
+    assert (code, text) == (2, "")
+    assert complaint.startswith(f"error: {message}")
+
+
+def test_one_picture_of_latency_shows_one_simulation(ask, tmp_path):
+    saved = tmp_path / "s.json"
+    ask(*_ASKED, "--rate=10", "--requests=20", f"--output={saved}")
+    code, _, complaint = ask(
+        "draw", f"--input={saved},{saved}", "--picture=latency", "--plot=p.svg"
+    )
+    assert code == 2
+    assert complaint.startswith("error: --picture=latency shows one simulation; give one --input")
+
+
+def test_the_pipeline_of_a_plan_is_drawn_with_its_predicted_time(ask, tmp_path):
+    shape = LayerShape(is_sparse=False)
+    plans = [builders.halves(shape, num_tokens=tokens) for tokens in (1024, 2048)]
+    path, plot = tmp_path / "plans.json", tmp_path / "plan.html"
+    path.write_text(plan_file.to_json(plans))
+    asked = ("draw", "--model=llama-3-8b", f"--plan={path}", f"--plot={plot}")
+    code, text, _ = ask(*asked)
+    assert code == 0
+    assert "halves, 2048 tokens of 512/512, H200 SXM: a layer in" in text
+    page = plot.read_text()
+    assert "layer 15 up_gate.0:" in page
+    assert "layer 18 " not in page
+    assert "halves, 1024 tokens" in ask(*asked, "--dense_batch=1024")[1]
+    code, _, complaint = ask(*asked, "--dense_batch=512")
+    assert code == 2
+    assert complaint.startswith(f"error: --dense_batch=512: {path} has plans for 1024, 2048")
