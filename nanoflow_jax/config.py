@@ -137,6 +137,12 @@ class BatchSection:
     async_scheduling: bool = knob(
         True, "Plan step i + 1 while the device runs step i. Off: one step at a time."
     )
+    batch_invariant: bool = knob(
+        False,
+        "Tokens and logprobs of a request are the same to the last bit alone and beside any "
+        "others: every step is a full dense batch, contexts are cut at fixed places, devices add "
+        "in one order, and what is computed again is computed in the same way.",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self, self.PREFIX)

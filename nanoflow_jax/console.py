@@ -4,9 +4,12 @@ What a user can mend never ends in a traceback. Exit codes of every program: 0 d
 1 failed while it ran, 2 wrong flags or files, 130 interrupted.
 """
 
+import contextlib
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 
 from absl import app, flags
 
@@ -66,6 +69,28 @@ def run(program: Callable[[], int], *, say: Callable[[str], None], debug: bool) 
         say(f"error: {_message(error)}")
         is_late = not isinstance(error, ValueError | OSError | MemoryError)
         return FAILED if is_late else WRONG_INPUT
+
+
+@contextlib.contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Makes the first Ctrl-C or SIGTERM a question to ask between steps; the next is as ever."""
+    asked = False
+
+    def on_signal(number: int, frame: types.FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, on_signal) for number in wanted}
+    try:
+        yield lambda: asked
+    finally:
+        restore()
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

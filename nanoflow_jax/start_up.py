@@ -54,7 +54,8 @@ def describe(chosen: build.Settings) -> str:
             f"cache: {chosen.num_pages} pages of {chosen.page_size} tokens, "
             f"{bytes_text(chosen.cache_bytes)}; context: {chosen.max_context_len} tokens",
             f"dense batch: {chosen.dense_batch} tokens of at most {chosen.max_requests} requests; "
-            f"buckets: {', '.join(chosen.buckets)}",
+            f"buckets: {', '.join(chosen.buckets)}"
+            + ("; batch invariant" if chosen.batch_invariant else ""),
             f"kernels: {chosen.kernels}",
         ]
     )

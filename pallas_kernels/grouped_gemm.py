@@ -1,7 +1,8 @@
 """Product of rows with the weight of their expert, on as many SMs as it is given.
 
 Bound by reading the experts' weights until some 200 rows of each share them (an H200 makes about
-206 bfloat16 operations per byte of
+206 bfloat16 operations per byte of memory), beyond that by arithmetic.
+
 `plan_groups` says where each token goes: rows sorted by expert, those of each expert padded to
 whole tiles, of which only as many are computed as there are. Then
 

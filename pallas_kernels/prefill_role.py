@@ -245,7 +245,8 @@ class _Prefill:
         base = edge = jnp.int32(0)
         if form.window is not None:
             oldest = jnp.maximum(position - (form.window - 1), 0)
-            base = _div(oldest, form.piece_len) * form.piece_len
+            # Steps lie the same in a context wherever a chunk begins, and so do a token's sums.
+            base = _div(oldest, form.step_len) * form.step_len
         steps = _div(limit - base + form.step_len - 1, form.step_len)
         if form.window is not None:
             edge = _div(limit - form.window - base + form.step_len - 1, form.step_len)

@@ -27,13 +27,14 @@ def flags(**more: Any) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a program needs to start quickly: the compiled programs of these tests."""
+    """What a program needs to start quickly: the compiled programs of these tests, if kept."""
     root = pathlib.Path(__file__).parents[1]
     return {
         **os.environ,
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        # An empty name keeps nothing, where that of None would be a folder.
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         **more,

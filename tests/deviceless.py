@@ -17,6 +17,12 @@ def skip_without_compiler() -> None:
         pytest.skip(f"{reason}: install the deviceless extra")
 
 
+def cache_folder() -> pathlib.Path | None:
+    """Where compiled programs are kept; None, which keeps nothing, where jax keeps none either."""
+    kept = jax.config.jax_compilation_cache_dir
+    return None if not kept else pathlib.Path(kept) / "deviceless"
+
+
 def program(function: Callable[..., Any], *arguments: Any, **more: Any) -> Program:
     """A function compiled for an H200; skips the test where there is no compiler.
 
@@ -27,8 +33,7 @@ def program(function: Callable[..., Any], *arguments: Any, **more: Any) -> Progr
     """
     skip_without_compiler()
     jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
-    cache = pathlib.Path(jax.config.jax_compilation_cache_dir) / "deviceless"
-    return compiler.compile_program(jitted, *arguments, cache=cache, **more)
+    return compiler.compile_program(jitted, *arguments, cache=cache_folder(), **more)
 
 
 def compiled(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> tuple[Kernel, ...]:

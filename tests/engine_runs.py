@@ -1,6 +1,8 @@
 """Small engines for tests, and runs of requests through them."""
 
+import collections
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -53,15 +55,28 @@ def ask(request_id: str, prompt: Sequence[int], **params: Any) -> request.Reques
     )
 
 
-def run(served: engine.Engine, requests: Sequence[request.Request]) -> list[Output]:
+def run(
+    served: engine.Engine,
+    requests: Sequence[request.Request],
+    *,
+    arrivals: Sequence[int] | None = None,
+) -> list[Output]:
     """Runs requests together to their end; the outputs are in their order.
 
     Invariants are checked after every step, and that no step compiled anything.
+
+    Args:
+        served: Idle.
+        requests: What to run.
+        arrivals: Steps before each of them is added, ascending; none unless given.
     """
     outputs = {asked.request_id: Output() for asked in requests}
-    for asked in requests:
-        served.add(asked)
-    while served.has_work:
+    left = collections.deque(zip(arrivals or [0] * len(requests), requests, strict=True))
+    for num_steps in itertools.count():
+        while left and left[0][0] <= num_steps:
+            served.add(left.popleft()[1])
+        if not served.has_work and not left:
+            break
         for update in served.step():
             take(outputs[update.request_id], update)
         served.check()

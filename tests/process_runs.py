@@ -36,12 +36,13 @@ def start(folder: pathlib.Path, name: int, *arguments: str) -> "subprocess.Popen
 
 @contextlib.contextmanager
 def started(
-    folder: pathlib.Path, arguments: Sequence[str]
+    folder: pathlib.Path, arguments: Sequence[str], *, second: Sequence[str] = ()
 ) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Two of them; none is left over."""
-    address = free_address()
-    common = (*arguments, f"--coordinator={address}", "--num_processes=2")
-    processes = [start(folder, i, *common, f"--process_id={i}") for i in range(2)]
+    """Two of them, the second with further arguments; none is left over."""
+    common = (*arguments, f"--coordinator={free_address()}", "--num_processes=2")
+    processes = [
+        start(folder, i, *common, f"--process_id={i}", *more) for i, more in enumerate(((), second))
+    ]
     try:
         yield processes
     finally:

@@ -1,6 +1,7 @@
 """Benchmarks of an engine or of a server.
 
 `python -m nanoflow_jax.bench throughput --workload=FILE [--result_name=NAME --model=DIR ...]`
+`python -m nanoflow_jax.bench invariance --workload=FILE [--result_name=NAME --model=DIR ...]`
 `python -m nanoflow_jax.bench serving --workload=FILE --url=URL [--concurrency=64 --nostream]`
 `python -m nanoflow_jax.bench overhead --workload=FILE --url=URL [--model=DIR ...]`
 `python -m nanoflow_jax.bench soak --workload=FILE --url=URL --concurrency=200 [--model=DIR ...]`
@@ -14,6 +15,7 @@ interrupted.
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import secrets
@@ -31,6 +33,7 @@ from nanoflow_jax.bench import (
     clock,
     gpu_check,
     http_client,
+    invariance,
     kernel_command,
     overhead,
     serving,
@@ -38,8 +41,9 @@ from nanoflow_jax.bench import (
     throughput,
     throughput_result,
 )
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import build, interface
 from nanoflow_jax.results import provenance
+from nanoflow_jax.results.kind import Tokens
 from nanoflow_jax.results.writer import ResultWriter
 from nanoflow_jax.workload import file as workload_file
 
@@ -65,7 +69,7 @@ def _define() -> None:
     absl_flags.DEFINE_boolean("stream", True, "Ask the server for tokens as they come.")
     absl_flags.DEFINE_string("api_key", "", "Key of the server.")
     absl_flags.DEFINE_string(
-        "result_name", None, "Also write a result folder of this name; throughput only."
+        "result_name", None, "Also write a result folder of this name; throughput and invariance."
     )
     absl_flags.DEFINE_string("results", provenance.RESULTS, "Folder of all results.")
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
@@ -96,8 +100,10 @@ def _rows() -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 @contextlib.contextmanager
-def _result(model: build.ModelSource, mixes: Iterable[str]) -> Iterator[ResultWriter | None]:
-    """The result folder of --result_name, None without one."""
+def _result(
+    model: build.ModelSource, mixes: Iterable[str], **more: Any
+) -> Iterator[ResultWriter | None]:
+    """The result folder of --result_name, None without one; `more` is what `Asked` takes."""
     if not _FLAGS.result_name:
         yield None
         return
@@ -108,6 +114,7 @@ def _result(model: build.ModelSource, mixes: Iterable[str]) -> Iterator[ResultWr
         repeats=_FLAGS.repeats,
         engine=flags.engine_config(_FLAGS),
         command=("python", "-m", "nanoflow_jax.bench", *sys.argv[1:]),
+        **more,
     )
     planned = throughput_result.planned(asked, model)
     with ResultWriter(pathlib.Path(_FLAGS.results), planned) as result:
@@ -129,19 +136,14 @@ def _throughput() -> int:
     engine_config = flags.engine_config(_FLAGS)
     model = build.open_model(engine_config.model)
     with _rows() as write, _result(model, mixes) as result:
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            if result is not None:
-                result.add_log(text)
+        say = _saying(result)
 
         def chosen(settings: build.Settings) -> None:
             if result is not None:
                 planned = throughput_result.plan(settings)
                 result.set_plan(planned, kernels=throughput_result.kernels(settings))
 
-        if result is not None and _is_on_gpu():
-            result.set_ceilings(before=ceilings.measure(clock.Clock()))
+        _measure_ceilings(result, "before")
         start = time.perf_counter()
         reports = start_up.reports(_tell, also_settings=chosen)
         engine = build.build_engine(engine_config, model, reports)
@@ -158,22 +160,78 @@ def _throughput() -> int:
                     result.add_sample(throughput_result.sample(name, repeat, mix, run))
         say(f"peak memory {throughput.peak_memory_bytes() / 2**20:.0f} MiB")
         engine.close()  # ceilings need its memory
-        if result is not None and _is_on_gpu():
-            result.set_ceilings(after=ceilings.measure(clock.Clock()))
+        _measure_ceilings(result, "after")
         return 0 if result is None else _finish(result)
 
 
-def _is_on_gpu() -> bool:
-    return jax.devices()[0].platform == "gpu"
+def _saying(result: ResultWriter | None) -> Callable[[str], None]:
+    """Shows a line, which a result keeps too."""
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        if result is not None:
+            result.add_log(text)
+
+    return say
+
+
+def _measure_ceilings(result: ResultWriter | None, when: str) -> None:
+    if result is not None and jax.devices()[0].platform == "gpu":
+        result.set_ceilings(**{when: ceilings.measure(clock.Clock())})
+
+
+def _invariance() -> int:
+    mixes = _mixes()
+    engine_config = flags.engine_config(_FLAGS)
+    model = build.open_model(engine_config.model)
+    configs = invariance.configs(engine_config)
+    asked = {"kind": "invariance", "num_modes": len(configs)}
+    with _rows() as write, _result(model, mixes, **asked) as result:
+        say = _saying(result)
+        _measure_ceilings(result, "before")
+        engines: dict[str, interface.TokenEngine] = {}
+        plans: dict[str, build.Settings] = {}
+        for mode, one in configs.items():
+            chosen = functools.partial(plans.__setitem__, mode)
+            reports = start_up.reports(_tell, also_settings=chosen)
+            engines[mode] = build.build_engine(one, model, reports)
+        if result is not None:
+            kernels = [
+                name for found in plans.values() for name in throughput_result.kernels(found)
+            ]
+            planned = {mode: throughput_result.plan(found) for mode, found in plans.items()}
+            result.set_plan(planned, kernels=kernels)
+        hashes = {}
+        for name, mix in mixes.items():
+            runs = []
+            for run in invariance.rounds(engines, mix, name=name, count=_FLAGS.repeats):
+                runs.append(run)
+                write({"mix": name, "mode": run.mode, **throughput.row(run.result)})
+                if result is not None:
+                    sample = throughput_result.sample(name, run.round, mix, run.result)
+                    result.add_sample({**sample, "mode": run.mode})
+            hashes[name] = invariance.hashes(engines[invariance.INVARIANT], mix)
+            say(f"{name}\n{invariance.report(runs)}")
+        for engine in engines.values():
+            engine.close()
+        _measure_ceilings(result, "after")
+        for name in invariance.differing(hashes):
+            _tell(f"error: {name}: requests gave other bits alone than among the others")
+        if result is not None:
+            result.set_tokens(Tokens(hashes=hashes))
+            return _finish(result)
+        return console.FAILED if invariance.differing(hashes) else 0
 
 
 def _finish(result: ResultWriter) -> int:
     """Ends a result folder and says what it comes to; the exit code."""
     found = result.finish()
     for figure in found.figures:
+        digits = 3 if figure.unit == "x" else 1
         print(
-            f"{figure.name}: median {figure.median:.1f} {figure.unit}, {figure.low:.1f} to "
-            f"{figure.high:.1f} in {figure.count} runs"
+            f"{figure.name}: median {figure.median:.{digits}f} {figure.unit}, "
+            f"{figure.low:.{digits}f} to "
+            f"{figure.high:.{digits}f} in {figure.count} runs"
         )
     print(f"result: {result.path}")
     if found.message:
@@ -290,6 +348,7 @@ def _kernels() -> int:
 
 _BENCHMARKS = {
     "throughput": _throughput,
+    "invariance": _invariance,
     "serving": _serving,
     "overhead": _overhead,
     "soak": _soak,

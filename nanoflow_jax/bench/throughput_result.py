@@ -32,6 +32,8 @@ class Asked:
         repeats: Runs of each.
         engine: Its knobs.
         command: The command line.
+        kind: Of the result.
+        num_modes: Engines that run each mix.
     """
 
     name: str
@@ -40,17 +42,19 @@ class Asked:
     repeats: int
     engine: config_lib.EngineConfig
     command: Sequence[str]
+    kind: str = "throughput"
+    num_modes: int = 1
 
 
 def planned(asked: Asked, model: build.ModelSource) -> manifest.Run:
     """What the benchmark sets out to do, for its manifest."""
     return manifest.Run(
-        kind="throughput",
+        kind=asked.kind,
         name=asked.name,
         device=device(asked.engine.parallel),
         command=tuple(asked.command),
         seed=asked.engine.model.weight_seed if asked.engine.model.random_weights else None,
-        num_samples=len(asked.mixes) * asked.repeats,
+        num_samples=len(asked.mixes) * asked.repeats * asked.num_modes,
         model=dataclasses.asdict(model.config),
         setting={
             "workload_sha256": hashlib.sha256(asked.workload.read_bytes()).hexdigest(),

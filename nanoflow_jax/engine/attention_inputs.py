@@ -96,6 +96,21 @@ class PlainPrefillInputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FixedSplit:
+    """Contexts that are cut at the same places in any batch.
+
+    Attributes:
+        split_len: Tokens after which decode attention cuts; keys of chunks are not cut at all.
+        num_tokens: Most that are cached at once.
+        context_len: Most of one request.
+    """
+
+    split_len: int
+    num_tokens: int
+    context_len: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelForm:
     """What plans for our attention kernels depend on.
 
@@ -104,12 +119,14 @@ class KernelForm:
         group: G, query heads for each of them.
         windows: Of the model's layers, each once; each has a plan of its own.
         num_ctas: That will work.
+        fixed_split: None cuts contexts where loads are equal, which depends on the batch.
     """
 
     num_kv_heads: int
     group: int
     windows: Sequence[int | None]
     num_ctas: int
+    fixed_split: FixedSplit | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +166,21 @@ class KernelDecodeInputs:
             num_kv_heads=self.form.num_kv_heads,
             num_ctas=self.form.num_ctas,
             window=window,
+            **self._cuts(len(context_lens)),
         )
+
+    def _cuts(self, num_requests: int) -> dict[str, int]:
+        fixed = self.form.fixed_split
+        if fixed is None:
+            return {}
+        max_parts = work_list.most_parts(
+            num_requests=num_requests,
+            num_tokens=fixed.num_tokens,
+            context_len=fixed.context_len,
+            num_kv_heads=self.form.num_kv_heads,
+            split_len=fixed.split_len,
+        )
+        return {"split_len": fixed.split_len, "max_parts": max_parts}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +226,7 @@ class KernelPrefillInputs:
 
     def _split(self, bucket: buckets.Bucket) -> prefill_tiles.KeySplit | None:
         """None, and no merge in the program, where whole tiles keep all CTAs busy."""
-        if not self.cuts_keys:
+        if not self.cuts_keys or self.form.fixed_split is not None:
             return None
         whole = bucket.tokens // prefill_tiles.tile_len(self.form.group)
         if whole * self.form.num_kv_heads >= self.form.num_ctas:

@@ -23,6 +23,7 @@ from nanoflow_jax.engine import (
     implementations,
     inputs,
     interface,
+    invariance,
     kernel_choice,
     lockstep,
     plan_choice,
@@ -93,6 +94,7 @@ class Settings:
     max_context_len: int
     buckets: tuple[str, ...]
     kernels: kernel_choice.Choices
+    batch_invariant: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,9 +307,11 @@ def _build_parts(
             f"--dense_batch={dense_batch} is less than --max_requests={max_requests}: each "
             "running request needs a token of room"
         )
-    bucket_list = _buckets(config.batch.buckets, max_requests, dense_batch)
-    placement = loading.place_model(
-        source.config, devices, split_experts=config.parallel.expert_parallel
+    is_invariant = config.batch.batch_invariant
+    bucket_list = _buckets(config.batch, max_requests, dense_batch)
+    placement = dataclasses.replace(
+        loading.place_model(source.config, devices, split_experts=config.parallel.expert_parallel),
+        adds_in_order=is_invariant,
     )
     page_size = min(config.cache.page_size or defaults.page_size, context)
     served = kernel_choice.Served(
@@ -320,6 +324,8 @@ def _build_parts(
     plans = plan_choice.choose(
         config.plans, bucket_list, shape, num_sms=kernel_choice.num_ctas(machine)
     )
+    if is_invariant:
+        invariance.check_plans(plans)
     executor = executors.choose(
         config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
     )
@@ -354,9 +360,16 @@ def _build_parts(
             group=served.config.group_size,
             windows=served.config.distinct_windows,
             tile_len=min(defaults.tile_len, dense_batch),
+            fixed_split=invariance.fixed_split(
+                num_tokens=kv_layout.shape.num_pages * page_size, context_len=context
+            )
+            if is_invariant
+            else None,
         ),
         plans=plans,
     )
+    if is_invariant:
+        sizes = dataclasses.replace(sizes, samplers=invariance.SAMPLERS)
     reports.settings(
         Settings(
             num_replicas=config.parallel.data_parallel,
@@ -373,6 +386,7 @@ def _build_parts(
             max_context_len=context,
             buckets=tuple(str(b) for b in bucket_list),
             kernels=choices,
+            batch_invariant=is_invariant,
         )
     )
     step_runner = runner.Runner(
@@ -384,6 +398,7 @@ def _build_parts(
         placement=placement,
         threads=config.compile.threads,
         executor=executor,
+        options=invariance.compiler_options(plans.values()) if is_invariant else {},
         operations=implementations.operations(choices),
         watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
         progress=reports.program,
@@ -407,6 +422,7 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         dense_batch=sizes.dense_batch,
         page_size=parts.page_size,
         penalty_requests=sizes.penalty_requests,
+        fixed_ways=parts.config.batch.batch_invariant,
     )
     own = parts.step_runner
     return engine.Engine(
@@ -445,12 +461,16 @@ def context_len(section: config_lib.ModelSection, config: architecture.ModelConf
     return asked or config.max_context_len
 
 
-def _buckets(text: str, max_requests: int, dense_batch: int) -> tuple[bucket_lib.Bucket, ...]:
+def _buckets(
+    section: config_lib.BatchSection, max_requests: int, dense_batch: int
+) -> tuple[bucket_lib.Bucket, ...]:
     found = (
-        bucket_lib.parse_buckets(text)
-        if text
+        bucket_lib.parse_buckets(section.buckets)
+        if section.buckets
         else bucket_lib.default_buckets(max_requests=max_requests, dense_batch=dense_batch)
     )
+    if section.batch_invariant:
+        found = invariance.one_bucket(found, asked=section.buckets)
     return bucket_lib.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
 
 

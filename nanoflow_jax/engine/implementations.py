@@ -41,6 +41,7 @@ def attention(
     group: int,
     windows: Sequence[int | None],
     tile_len: int,
+    fixed_split: attention_inputs.FixedSplit | None = None,
 ) -> attention_inputs.AttentionInputs:
     """Attention, and what the host plans of it.
 
@@ -50,6 +51,7 @@ def attention(
         group: G, query heads for each kv head of a device.
         windows: Of the model's layers, each once.
         tile_len: Tokens in a tile of the plain path.
+        fixed_split: See `KernelForm`; the plain path cuts nothing.
     """
     decode: attention_inputs.DecodeInputs = attention_inputs.PlainDecodeInputs(layout=layout)
     prefill: attention_inputs.PrefillInputs = attention_inputs.PlainPrefillInputs(
@@ -60,6 +62,7 @@ def attention(
         group=group,
         windows=windows,
         num_ctas=choices.num_ctas,
+        fixed_split=fixed_split,
     )
     if (chosen := choices[Operation.DECODE_ATTENTION]).maker is not Maker.PLAIN:
         decode = attention_inputs.KernelDecodeInputs(form=form, attend=_decode_kernel(chosen))

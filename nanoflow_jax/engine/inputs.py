@@ -11,12 +11,6 @@ from nanoflow_jax.kv_cache import tiles
 from nanoflow_jax.nanobatch import dealing
 from nanoflow_jax.scheduler import step_plan
 
-_VARIANT_ORDER = (
-    sampling.SamplerVariant.GREEDY,
-    sampling.SamplerVariant.FILTERED,
-    sampling.SamplerVariant.FULL,
-)
-
 
 class InputBuilder:
     """Builds the host's part of each step; keeps the packings of all programs."""
@@ -67,7 +61,9 @@ class InputBuilder:
         if not rows:
             return None
         wanted = {sequences[row.request_id].variant_at(row.start + row.length) for _, row in rows}
-        variant = max(wanted, key=_VARIANT_ORDER.index)
+        order = list(sampling.SamplerVariant)
+        least = max(map(order.index, wanted))
+        variant = next(v for v in self._sizes.samplers if order.index(v) >= least)
         return runner.SampleInputs(
             variant=variant, vector=self._sample(plan, rows, sequences, variant)
         )
@@ -94,7 +90,8 @@ class InputBuilder:
                 views["token_slots"][place] = row.slot
             views["pages"][place] = row.pages[row.start // self._page_size]
             views["decode_pages"][table_row, : len(row.pages)] = row.pages
-        views["logit_tokens"][:count] = places
+        samples = np.fromiter((row.samples for row in plan.decode), bool, count)
+        views["logit_tokens"][: samples.sum()] = places[samples]
         pieces = self._write_pieces(plan, placement, sequences, views)
         self._bucket_plan(plan.bucket).write(views, pieces)
         return vector
@@ -106,7 +103,7 @@ class InputBuilder:
         sequences: Mapping[str, TokenSequence],
         views: Mapping[str, np.ndarray],
     ) -> list[tiles.Chunk]:
-        logit_row, found = len(plan.decode), []
+        logit_row, found = sum(row.samples for row in plan.decode), []
         for piece in placement.pieces:
             row = plan.chunks[piece.chunk]
             start, end = row.start + piece.offset, row.start + piece.offset + piece.length

@@ -40,7 +40,9 @@ def choose(
         chosen = _from_file(Path(section.plan), buckets, shape)
     for bucket in buckets:
         if bucket in chosen:
-            _LOG.info("bucket %s runs by plan %s", bucket, chosen[bucket].name)
+            plan = chosen[bucket]
+            note = ", which may change last bits" if plan.changes_bits else ""
+            _LOG.info("bucket %s runs by plan %s%s", bucket, plan.name, note)
     # Its sums over devices are parts of products, as nothing could run beside them.
     plain = LayerShape(is_sparse=shape.is_sparse)
     return {

@@ -49,6 +49,7 @@ class Sizes:
         attention: What the host plans of attention.
         plans: How the layers of a bucket run; one nano-batch where nothing is said.
         num_devices: Devices that share the model; each draws for as many rows as the others.
+        samplers: That are compiled, the least first; a step runs the first that serves its rows.
     """
 
     max_requests: int
@@ -60,6 +61,7 @@ class Sizes:
     attention: attention_inputs.AttentionInputs
     plans: Mapping[buckets.Bucket, Plan] = dataclasses.field(default_factory=dict)
     num_devices: int = 1
+    samplers: Sequence[sampling.SamplerVariant] = tuple(sampling.SamplerVariant)
 
     @property
     def sample_rows(self) -> tuple[int, ...]:

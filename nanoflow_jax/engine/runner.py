@@ -136,6 +136,7 @@ class Runner:
         placement: placement_lib.Placement,
         threads: int,
         executor: config_lib.Executor,
+        options: Mapping[str, Any],
         operations: operation_lib.Operations,
         watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
@@ -148,7 +149,7 @@ class Runner:
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._allocate()
         forwards = [
-            self._forward_job(graph, treedef, bucket, operations, executor)
+            self._forward_job(graph, treedef, bucket, operations, executor, options)
             for bucket in bucket_list
         ]
         others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)
@@ -184,6 +185,7 @@ class Runner:
         bucket: buckets.Bucket,
         operations: operation_lib.Operations,
         executor: config_lib.Executor,
+        options: Mapping[str, Any],
     ) -> compiler.Job:
         size = programs.forward_packing(self._sizes, bucket).size
         return compiler.Job(
@@ -205,7 +207,7 @@ class Runner:
                 _vector(size),
             ),
             donated=(0,),
-            options=executors.compiler_options(executor),
+            options={**executors.compiler_options(executor), **options},
         )
 
     def _other_jobs(
@@ -223,7 +225,7 @@ class Runner:
 
         jobs = []
         for rows in sorted({sizes.padded_rows(bucket) for bucket in bucket_list}):
-            for variant in sampling.SamplerVariant:
+            for variant in sizes.samplers:
                 pack = programs.sample_packing(sizes, rows=rows, variant=variant)
                 logits = jax.ShapeDtypeStruct(
                     (rows, sizes.vocab_size), jnp.float32, sharding=by_row

@@ -23,7 +23,10 @@ from nanoflow_jax.engine.logit_rows import WIDE, argmax, blocks, ones, row_sum, 
 
 
 class SamplerVariant(enum.Enum):
-    """How much of the sampler a program contains; a batch runs the least that serves its rows."""
+    """How much of the sampler a program contains; a batch runs the least that serves its rows.
+
+    Each serves all rows that those before it do.
+    """
 
     GREEDY = "greedy"  # every row takes its largest logit
     FILTERED = "filtered"  # temperature, min_p, top_k, top_p

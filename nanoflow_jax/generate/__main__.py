@@ -35,7 +35,8 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> int:
     about = command_line.shared(values)
     with processes.joined(config.processes, about, say=_say) as group:
         if group is not None and not group.is_lead:
-            build.follow(config, group, start_up.reports(_say))
+            with console.interrupt_flag():  # sent to all, it is process 0 that finishes its steps
+                build.follow(config, group, start_up.reports(_say))
             return 0
         if given is None:
             return _run_batch(values, config, sampling, group)

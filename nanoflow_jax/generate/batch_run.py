@@ -2,9 +2,7 @@
 
 import contextlib
 import pathlib
-import signal
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -109,7 +107,10 @@ def _answer(
 ) -> run_lib.State:
     chosen: list[build.Settings] = []
     reports = start_up.reports(say, also_settings=chosen.append)
-    with llm.LLM.from_config(config, reports, group) as model, _interrupt_flag() as should_stop:
+    with (
+        llm.LLM.from_config(config, reports, group) as model,
+        console.interrupt_flag() as should_stop,
+    ):
         shown = meter.Meter(opened.num_rows, unit="row", stream=stream, first=opened.num_done)
         try:
             return opened.run(
@@ -128,28 +129,6 @@ def _answer(
             ) from error
         finally:
             shown.close()
-
-
-@contextlib.contextmanager
-def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Makes the first Ctrl-C or SIGTERM a question to ask between steps; the next is as ever."""
-    asked = False
-
-    def on_signal(number: int, frame: types.FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, on_signal) for number in wanted}
-    try:
-        yield lambda: asked
-    finally:
-        restore()
 
 
 def _summary(state: run_lib.State) -> str:

@@ -67,9 +67,10 @@ def run(
         prompt = words.encode(prompt)
     generator.check_words(params, words)
     _check(config.model, source, prompt, params)
-    if not config.batch.max_requests and not config.batch.buckets:
+    batch = config.batch
+    if not (batch.max_requests or batch.buckets or batch.batch_invariant):
         # Programs for more requests than there are would only be compiled.
-        batch = dataclasses.replace(config.batch, max_requests=params.n)
+        batch = dataclasses.replace(batch, max_requests=params.n)
         config = dataclasses.replace(config, batch=batch)
     engine = build.build_engine(config, source, reports, group)
     try:

@@ -118,6 +118,20 @@ class Plan:
         }
 
     @property
+    def changes_bits(self) -> bool:
+        """Whether a token's last bits may differ from those of the plain pass.
+
+        They may where an operation that adds up has fewer rows, which XLA's kernels may add in
+        another order, or is done in another way than the plain pass does it.
+        """
+        return any(
+            (nano.tokens.length < self.num_tokens and (op.has_weights or not op.is_token_wise))
+            or (op.choice is not None and op.choice.way != "reduce")
+            for nano in self.order
+            for op in (self.graph.by_name[nano.operation],)
+        )
+
+    @property
     def max_shift(self) -> int:
         """Layers that are under way at once, less one."""
         return max(nano.shift for nano in self.order)

@@ -67,6 +67,7 @@ def to_json(plans: Sequence[Plan]) -> str:
             "granule": plan.granule,
             "num_sms": plan.num_sms,
             "decode_weights": plan.decode_weights,
+            "changes_bits": plan.changes_bits,
         }
         head = "".join(f"    {json.dumps(k)}: {json.dumps(v)},\n" for k, v in fields.items())
         order = ",\n".join(f"      {json.dumps(_nano_fields(nano))}" for nano in plan.order)
@@ -145,6 +146,7 @@ def _plan(fields: _Fields) -> Plan:
     shape = operations.LayerShape(
         is_sparse=fields.take("is_sparse", bool), num_devices=fields.take("num_devices", int)
     )
+    changes_bits = fields.take("changes_bits", bool)
     plan = Plan(
         name=fields.take("name", str),
         shape=shape,
@@ -159,6 +161,11 @@ def _plan(fields: _Fields) -> Plan:
     )
     fields.finish()
     legality.check(plan)
+    if plan.changes_bits != changes_bits:
+        raise ValueError(
+            f"{fields.where}.changes_bits is {changes_bits}, but what the plan cuts says "
+            f"{plan.changes_bits}; write that"
+        )
     return plan
 
 

@@ -427,11 +427,12 @@ def _come(
     except OSError:
         data = None
     answer = None if data is None else _CODEC.decode(data)
+    if isinstance(answer, Welcome):
+        return sock, answer.port
+    sock.close()
     if isinstance(answer, Refused):
         raise ValueError(answer.message)
-    if not isinstance(answer, Welcome):
-        raise console.RunError("process 0 ended before all processes had come; see what it said")
-    return sock, answer.port
+    raise console.RunError("process 0 ended before all processes had come; see what it said")
 
 
 def _connect(section: ProcessesSection, timing: Timing) -> socket.socket:

@@ -54,11 +54,13 @@ class Placement:
         mesh: The devices.
         kv_copies: Devices that keep the same kv head.
         split_experts: Whole experts on each device, rather than a part of each.
+        adds_in_order: See `collectives.Group`.
     """
 
     mesh: jax.sharding.Mesh
     kv_copies: int = 1
     split_experts: bool = False
+    adds_in_order: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -67,7 +69,7 @@ class Placement:
     @property
     def group(self) -> collectives.Group:
         """These devices, from within one of them."""
-        return collectives.Group(num_devices=self.num_devices)
+        return collectives.Group(num_devices=self.num_devices, adds_in_order=self.adds_in_order)
 
     def spec(self, axes: str) -> jax.sharding.PartitionSpec:
         """Which axis of an array with these letters is split; `axes` has no letter twice."""

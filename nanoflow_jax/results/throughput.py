@@ -1,5 +1,7 @@
 """Kind `throughput`: an engine runs each mix of a workload several times, offline and greedy."""
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
 from nanoflow_jax.results import figures, kind, manifest
@@ -52,21 +54,24 @@ def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
     return made
 
 
-def _complaints(evidence: kind.Evidence) -> list[str]:
+def complaints(cases: Mapping[str, Sequence[Sample]]) -> list[str]:
+    """What is wrong with runs that are to do the same, by what they are called."""
     differing = [
         f"runs of {case} gave different tokens"
-        for case, runs in _cases(evidence).items()
+        for case, runs in cases.items()
         if len({run.tokens_sha256 for run in runs}) > 1
     ]
     short = [
-        f"run {run.round} of {run.case} gave {run.output_tokens} tokens of {run.asked_tokens}"
-        for run in evidence.samples
+        f"run {run.round} of {case} gave {run.output_tokens} tokens of {run.asked_tokens}"
+        for case, runs in cases.items()
+        for run in runs
         if run.output_tokens != run.asked_tokens
     ]
     return differing + short
 
 
-def _is_gpu(run: manifest.Run) -> bool:
+def is_gpu(run: manifest.Run) -> bool:
+    """Whether it ran on one, where ceilings are measured."""
     return run.device.platform == "gpu"
 
 
@@ -79,8 +84,8 @@ KIND = kind.Kind(
     name="throughput",
     sample=Sample,
     files=lambda run: frozenset({manifest.SAMPLES}),
-    needs_ceilings=_is_gpu,
+    needs_ceilings=is_gpu,
     level=_level,
     figures=_figures,
-    complaints=_complaints,
+    complaints=lambda evidence: complaints(_cases(evidence)),
 )

@@ -25,12 +25,16 @@ class Limits:
         dense_batch: Tokens in a full step.
         page_size: Tokens in one page.
         penalty_requests: Most running requests that use penalties.
+        fixed_ways: Whether tokens of prompts always run in chunks and all others as decode rows,
+            one a step, also when they are computed again. Otherwise what is left of a chunk may be
+            a decode row, and a preempted request comes back in chunks.
     """
 
     max_requests: int
     dense_batch: int
     page_size: int
     penalty_requests: int
+    fixed_ways: bool = False
 
 
 class Scheduler:
@@ -177,7 +181,7 @@ class Scheduler:
     def _plan_decodes(self) -> list[Row]:
         rows = []
         for entry in sorted(self._running, key=lambda e: e.rank):
-            if entry.slot is None or entry.to_do != 1:
+            if entry.slot is None or self._chunk_left(entry) > 0:
                 continue  # lost its pages to a request before it, or has a chunk to do
             if self._grow(entry, 1):
                 rows.append(self._launch(entry, 1))
@@ -186,11 +190,11 @@ class Scheduler:
     def _plan_chunks(self, budget: int) -> list[Row]:
         most_rows = self._buckets[-1].prefill_rows
         rows: list[Row] = []
-        unfinished = sorted((e for e in self._running if e.to_do > 1), key=lambda e: e.rank)
+        unfinished = sorted((e for e in self._running if self._chunk_left(e)), key=lambda e: e.rank)
         for entry in unfinished:
             if budget == 0 or len(rows) == most_rows:
                 return rows
-            length = min(budget, entry.to_do)
+            length = min(budget, self._chunk_left(entry))
             if entry.slot is not None and self._grow(entry, length):
                 rows.append(self._launch(entry, length))
                 budget -= length
@@ -198,13 +202,19 @@ class Scheduler:
             admitted = self._try_admit()
             if admitted is None:
                 break
-            length = min(budget, admitted.to_do)
+            length = min(budget, self._chunk_left(admitted) or admitted.to_do)
             if not self._grow(admitted, length, preempt=False):
                 self._preempt(admitted, count=False)
                 break
             rows.append(self._launch(admitted, length))
             budget -= length
         return rows
+
+    def _chunk_left(self, entry: Entry) -> int:
+        """Tokens of a request that are to run in chunks; 0 where a decode row is next."""
+        if self._limits.fixed_ways:
+            return max(entry.prompt_len - entry.computed, 0)
+        return entry.to_do if entry.to_do > 1 else 0
 
     def _try_admit(self) -> Entry | None:
         """Moves the first waiting request to the running ones if there is room for its life."""

@@ -21,6 +21,13 @@ def test_flat_names_reach_their_sections():
     assert made.cache.num_pages == 0
 
 
+@pytest.mark.parametrize("host", ["10.0.0.1", "name.example", "::1"])
+def test_an_address_is_a_host_and_a_port(host):
+    written = f"[{host}]:7000" if ":" in host else f"{host}:7000"
+    section = config.ProcessesSection(coordinator=written, num_processes=2)
+    assert section.address == (host, 7000)
+
+
 def test_no_knobs_are_the_defaults():
     assert config.EngineConfig.from_knobs() == config.EngineConfig()
 
@@ -46,6 +53,28 @@ def test_an_unknown_knob_is_refused_with_the_known_ones():
         ({"cache_memory_fraction": 0.0}, "--cache_memory_fraction=0.0 is not in [0.01, 1]"),
         ({"penalty_requests": 0}, "--penalty_requests=0 is not at least 1"),
         ({"compile_threads": -2}, "--compile_threads=-2 is not at least 0"),
+        (
+            {"num_processes": 2, "process_id": 2, "coordinator": "a:1"},
+            "--process_id=2 is none of --num_processes=2; give each process a number of its own, "
+            "from 0 to 1",
+        ),
+        (
+            {"num_processes": 2},
+            "--coordinator= and --num_processes=2: several processes need the address at which "
+            "process 0 listens, and one needs none",
+        ),
+        (
+            {"coordinator": "10.0.0.1:7000"},
+            "--coordinator=10.0.0.1:7000 and --num_processes=1: several processes need the address "
+            "at which process 0 listens, and one needs none",
+        ),
+        *(
+            (
+                {"coordinator": address, "num_processes": 2},
+                f"--coordinator={address} is not HOST:PORT, such as 10.0.0.1:7000",
+            )
+            for address in ("10.0.0.1", ":7000", "host:", "host:0", "host:70000", "host:x")
+        ),
     ],
 )
 def test_a_knob_outside_its_bounds_is_refused_by_its_flag(knobs, message):

@@ -1,5 +1,7 @@
 """What is said while an engine starts."""
 
+import dataclasses
+
 from nanoflow_jax import start_up
 from nanoflow_jax.engine import build, compiler, kernel_choice
 from nanoflow_jax.models import loading
@@ -58,3 +60,5 @@ def test_settings_are_said_and_handed_on() -> None:
         "kernels: gemm plain (why 0), grouped gemm plain (why 1), decode attention plain (why 2), "
         "prefill attention plain (why 3)",
     ]
+    invariant = dataclasses.replace(_SETTINGS, batch_invariant=True)
+    assert "buckets: 8:8:0, 32:8:8; batch invariant\n" in start_up.describe(invariant)

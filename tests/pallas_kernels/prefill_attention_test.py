@@ -4,6 +4,7 @@ import deviceless
 import jax
 import jax.numpy as jnp
 import kernel_runs
+import numpy as np
 import prefill_runs
 import pytest
 
@@ -93,6 +94,30 @@ def test_tiles_whose_keys_are_cut_get_their_reference_on_any_number_of_ctas(more
     operands = prefill_runs.operands(**more)
     assert operands["tiles"].cuts[:, 1].max() > 1
     _check(operands, num_ctas=num_ctas, **{name: True for name in ("aligned",) if name in more})
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_token_has_the_same_bits_wherever_its_chunk_begins_and_lies(window):
+    size = {"num_tokens": 72, "page_size": 32, "heads": (4, 2), "window": window}
+    # Tokens [270, 310) of a request: as one chunk; as two, at other places beside another request.
+    whole = prefill_runs.operands([(0, 40, 270, 0)], **size)
+    parts = prefill_runs.operands([(3, 24, 270, 0), (27, 5, 9, 1), (48, 16, 294, 0)], **size)
+    one = np.asarray(whole["q"])
+    parts["q"] = parts["q"].at[3:27].set(one[:24]).at[48:64].set(one[24:40])
+    parts["cache"], parts["page_table"] = _with_row(parts, whole)
+    with kernel_runs.interpreting() as interpret:
+        found = [prefill_attention(**o, num_ctas=2, interpret=interpret) for o in (whole, parts)]
+    together, apart = map(np.asarray, found)
+    np.testing.assert_array_equal(np.concatenate([apart[3:27], apart[48:64]]), together[:40])
+
+
+def _with_row(operands, other):
+    """The cache with that of another appended, and row 0 of the table as there."""
+    cache, table, first = operands["cache"], operands["page_table"], other["page_table"][0]
+    row = jnp.pad(first + len(cache), (0, table.shape[1] - len(first)))
+    return jnp.concatenate([cache, other["cache"]]), table.at[0].set(row)
 
 
 @kernel_runs.needs_interpreter

@@ -18,7 +18,8 @@ _WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
         (
             ["speed"],
             2,
-            "error: name one benchmark: throughput, serving, overhead, soak, gpu_check, kernels\n",
+            "error: name one benchmark: throughput, invariance, serving, overhead, soak, "
+            "gpu_check, kernels\n",
         ),
         (
             ["serving", "--workload=w.json", "--json=none/rows.json"],
@@ -35,6 +36,12 @@ _WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
             2,
             "error: --kernels: softmax not among gemm, decode_attention, prefill_attention, "
             "grouped_gemm, fused\n",
+        ),
+        (
+            ["invariance", "--workload=w.json", "--buckets=4:4:1"],
+            2,
+            "error: --buckets=4:4:1: the setting has one bucket and the engine without it several; "
+            "leave the flag out\n",
         ),
         (["kernels", "--device_check"], 0, ""),
         *(

@@ -81,6 +81,7 @@ def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
         "kernels": {"gemm": "plain", "decode_attention": "Mosaic kernel"},
         "num_ctas": 48,
         "interpreted": False,
+        "batch_invariant": False,
     }
 
 

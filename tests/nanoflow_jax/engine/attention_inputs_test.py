@@ -77,6 +77,24 @@ def test_each_window_has_a_plan_of_prefill_items(planned):
         assert np.asarray(found[100].cuts)[:, 1].max() == 1
 
 
+def test_with_a_fixed_split_decode_is_cut_by_length_alone_and_keys_of_chunks_are_not():
+    fixed = attention_inputs.FixedSplit(split_len=128, num_tokens=1000, context_len=400)
+    work = _through_the_vector(_decode(fixed_split=fixed), _LENS).works[None]
+    wanted = work_list.plan_decode(
+        _LENS,
+        num_kv_heads=2,
+        num_ctas=6,
+        split_len=128,
+        max_parts=work_list.most_parts(
+            num_requests=8, num_tokens=1000, context_len=400, num_kv_heads=2, split_len=128
+        ),
+    )
+    _check_same(work, wanted)
+    items = _through_the_vector(_prefill(fixed_split=fixed), _CHUNKS).tiles[None]
+    assert np.asarray(items.cuts)[:, 1].max() == 1
+    assert items.groups.shape == (0, 2)
+
+
 def test_keys_are_cut_only_where_whole_tiles_leave_ctas_idle():
     # Tiles of 32 tokens: one whole one in the bucket, for each of two kv heads.
     for num_ctas, num_parts in ((2, 0), (3, 2)):

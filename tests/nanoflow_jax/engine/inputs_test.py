@@ -190,6 +190,43 @@ def test_a_step_takes_the_least_sampler_that_serves_its_rows(builder, params, va
     assert step.variant is variant
 
 
+def test_decode_rows_that_sample_nothing_have_no_logits(builder):
+    plan = StepPlan(
+        decode=(
+            _row("again", 5, 1, 3, (7, 2), samples=False),
+            _row("new", 3, 1, 0, (4,)),
+        ),
+        chunks=(_row("rest", 0, 2, 2, (5,)),),
+        bucket=_BUCKET,
+    )
+    sequences = {
+        "again": _sequence([1, 2, 3, 4], output=[11, 12, 13]),
+        "new": _sequence([1, 2, 3, 21]),
+        "rest": _sequence([50, 51]),
+    }
+    found = _views(programs.forward_packing(_SIZES, _BUCKET), builder.build(plan, sequences).vector)
+    assert found["token_ids"].tolist()[:4] == [12, 21, 50, 51]
+    assert found["logit_tokens"].tolist() == [1, 3, 0, 0]
+    slots = _views(
+        programs.sample_packing(_SIZES, rows=4, variant=SamplerVariant.GREEDY),
+        builder.build_sample(plan, sequences).vector,
+    )
+    assert slots["slots"].tolist() == [0, 2, 4, 4]
+
+
+def test_a_step_takes_the_least_sampler_that_there_is():
+    sizes = dataclasses.replace(_SIZES, samplers=(SamplerVariant.GREEDY, SamplerVariant.FULL))
+    builder = inputs.InputBuilder(sizes, page_size=_PAGE, max_context_len=_CONTEXT)
+    plan = StepPlan(decode=(_row("a", 3, 1, 0, (4,)),), chunks=(), bucket=_BUCKET)
+    for params, variant in (
+        ({}, SamplerVariant.GREEDY),
+        ({"temperature": 1.0}, SamplerVariant.FULL),
+        ({"logprobs": 1}, SamplerVariant.FULL),
+    ):
+        sequences = {"a": _sequence([1, 2, 3, 4], **params)}
+        assert builder.build_sample(plan, sequences).variant is variant
+
+
 def test_bans_end_with_min_tokens(builder):
     params = {"min_tokens": 2, "stop_token_ids": [7]}
     assert _sampled(builder, _sequence([1, 2], output=[5, 5], **params))[0].variant is (

@@ -52,11 +52,10 @@ def _engine(model, *interpreted, **knobs):
         random_weights=True,
         max_requests=4,
         dense_batch=24,
-        buckets="4:4:0,24:4:3",
         cache_page_size=16,
         cache_num_pages=24,
         **{f"kernel_{operation}": "interpret" for operation in interpreted},
-        **knobs,
+        **{"buckets": "4:4:0,24:4:3", **knobs},
     )
     source = build.ModelSource(
         config=model, folder=None, eos_ids=frozenset(), stored_dtype="bfloat16"
@@ -142,6 +141,21 @@ def test_kernels_on_two_halves_give_the_plain_paths_tokens():
     with _both(_MODEL, *kernels, plan="halves", plan_granule=12) as engines:
         num_ties = _compare(engines, prompts, [2] * len(prompts))
     assert num_ties <= 1
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(240)
+def test_kernels_give_a_request_the_same_bits_alone_and_among_others():
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, _VOCABULARY, size=n).tolist() for n in _PROMPT_LENS]
+    kernels = ("decode_attention", "prefill_attention")
+    try:
+        engine = _engine(_MODEL, *kernels, batch_invariant=True, buckets="24:4:3")
+        together = run(engine, _ask(prompts, [2] * len(prompts)))
+        # Its second chunk then lay behind another request's, and its token beside two others.
+        assert run(engine, _ask(prompts[:1], [2])) == together[:1]
+    finally:
+        compat.reset_interpreter()
 
 
 @kernel_runs.needs_interpreter

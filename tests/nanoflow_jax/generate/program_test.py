@@ -284,6 +284,14 @@ def test_several_choices_are_printed_whole_by_an_engine_of_their_size(
     assert "--- 2 of 2 ---" in lines
 
 
+def test_a_prompt_whose_bits_are_those_of_any_batch_gets_an_engine_for_any_batch(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [f"--model={batch_runs.FOLDER}", "--dense_batch=16", "--max_context_len=64"]
+    assert _main([*arguments, "--prompt=ab", "--max_tokens=3", "--batch_invariant"]) == 0
+    assert "of at most 16 requests; buckets: 16:16:16; batch invariant" in capfd.readouterr().err
+
+
 def _main(arguments: list[str]) -> int:
     """The program's `_run` under its own error handling, with flags of its own."""
     values = flags.FlagValues()

@@ -78,3 +78,16 @@ def test_f14_a_killed_process_ends_the_other_with_a_message(
     assert code == 1, text
     assert f"error: process {victim} has ended; all 2 processes end" in text
     assert "Traceback" not in text
+
+
+def test_what_keeps_one_process_from_starting_is_told_by_all(tmp_path: pathlib.Path) -> None:
+    arguments = [*_flags(tensor_parallel=4), "--prompt=a"]
+    other = str(batch_runs.FOLDER)
+    with process_runs.started(tmp_path, arguments, second=[f"--model={other}"]) as processes:
+        codes = [process.wait(60) for process in processes]
+    texts = [process_runs.said(tmp_path, i).read_text() for i in range(2)]
+    message = f"--model={other} is not the model of process 0, or other files of it; give all"
+    assert codes == [1, 2], texts
+    assert f"error: process 1 failed: {message}" in texts[0]
+    assert f"error: {message}" in texts[1]
+    assert "Traceback" not in texts[0] + texts[1]

@@ -125,6 +125,16 @@ def test_a_nano_operation_of_another_form_is_refused(field, value, wanted):
     _refused(content, rf"plans\[0\].order\[0\].{wanted}")
 
 
+def test_a_plan_says_whether_it_changes_bits_and_nothing_else():
+    assert _content()["plans"][0]["changes_bits"] is True
+    content = _content()
+    content["plans"][0]["changes_bits"] = False
+    _refused(
+        content,
+        r"plans\[0\].changes_bits is False, but what the plan cuts says True; write that",
+    )
+
+
 def test_a_plan_that_is_not_legal_is_refused():
     content = _content()
     del content["plans"][0]["order"][1]

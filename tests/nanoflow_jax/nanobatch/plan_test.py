@@ -30,6 +30,22 @@ def test_keys_count_an_operations_ranges_from_the_first_token_on_whatever_the_or
     assert plan.by_operation == {"o": (2, 0), "norm": (1,)}
 
 
+def test_a_plan_changes_bits_where_it_cuts_what_adds_up():
+    whole = [_nano(name, 0, 8) for name in ("norm_kqv", "decode_attention", "o")]
+    assert not _plan(*whole).changes_bits
+    assert not _plan(*whole, _nano("norm", 0, 4), _nano("rope", 4, 8)).changes_bits
+    assert _plan(*whole[:2], _nano("o", 0, 4), _nano("o", 4, 8)).changes_bits
+    assert _plan(*whole[::2], _nano("decode_attention", 0, 4)).changes_bits
+
+
+def test_a_plan_changes_bits_where_a_product_takes_another_way_than_in_the_plain_pass():
+    shape = LayerShape(num_devices=2)
+    assert not builders.one(shape, num_tokens=8).changes_bits
+    order = (_nano("attention_gather", 0, 8), _nano("o_columns", 0, 8))
+    gathers = Plan(name="by hand", shape=shape, num_tokens=8, decode_weights=(1,), order=order)
+    assert gathers.changes_bits
+
+
 def test_a_turn_issues_parts_of_several_layers():
     plan = _plan(_nano("o", 0, 4), _nano("norm", 0, 4, shift=2), _nano("norm", 4, 8, shift=1))
     issued = pipeline.issue_order(plan, [plan.graph] * 3)

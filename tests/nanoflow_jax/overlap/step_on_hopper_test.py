@@ -1,10 +1,8 @@
 """Steps that an H200 would run by a plan, compiled without one."""
 
 import dataclasses
-import pathlib
 
 import deviceless
-import jax
 import pytest
 
 from nanoflow_jax import config
@@ -32,8 +30,7 @@ def _claims(executor):
         executor=executor,
         kernels=config.KernelsSection(),
     )
-    cache = pathlib.Path(jax.config.jax_compilation_cache_dir) / "deviceless"
-    program = step.compile_step(asked, cache=cache)
+    program = step.compile_step(asked, cache=deviceless.cache_folder())
     found = analysis.Analysis(program, _PLAN, [_PLAN.graph] * _LAYERS)
     return found, {one.claim: one.holds for one in report.check(found, asked)}
 

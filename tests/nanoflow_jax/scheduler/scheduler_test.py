@@ -61,12 +61,14 @@ class _Host:
         prefill_rows=4,
         penalty_requests=2,
         run_ahead=True,
+        fixed_ways=False,
     ):
         self.limits = scheduler.Limits(
             max_requests=max_requests,
             dense_batch=dense_batch,
             page_size=page_size,
             penalty_requests=penalty_requests,
+            fixed_ways=fixed_ways,
         )
         few = buckets.Bucket(tokens=max_requests, decode_rows=max_requests, prefill_rows=0)
         full = buckets.Bucket(
@@ -117,7 +119,8 @@ class _Host:
             tokens=plan.num_tokens, decode_rows=len(plan.decode), prefill_rows=len(plan.chunks)
         )
         assert plan.rows == plan.decode + plan.chunks
-        assert all(row.length == 1 and row.samples for row in plan.decode)
+        assert all(row.length == 1 for row in plan.decode)
+        self._check_ways(plan)
         names = [row.request_id for row in plan.rows]
         assert len(names) == len(set(names)), "a request has two rows"
         held = [page for row in plan.rows for page in row.pages]
@@ -137,6 +140,14 @@ class _Host:
             assert row.samples == (track.computed == track.known)
             track.sampled += row.samples
             assert track.known <= track.job.limit, "a token past the limit"
+
+    def _check_ways(self, plan):
+        if not self.limits.fixed_ways:
+            assert all(row.samples for row in plan.decode)
+            return
+        prompts = {name: track.job.prompt_len for name, track in self.tracks.items()}
+        assert all(row.start >= prompts[row.request_id] for row in plan.decode)
+        assert all(row.start + row.length <= prompts[row.request_id] for row in plan.chunks)
 
     def _commit(self, plan):
         if plan is None:
@@ -221,16 +232,18 @@ def _check_tokens(host, jobs):
     dense_batch=st.integers(4, 20),
     prefill_rows=st.integers(1, 4),
     failures=st.sets(st.integers(0, 60), max_size=4),
+    fixed_ways=st.booleans(),
 )
 @hypothesis.settings(max_examples=200)
 def test_every_request_gets_exactly_its_tokens_whatever_steps_fail(
-    jobs, run_ahead, num_pages, dense_batch, prefill_rows, failures
+    jobs, run_ahead, num_pages, dense_batch, prefill_rows, failures, fixed_ways
 ):
     host = _Host(
         num_pages=num_pages,
         run_ahead=run_ahead,
         dense_batch=dense_batch,
         prefill_rows=prefill_rows,
+        fixed_ways=fixed_ways,
     )
     host.run(jobs, failures=failures)
     _check_tokens(host, jobs)
@@ -257,10 +270,11 @@ def _teach_short_outputs(host):
         max_size=8,
     ),
     run_ahead=st.booleans(),
+    fixed_ways=st.booleans(),
 )
 @hypothesis.settings(max_examples=100)
-def test_preempted_requests_get_exactly_their_tokens_too(jobs, run_ahead):
-    host = _Host(num_pages=17, run_ahead=run_ahead)
+def test_preempted_requests_get_exactly_their_tokens_too(jobs, run_ahead, fixed_ways):
+    host = _Host(num_pages=17, run_ahead=run_ahead, fixed_ways=fixed_ways)
     _teach_short_outputs(host)
     host.run(jobs)
     _check_tokens(host, jobs)
@@ -280,6 +294,30 @@ def test_a_request_that_loses_its_pages_starts_over_and_samples_nothing_twice():
     )
     assert starts["0"] == 1  # the first to arrive keeps its pages
     assert starts.total() == 3 + host.scheduler.num_preemptions
+
+
+@pytest.mark.parametrize(
+    ("fixed_ways", "first_chunk", "num_before"), [(False, 16, 1), (True, 8, 9)]
+)
+def test_what_was_generated_comes_back_in_chunks_or_one_by_one(fixed_ways, first_chunk, num_before):
+    host = _Host(dense_batch=16, fixed_ways=fixed_ways)
+    host.add("a", _Job(prompt_len=8, output_len=40))
+    for _ in range(10):
+        host.step()
+    host.fail()  # nine tokens had arrived
+    plans = [host.step() for _ in range(num_before + 1)]
+    assert [row.length for row in plans[0].chunks] == [first_chunk]
+    assert all(len(plan.decode) == 1 for plan in plans[1:])
+    assert [plan.rows[0].samples for plan in plans] == [False] * num_before + [True]
+
+
+def test_the_last_token_of_a_prompt_is_a_chunk_of_its_own_if_it_must_come_in_chunks():
+    for fixed_ways in (False, True):
+        host = _Host(dense_batch=16, fixed_ways=fixed_ways)
+        host.add("a", _Job(prompt_len=17, output_len=3))
+        plans = [host.step() for _ in range(2)]
+        assert [len(plan.chunks) for plan in plans] == [1, int(fixed_ways)]
+        assert plans[1].rows[0].samples
 
 
 def test_certain_lengths_are_admitted_only_if_all_fit_to_the_end():

@@ -1,20 +1,17 @@
 """The program: one command from sources to folder, and errors without a traceback."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
-import jax
+import batch_runs
 
 from nanoflow_jax.train_embedded import settings
 from tests.nanoflow_jax.train_embedded import library
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
-    # The compile cache of the tests' own process serves the program too.
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    command = [sys.executable, *words]
+    command, env = [sys.executable, *words], batch_runs.environment()
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
