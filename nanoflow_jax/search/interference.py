@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from nanoflow_jax.cost import layer_work
 from nanoflow_jax.nanobatch.operations import Resource
 
 
@@ -55,4 +56,16 @@ TABLE_3 = Speeds(
         ),
     },
     source="NanoFlow (arXiv 2408.12757v2), Table 3 and the text on Figure 6, for an A100",
+)
+
+
+# Of datasheets: products use all SMs evenly, a third of the SMs can take all that memory gives (see
+# `cost.layer_work`), and collectives are as in the table.
+ROOFLINE = Speeds(
+    points={
+        Resource.COMPUTE: ((0.0, 0.0), (1.0, 1.0)),
+        Resource.MEMORY: ((0.0, 0.0), (layer_work.SHARE_THAT_FILLS_MEMORY, 1.0), (1.0, 1.0)),
+        Resource.NETWORK: TABLE_3.points[Resource.NETWORK],
+    },
+    source="how many SMs fill memory, by its bandwidth; of the network, " + TABLE_3.source,
 )

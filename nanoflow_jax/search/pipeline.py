@@ -10,6 +10,7 @@ period of a pipeline over layers.
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from nanoflow_jax.nanobatch import legality, operations
@@ -28,6 +29,7 @@ _SAME = 1e-5
 # Where the search for shares begins; and how often order and shares are sought in turn at most.
 _FIRST_SHARES = {Resource.COMPUTE: 0.8, Resource.MEMORY: 0.4, Resource.NETWORK: 0.2}
 _ROUNDS = 6
+_LEAST_S = 1.0
 
 # Seconds of an operation over some tokens, alone on the device.
 Times = Callable[[str, int], float]
@@ -83,14 +85,12 @@ class Pipeline:
         period_s: Time per layer.
         shares: Of each nano-operation in a lane, by its key in the plan.
         starts: When each starts, in periods.
-        alone: The schedule at best speeds, which no sharing can beat.
     """
 
     plan: Plan
     period_s: float
     shares: dict[str, float]
     starts: dict[str, float]
-    alone: periodic.Schedule
 
 
 def find(
@@ -104,23 +104,25 @@ def find(
         speeds: Of shares.
         num_sms: Of the device.
         name: Of the plan.
-        seconds: Time to search, for each of the two stages.
+        seconds: Time to search.
 
     Raises:
         ProgramError: None was found in time.
     """
+    until = time.monotonic() + seconds
     draft = split.unordered()
     problem = _Problem(draft, times)
-    alone = periodic.best_schedule(
-        problem.tasks, problem.waits, apart=problem.apart, seconds=seconds
-    )
     best: _Shared | None = None
     shares = {key: _FIRST_SHARES[lane] for key, lane in problem.lanes.items() if lane is not None}
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
+        left = max(until - time.monotonic(), _LEAST_S)
+        if number and left <= _LEAST_S:
+            break
+        each = left / 4  # two stages now, and another round
         slowed = problem.slowed(speeds, shares)
-        order = periodic.best_schedule(slowed, problem.waits, apart=problem.apart, seconds=seconds)
+        order = periodic.best_schedule(slowed, problem.waits, apart=problem.apart, seconds=each)
         found = _share_out(
-            problem, order, {task.name: task.seconds for task in slowed}, speeds, seconds=seconds
+            problem, order, {task.name: task.seconds for task in slowed}, speeds, seconds=each
         )
         if best is not None and found.period_s > best.period_s * (1 - _SAME):
             break
@@ -128,9 +130,7 @@ def find(
     assert best is not None
     plan = _ordered(draft, problem, best, num_sms=num_sms, name=name)
     legality.check(plan)
-    return Pipeline(
-        plan=plan, period_s=best.period_s, shares=best.shares, starts=best.starts, alone=alone
-    )
+    return Pipeline(plan=plan, period_s=best.period_s, shares=best.shares, starts=best.starts)
 
 
 class _Problem:

@@ -1,0 +1,109 @@
+"""How long operations take alone on a device, as far as it is known without one."""
+
+import dataclasses
+from typing import Protocol
+
+from nanoflow_jax.cost import layer_work
+from nanoflow_jax.cost.datasheets import Datasheet
+from nanoflow_jax.models import architecture
+
+_BYTES = 2
+# Passes over the activations, of which a device sends (n - 1) / n.
+_PASSES = {
+    "attention_gather": 1,
+    "o_gather": 1,
+    "hidden_gather": 1,
+    "down_gather": 1,
+    "o_reduce": 2,
+    "down_reduce": 2,
+}
+
+
+class Profile(Protocol):
+    """Times of operations."""
+
+    @property
+    def source(self) -> str:
+        """Where they come from, for people."""
+
+    def seconds(self, operation: str, tokens: int) -> float:
+        """Of an operation over some tokens, alone on the device."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """The least time by a datasheet: nothing was measured.
+
+    Attributes:
+        config: The model.
+        num_devices: That share a layer.
+        sheet: Of each device.
+        load: Of a whole step; tokens of a part have their share of its decode rows.
+    """
+
+    config: architecture.ModelConfig
+    num_devices: int
+    sheet: Datasheet
+    load: layer_work.Load
+
+    @property
+    def source(self) -> str:
+        return f"the roofline of {self.sheet.source}; nothing was measured"
+
+    def seconds(self, operation: str, tokens: int) -> float:
+        """See `Profile`.
+
+        Raises:
+            ValueError: Nothing is known of the operation.
+        """
+        if operation in _PASSES:
+            width = self.config.hidden_size * _PASSES[operation]
+            if operation == "hidden_gather":
+                width = self.config.intermediate_size
+            away = (self.num_devices - 1) / self.num_devices
+            return tokens * width * _BYTES * away / self.sheet.link_bytes_per_s
+        load = dataclasses.replace(
+            self.load,
+            tokens=tokens,
+            decode_rows=round(self.load.decode_rows * tokens / self.load.tokens),
+        )
+        name = operation.removesuffix("_columns")
+        return layer_work.work(self._own_part, name, load).seconds(self.sheet)
+
+    @property
+    def _own_part(self) -> architecture.ModelConfig:
+        """What one device has of each layer."""
+        c, n = self.config, self.num_devices
+        heads = -(-c.num_heads // n)
+        kv = max(1, c.num_kv_heads // n)
+        return dataclasses.replace(
+            c,
+            num_heads=-(-heads // kv) * kv,
+            num_kv_heads=kv,
+            intermediate_size=-(-c.intermediate_size // n),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Times of whole operations that somebody measured, scaled to parts.
+
+    A part of n of N tokens takes `fixed + (1 - fixed) * n / N` of the whole: splitting an operation
+    into k parts costs (k - 1) * fixed of it.
+
+    Attributes:
+        whole_s: Of each operation over all tokens.
+        tokens: Of the whole.
+        fixed: See above.
+        source: Who measured them.
+    """
+
+    whole_s: dict[str, float]
+    tokens: int
+    fixed: float
+    source: str
+
+    def seconds(self, operation: str, tokens: int) -> float:
+        """See `Profile`; operations that were not measured take no time."""
+        whole = self.whole_s.get(operation.removesuffix("_columns"), 0.0)
+        return whole * (self.fixed + (1 - self.fixed) * tokens / self.tokens)
