@@ -6,6 +6,7 @@
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,8 @@ CAN_INTERPRET_MOSAIC = _VERSION >= (0, 11)
 CAN_LOAD_TRANSPOSED = _VERSION >= (0, 11)
 # The backend for GPUs older than Hopper; 0.12.0.1 still has it.
 HAS_PALLAS_TRITON = plt is not None
+# Digits behind the name of a kernel; see `name_kernels`.
+KERNEL_DIGITS = 16
 
 
 def interpret_gpu_params(**options: Any) -> Any:
@@ -41,6 +44,32 @@ def interpret_gpu_params(**options: Any) -> Any:
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     return params.InterpretGPUParams(**options)
+
+
+@functools.cache
+def name_kernels() -> None:
+    """Makes jax name Mosaic kernels after what they do, from now on.
+
+    jax 0.11 writes into each kernel the number of kernels of the process before it. Then no two
+    are equal: that of 32 layers is compiled 32 times, and no cache of programs knows it again.
+    """
+    from jax._src.lib import mosaic_gpu_dialect as dialect
+    from jax._src.lib.mlir import ir
+    from jax.experimental.mosaic.gpu import core as core_lib
+
+    if not hasattr(dialect, "get_or_set_dump_options"):  # 0.10 has no such number
+        return
+    core: Any = core_lib
+    lower = core.lower_mgpu_module
+
+    def lower_named(module: Any, *arguments: Any, **options: Any) -> None:
+        attributes = module.operation.attributes
+        digest = hashlib.sha256(str(module).encode()).hexdigest()[:KERNEL_DIGITS]
+        name = f"{attributes['sym_name'].value}_{digest}"
+        attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+        lower(module, *arguments, **options)
+
+    core.lower_mgpu_module = lower_named
 
 
 def load_row(ref: Any, columns: Any, *, layout: Any) -> Any:

@@ -75,7 +75,6 @@ def decode_attention(
     Raises:
         ValueError: Shapes, dtypes or numbers do not fit each other or the kernel.
     """
-    mosaic.check_num_ctas(num_ctas)
     kernel = prepare_decode(
         q,
         cache,
@@ -88,7 +87,6 @@ def decode_attention(
         merge_ctas=num_ctas,
         interpret=interpret,
     )
-    num_ctas = min(num_ctas, kernel.most_ctas)
     return mosaic.run(kernel, num_ctas=num_ctas, token=token, interpret=interpret)
 
 
@@ -239,12 +237,16 @@ def check_batch(
                 f"R={R}"
             )
     found = tuple(field.shape for field in work)
-    num_workers, num_groups = found[1][0], found[2][0]
+    num_workers, num_groups = work.workers.size // 5, work.groups.size // 2
     wanted = ((R, 4), (num_workers, 5), (num_groups, 2), (R * K,))
-    if found != wanted or num_workers % WORKERS_PER_CTA:
+    is_planned = num_workers > 0 and num_workers % WORKERS_PER_CTA == 0 and num_groups > 0
+    if found != wanted or not is_planned:
         raise ValueError(
             f"work has shapes {found}; a plan for R={R} requests and K={K} kv heads has {wanted}"
         )
+    dtypes_found = [str(field.dtype) for field in work]
+    if any(name not in ("int32", "int64") for name in dtypes_found):
+        raise ValueError(f"work is {dtypes_found}, not int32; take it from plan_decode")
 
 
 def _check(q: Any, cache: Any, page_table: Any, context_lens: Any, work: WorkList) -> None:

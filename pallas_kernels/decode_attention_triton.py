@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import compat
-from pallas_kernels import triton_pages
+from pallas_kernels import mosaic, triton_pages
 from pallas_kernels.decode_attention import check_batch, finish_decode
 from pallas_kernels.decode_role import DecodeOptions
 from pallas_kernels.decode_walk import Item, Walk
@@ -72,8 +72,7 @@ def decode_attention_triton(
         ValueError: Shapes, dtypes or numbers do not fit each other or the kernel, or this jax has
             no such backend.
     """
-    if num_ctas < 1:
-        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
+    mosaic.check_num_ctas(num_ctas)
     check_batch(
         q,
         cache,

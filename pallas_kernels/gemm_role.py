@@ -30,6 +30,10 @@ class GemmTile:
         stages: Steps fetched ahead.
         band: Tiles in a row of the snake.
         slice_columns: Columns that leave at a time.
+
+    Raises:
+        ValueError: No CTA can compute that. Whether it fits shared memory is known only with
+            dtypes, when the kernel is compiled.
     """
 
     rows: int = 128
@@ -40,6 +44,10 @@ class GemmTile:
     slice_columns: int = 64
 
     def __post_init__(self) -> None:
+        least = {"depth": 1, "stages": 2, "band": 1, "slice_columns": 1, "columns": 1, "rows": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{self} is no tile: {name} is not at least {number}")
         if self.rows != _PRODUCT_ROWS and self.rows % (2 * _PRODUCT_ROWS):
             raise ValueError(
                 f"{self} is no tile: rows must be {_PRODUCT_ROWS}, or a multiple of "

@@ -62,7 +62,17 @@ def plan_groups(
         num_experts: E.
         tile_rows: Rows of a tile, those of the `GemmTile` to use; `default_rows` for the rows that
             an expert has on average unless given.
+
+    Raises:
+        ValueError: experts is no [T, A] of integers, or there is no expert, or no row in a tile.
     """
+    if experts.ndim != 2 or not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise ValueError(f"experts is {experts.dtype}{experts.shape}, not integers [T, A]")
+    if num_experts < 1 or (tile_rows is not None and tile_rows < 1):
+        raise ValueError(
+            f"num_experts={num_experts} or tile_rows={tile_rows} is not at least 1; tile_rows may "
+            "be None"
+        )
     num_tokens, active = experts.shape
     if tile_rows is None:
         tile_rows = default_rows(pl.cdiv(experts.size, num_experts))
@@ -166,6 +176,8 @@ def prepare_grouped_gemm(
     tile: GemmTile | None = None,
 ) -> mosaic.Kernel:
     """The kernel of `grouped_gemm`, to run on a share of a grid; takes and refuses the same."""
+    if 0 in (*x.shape, *w.shape):
+        raise ValueError(f"x{x.shape} and w{w.shape} must not be empty")
     num_tiles = groups.tile_expert.shape[0]
     result_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
     chosen = tile or default_tile(
@@ -257,8 +269,6 @@ def _by_channel(scale: Float[Array, "*EF2"], shape: tuple[int, ...]) -> Float[Ar
 def _check(x: Any, w: Any, groups: Groups, *, gated: bool, tile: GemmTile) -> None:
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2]:
         raise ValueError(f"x{x.shape} and w{w.shape} are not [R, D] and [E, F, D]")
-    if 0 in (*x.shape, *w.shape):
-        raise ValueError(f"x{x.shape} and w{w.shape} must not be empty")
     check_dtypes(x, w)
     multiple = mosaic.TILE_ROWS * (2 if gated else 1)
     if w.shape[1] % multiple:

@@ -58,9 +58,10 @@ def merge_runs(
         number makes NaN in its own group, and nothing in another.
 
     Raises:
-        ValueError: A part is no row of that many columns, or there is no CTA.
+        ValueError: Shapes or dtypes do not fit each other or the kernel, or there is no CTA.
     """
     mosaic.check_num_ctas(num_ctas)
+    _check_runs(parts, weights, groups)
     num_groups, num_columns = groups.shape[0], parts.shape[2]
     if num_columns % COLUMN_MULTIPLE or not 1 <= num_rows <= parts.shape[1]:
         raise ValueError(
@@ -131,6 +132,19 @@ def merge_parts(
     sums = jnp.einsum("WCG,CGI->WGI", share, counted, precision="highest")
     merged = sums[..., :H] / jnp.maximum(sums[..., 2 * H :], _LEAST_SHARE)
     return jnp.where(sums[..., H : 2 * H] > 0, jnp.nan, merged)
+
+
+def _check_runs(parts: Any, weights: Any, groups: Any) -> None:
+    if parts.ndim != 3 or weights.shape != parts.shape[:2] or groups.shape[1:] != (2,):
+        raise ValueError(
+            f"parts{parts.shape}, weights{weights.shape} and groups{groups.shape} are not "
+            "[C, G, H], [C, G] and [B, 2]"
+        )
+    if 0 in (*parts.shape, *groups.shape):
+        raise ValueError(f"parts{parts.shape} and groups{groups.shape} must not be empty")
+    dtypes = [str(array.dtype) for array in (parts, weights, groups)]
+    if dtypes != ["float32", "float32", "int32"]:
+        raise ValueError(f"parts, weights and groups are {dtypes}, not float32, float32 and int32")
 
 
 def _kernel(parts: Any, weights: Any, groups: Any, out: Any, *, num_groups: int) -> None:

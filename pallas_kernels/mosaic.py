@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanoflow_jax import compat
+
 COMPUTE_WARPGROUPS = 2
 # One that moves memory, beside those that compute.
 NUM_WARPGROUPS = COMPUTE_WARPGROUPS + 1
@@ -100,6 +102,7 @@ def call(
         approx_math: Whether exp2 and the like may take the fast hardware path.
         interpret: None to run on a GPU, or InterpretGPUParams.
     """
+    compat.name_kernels()
     given = list(operands)
     if token is not None:
         given.append(token)

@@ -154,14 +154,21 @@ def build_prefill_tiles(
         end together.
 
     Raises:
-        ValueError: A chunk lies outside the dense batch or does not start where it must, or there
-            are more tiles than capacity.
+        ValueError: A chunk has a number below 0, lies outside the dense batch or does not start
+            where it must, the window is no number of tokens, or there are more tiles than capacity.
     """
     chunks = np.asarray(chunks, np.int64).reshape(-1, 4)
+    if (below := chunks[(chunks < 0).any(axis=1)]).size:
+        raise ValueError(
+            f"a chunk is (first token, tokens, position, row) {(*below[0].tolist(),)}; none of "
+            "them may be below 0"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} is not at least 1; None sees all tokens")
     chunks = chunks[chunks[:, 1] > 0]
     first, length, position, row = chunks.T
     ends = first + length
-    if len(chunks) and (first.min() < 0 or ends.max() > num_tokens):
+    if len(chunks) and ends.max() > num_tokens:
         raise ValueError(
             f"chunks reach over tokens {first.min()}..{ends.max()} of a batch of {num_tokens}"
         )

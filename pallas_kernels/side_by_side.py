@@ -21,7 +21,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
@@ -50,7 +52,7 @@ def side_by_side(
 
     Raises:
         ValueError: There are not B - 1 shares for at least two kernels, or a kernel has no CTA.
-            Shares that only the device knows are not looked at.
+            Shares in an array of jax's, which the device may know alone, are not looked at.
     """
     _check(kernels, shares, num_ctas)
     operands = [list(kernel.operands) for kernel in kernels]
@@ -94,17 +96,18 @@ def on_share(
     As much as a grid of that size; but one executable serves all sizes.
 
     Args:
-        kernel: From a `prepare_` function but that of decode attention, whose plan says who works.
+        kernel: From a `prepare_` function.
         share: CTAs that work, at least 1.
         num_ctas: Of the grid.
         token: Read by nobody; orders this kernel after the one that makes it.
         interpret: None on a GPU, or InterpretGPUParams.
 
     Raises:
-        ValueError: The share is no part of the grid. One that only the device knows is not looked
-            at.
+        ValueError: There is no CTA, or the share is no part of the grid. One in an array of jax's,
+            which the device may know alone, is not looked at.
     """
-    if isinstance(share, int) and not 1 <= share <= num_ctas:
+    mosaic.check_num_ctas(num_ctas)
+    if not isinstance(share, jax.Array) and share not in range(1, num_ctas + 1):
         raise ValueError(f"share={share} is outside [1, num_ctas={num_ctas}]")
     num_operands = len(kernel.operands)
 
@@ -143,13 +146,17 @@ def _cut(items: Sequence[Any], like: Sequence[Sequence[Any]]) -> list[Sequence[A
 def _check(kernels: Sequence[mosaic.Kernel], shares: Any, num_ctas: int) -> None:
     if num_ctas < len(kernels):
         raise ValueError(f"num_ctas={num_ctas} is not at least {len(kernels)}, one for each kernel")
-    num_shares = shares.shape[0] if hasattr(shares, "shape") else len(shares)
+    num_shares = len(shares)
     if num_shares < 1 or num_shares != len(kernels) - 1:
         raise ValueError(
             f"{num_shares} shares for {len(kernels)} kernels: give at least two kernels, and a "
             "share of each but the last, which has the rest"
         )
-    if not hasattr(shares, "shape") and (min(shares, default=1) < 1 or sum(shares) >= num_ctas):
+    if isinstance(shares, jax.Array):
+        return
+    possible = range(1, num_ctas)
+    if any(share not in possible for share in shares) or sum(shares) not in possible:
         raise ValueError(
-            f"shares {tuple(shares)} of num_ctas={num_ctas} leave a kernel without a CTA"
+            f"shares {np.asarray(shares).tolist()} of num_ctas={num_ctas} are no whole numbers, "
+            "or leave a kernel without a CTA"
         )

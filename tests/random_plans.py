@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections.abc import Mapping
 
 from hypothesis import strategies as st
 
@@ -23,8 +24,9 @@ def plans(
     shapes: tuple[operations.LayerShape, ...] = SHAPES,
     num_tokens: int | None = None,
     max_cells: int = 4,
+    ways: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Legal plans of small dense batches."""
+    """Legal plans of small dense batches; `ways` says which way all tokens of a product take."""
     shape = draw(st.sampled_from(shapes))
     num_tokens = num_tokens or draw(st.integers(1, 24))
     granule = draw(st.integers(1, 3))
@@ -32,7 +34,8 @@ def plans(
     most = min(max_cells - 1, len(inner))
     borders = draw(st.lists(st.sampled_from(inner), max_size=most, unique=True)) if most else []
     chance = draw(st.randoms(use_true_random=False))
-    split = _split_all(operations.layer_graph(shape), sorted(borders), num_tokens, chance)
+    graph = operations.layer_graph(shape)
+    split = _split_all(graph, sorted(borders), num_tokens, chance, ways or {})
     cells = find_cells([nano.tokens for nano in split], num_tokens=num_tokens)
     weights = draw(
         st.lists(st.integers(0, 5), min_size=len(cells), max_size=len(cells)).filter(any)
@@ -60,7 +63,11 @@ def _some(borders: list[int], chance: random.Random) -> list[int]:
 
 
 def _split_all(
-    graph: operations.LayerGraph, borders: list[int], num_tokens: int, chance: random.Random
+    graph: operations.LayerGraph,
+    borders: list[int],
+    num_tokens: int,
+    chance: random.Random,
+    given: Mapping[str, str],
 ) -> list[NanoOperation]:
     def cut(within: TokenRange) -> tuple[TokenRange, ...]:
         some = [b for b in _some(borders, chance) if within.start < b < within.stop]
@@ -71,7 +78,7 @@ def _split_all(
     found: dict[str, tuple[TokenRange, ...]] = {}
     for product, ways in graph.choices.items():
         for part in cut(whole):
-            way = chance.choice(sorted(ways))
+            way = given.get(product) or chance.choice(sorted(ways))
             for op in graph.choices[product][way]:
                 found[op.name] = (*found.get(op.name, ()), *cut(part))
     for op in graph.operations:

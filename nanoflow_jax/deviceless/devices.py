@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from nanoflow_jax.deviceless.program import Kernel
+
 # Command buffers capture library calls and custom calls only from CUDA 12.3 on, and XLA takes the
 # lower of these two; driver and toolkit of today's GPU machines.
 _DRIVER_VERSION = "13.0.0"
@@ -11,6 +13,9 @@ _DNN_VERSION = (9, 10, 0)
 # The runtime keeps so much of an SM's shared memory for each CTA (CUDA C++ programming guide,
 # Shared Memory, compute capability 8.x and 9.x).
 _RESERVED_SHARED_BYTES = 1024
+# Of 32 bits, of every SM here; a warp gets them for each thread in multiples of eight (as above).
+REGISTERS_PER_SM = 65536
+_REGISTER_UNIT = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,15 @@ class Device:
     def shared_bytes_per_cta(self) -> int:
         """Most shared memory that one CTA can ask for."""
         return self.shared_bytes_per_sm - _RESERVED_SHARED_BYTES
+
+    def holds(self, kernel: Kernel) -> bool:
+        """Whether an SM has room for a CTA of a kernel."""
+        registers = -(-kernel.registers // _REGISTER_UNIT) * _REGISTER_UNIT * kernel.num_threads
+        return (
+            registers <= REGISTERS_PER_SM
+            and kernel.num_threads <= self.threads_per_sm
+            and kernel.shared_bytes <= self.shared_bytes_per_cta
+        )
 
 
 def _hopper(kind: str, *, memory_bytes: int, memory_bytes_per_s: float) -> Device:
@@ -152,8 +166,8 @@ gpu_device_info {{
   threads_per_warp: 32
   threads_per_block_limit: 1024
   threads_per_core_limit: {device.threads_per_sm}
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
+  registers_per_core_limit: {REGISTERS_PER_SM}
+  registers_per_block_limit: {REGISTERS_PER_SM}
   shared_memory_per_block: 49152
   shared_memory_per_block_optin: {device.shared_bytes_per_cta}
   shared_memory_per_core: {device.shared_bytes_per_sm}

@@ -5,10 +5,17 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from nanoflow_jax.deviceless import hlo
-from nanoflow_jax.deviceless.program import Graph, Kernel, Launch, Memory, Program
+from nanoflow_jax.deviceless import hlo, launch_order
+from nanoflow_jax.deviceless.program import (
+    Graph,
+    Instruction,
+    Kernel,
+    Launch,
+    Memory,
+    Program,
+)
 
 _THUNK = re.compile(r"^(?P<indent> *)(?P<id>\d+): (?P<kind>k\w+) *\[.*?\] ?(?P<rest>.*)$", re.M)
 _SHAPE = re.compile(
@@ -26,9 +33,10 @@ _NODE = re.compile(r"node (\d+) \(priority=\d+\): in=\[(.*?)\] out=\[")
 # A message is cut off after 15000 bytes (absl, log/internal/log_message.cc, kLogMessageBufferSize);
 # a node takes a few hundred at most.
 _CUT_BYTES = 14_000
-_COMMAND_BUFFER = "kCommandBuffer"
+_COMMAND_BUFFER, _BEGIN, _END = "kCommandBuffer", "kAsyncStart", "kAsyncDone"
 # What they stand around is started, not they.
-_AROUND = (_COMMAND_BUFFER, "kAsyncStart", "kAsyncDone")
+_AROUND = (_COMMAND_BUFFER, _BEGIN, _END)
+_ASYNC = re.compile(r"(?:stream=(\S+), )?async_id=(\d+)")
 # A call of which some operands are parts of arrays: it stands alone inside, in a graph of its own.
 _SLICED = "kDynamicSliceFusion"
 
@@ -60,17 +68,22 @@ def read_program(folder: pathlib.Path, log: str) -> Program:
     entry = hlo.read_entry(text)
     dump = folder / "dump"
     thunks = _read_thunks(dump)
-    names = _read_names(dump)
-    scopes = {one.name: one.scope for one in entry}
-    launches = [
-        _launch(one, names.get(one.id, ""), scopes) for one in thunks if one.kind not in _AROUND
-    ]
+    names = _names(thunks, dump)
+    ours = _mosaic_kernels(dump, _calls(thunks, names, entry))
+    known = _Known(
+        names=names,
+        scopes={one.name: one.scope for one in entry},
+        kernels={one.name: ours[one.kernel].name for one in entry if one.kernel in ours},
+    )
+    launches = [known.launch(one) for one in thunks if one.kind not in _AROUND]
+    graphs = tuple(_graphs(thunks, known, log))
     return Program(
         hlo=text,
         instructions=entry,
-        kernels=(*_xla_kernels(dump, thunks, log), *_mosaic_kernels(dump)),
+        kernels=(*_xla_kernels(dump, thunks, log), *ours.values()),
         launches=tuple(launches),
-        graphs=tuple(_graphs(thunks, names, scopes, log)),
+        graphs=graphs,
+        order=launch_order.join(_items(thunks, known, graphs)),
         memory=Memory(**json.loads((folder / "memory.json").read_text())),
     )
 
@@ -104,24 +117,45 @@ def _calls_in_place_of_slices(thunks: list[_Thunk]) -> Iterator[_Thunk]:
         yield thunk
 
 
-def _read_names(dump: pathlib.Path) -> dict[int, str]:
+def _names(thunks: Sequence[_Thunk], dump: pathlib.Path) -> dict[int, str]:
+    """Instructions of the entry by thunk; what runs on another stream has the name of its begin."""
     text = _dumped(dump, "thunk_metadata") or ""
-    return {int(number): name for name, number in _NAME.findall(text)}
+    found = {int(number): name for name, number in _NAME.findall(text)}
+    for index, thunk in enumerate(thunks):
+        if thunk.kind == _BEGIN and thunk.id in found:
+            found |= {one.id: found[thunk.id] for one in _inside(thunks, index)}
+    return found
 
 
-def _launch(thunk: _Thunk, name: str, scopes: Mapping[str, str]) -> Launch:
-    kernel = _SHAPE.match(thunk.rest)
-    return Launch(
-        name=name,
-        kind=thunk.kind,
-        scope=scopes.get(name, ""),
-        kernel=kernel[1] if kernel else None,
-    )
+def _calls(
+    thunks: Iterable[_Thunk], names: Mapping[int, str], entry: Iterable[Instruction]
+) -> list[str]:
+    """What tells Mosaic kernels apart, each once, in the order in which they first run."""
+    kernels = {one.name: one.kernel for one in entry}
+    found = (kernels.get(names.get(thunk.id, "")) for thunk in thunks)
+    return list(dict.fromkeys(one for one in found if one is not None))
 
 
-def _graphs(
-    thunks: Iterable[_Thunk], names: Mapping[int, str], scopes: Mapping[str, str], log: str
-) -> Iterator[Graph]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Known:
+    """Names of instructions by thunk; scopes and kernels of ours by instruction."""
+
+    names: Mapping[int, str]
+    scopes: Mapping[str, str]
+    kernels: Mapping[str, str]
+
+    def launch(self, thunk: _Thunk) -> Launch:
+        name = self.names.get(thunk.id, "")
+        kernel = _SHAPE.match(thunk.rest)
+        return Launch(
+            name=name,
+            kind=thunk.kind,
+            scope=self.scopes.get(name, ""),
+            kernel=kernel[1] if kernel else self.kernels.get(name),
+        )
+
+
+def _graphs(thunks: Sequence[_Thunk], known: _Known, log: str) -> Iterator[Graph]:
     messages = _GRAPH.findall(log)
     edges = [_NODE.findall(nodes) for nodes in messages]
     buffers = list(_command_buffers(thunks))
@@ -137,15 +171,46 @@ def _graphs(
     ends = itertools.accumulate(1 + _num_sliced(buffer) for buffer in buffers)
     for nodes, buffer in zip([edges[end - 1] for end in ends], buffers, strict=True):
         yield Graph(
-            nodes=tuple(
-                _launch(one, names.get(one.id, ""), scopes) for one in buffer[: len(nodes)]
-            ),
+            nodes=tuple(map(known.launch, buffer[: len(nodes)])),
             num_nodes=len(buffer),
             parents=tuple(
                 tuple(int(number) for number in re.findall(r"id: (\d+)", parents))
                 for _, parents in nodes
             ),
         )
+
+
+def _items(
+    thunks: Sequence[_Thunk], known: _Known, graphs: Iterable[Graph]
+) -> Iterator[Graph | Launch | launch_order.Begin | launch_order.End]:
+    """What the host comes to: graphs and what begins and ends on other streams as one item each."""
+    remaining = iter(graphs)
+    index = 0
+    while index < len(thunks):
+        thunk = thunks[index]
+        inside = _inside(thunks, index)
+        index += 1
+        if thunk.kind == _COMMAND_BUFFER:
+            yield next(remaining)
+        elif thunk.kind == _BEGIN:
+            found = _ASYNC.search(thunk.rest)
+            assert found, thunk
+            launches = tuple(map(known.launch, inside))
+            yield launch_order.Begin(number=int(found[2]), stream=found[1] or "", launches=launches)
+        elif thunk.kind == _END:
+            found = _ASYNC.search(thunk.rest)
+            assert found, thunk
+            yield launch_order.End(number=int(found[2]))
+        else:
+            yield known.launch(thunk)
+            continue
+        index += len(inside)
+
+
+def _inside(thunks: Sequence[_Thunk], index: int) -> list[_Thunk]:
+    """The thunks behind one that stand further to the right."""
+    depth = thunks[index].depth
+    return list(itertools.takewhile(lambda one: one.depth > depth, thunks[index + 1 :]))
 
 
 def _num_sliced(buffer: list[_Thunk]) -> int:
@@ -159,16 +224,11 @@ def _graph_sizes(buffers: Iterable[list[_Thunk]]) -> Iterator[int]:
         yield len(buffer)
 
 
-def _command_buffers(thunks: Iterable[_Thunk]) -> Iterator[list[_Thunk]]:
-    """What is in each: the thunks behind it that stand further to the right."""
-    remaining = list(thunks)
-    for index, thunk in enumerate(remaining):
+def _command_buffers(thunks: Sequence[_Thunk]) -> Iterator[list[_Thunk]]:
+    """What is in each."""
+    for index, thunk in enumerate(thunks):
         if thunk.kind == _COMMAND_BUFFER:
-            inside = itertools.takewhile(
-                lambda one, depth=thunk.depth: one.depth > depth,  # type: ignore[misc]
-                remaining[index + 1 :],
-            )
-            yield [one for one in inside if one.kind not in _AROUND]
+            yield [one for one in _inside(thunks, index) if one.kind not in _AROUND]
 
 
 def _xla_kernels(dump: pathlib.Path, thunks: Iterable[_Thunk], log: str) -> Iterator[Kernel]:
@@ -197,26 +257,40 @@ def _entries(programs: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _mosaic_kernels(dump: pathlib.Path) -> Iterator[Kernel]:
-    for path in sorted(dump.glob("*.ptxas"), key=_number):
-        report = _PTXAS.search(path.read_text())
-        assert report
-        launch = _MosaicLaunch(path.with_suffix(".mlir-passes.log"))
-        yield Kernel(
-            name=path.stem,
-            is_mosaic=True,
-            registers=int(report["registers"]),
-            spill_bytes=int(report["stored"]) + int(report["loaded"]),
-            shared_bytes=launch.shared_bytes,
-            grid=launch.grid,
-            num_threads=launch.num_threads,
-            ptx=path.with_suffix(".ptx").read_text(),
-        )
+def _mosaic_kernels(dump: pathlib.Path, calls: Sequence[str]) -> dict[str, Kernel]:
+    """Our kernels by what the program's calls tell them apart by, in the order of the calls.
+
+    That is the name of the dump or, on jax 0.10, a digest: there dumps are numbered as kernels are
+    compiled, which is when their first call is.
+    """
+    found = {path.stem: path for path in sorted(dump.glob("*.ptxas"), key=_number)}
+    unnamed = [path for name, path in found.items() if name not in calls]
+    without = [call for call in calls if call not in found]
+    if len(without) > len(unnamed):
+        raise DumpError(f"{len(without)} kernels are called and {len(unnamed)} were dumped")
+    found |= dict(zip(without, unnamed, strict=False))
+    return {call: _mosaic_kernel(found[call]) for call in calls}
 
 
-def _number(path: pathlib.Path) -> int:
-    """In the order in which they were lowered: entry_9 before entry_10."""
-    return int(re.findall(r"\d+", path.stem)[-1])
+def _mosaic_kernel(path: pathlib.Path) -> Kernel:
+    report = _PTXAS.search(path.read_text())
+    assert report
+    launch = _MosaicLaunch(path.with_suffix(".mlir-passes.log"))
+    return Kernel(
+        name=path.stem,
+        is_mosaic=True,
+        registers=int(report["registers"]),
+        spill_bytes=int(report["stored"]) + int(report["loaded"]),
+        shared_bytes=launch.shared_bytes,
+        grid=launch.grid,
+        num_threads=launch.num_threads,
+        ptx=path.with_suffix(".ptx").read_text(),
+    )
+
+
+def _number(path: pathlib.Path) -> tuple[int, str]:
+    """In the order in which they were compiled, if they are numbered: entry_9 before entry_10."""
+    return len(path.stem), path.stem
 
 
 class _MosaicLaunch:

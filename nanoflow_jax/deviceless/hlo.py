@@ -3,6 +3,7 @@
 import math
 import re
 
+from nanoflow_jax import compat
 from nanoflow_jax.deviceless.program import Instruction
 
 _LINE = re.compile(
@@ -10,6 +11,9 @@ _LINE = re.compile(
 )
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLS = re.compile(r"calls=%([^\s,]+)")
+# A Mosaic kernel is in the text as it is, and with a name if `compat.name_kernels` gave it one.
+_KERNEL_NAME = re.compile(rf"\\00(\w+_[0-9a-f]{{{compat.KERNEL_DIGITS}}})\\00")
+_KERNEL_HASH = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
 _SCOPE = re.compile(r'metadata=\{[^}]*?op_name="([^"]*)"')
 
 
@@ -24,7 +28,9 @@ def _read(line: str, text: str) -> Instruction:
     found = _LINE.match(line)
     assert found, line[:200]
     operands = found["rest"].split(")", 1)[0]
-    scope = _SCOPE.search(line) or _SCOPE.search(_call_inside(line, text))
+    call = line if found["opcode"] == "custom-call" else _call_inside(line, text)
+    scope = _SCOPE.search(line) or _SCOPE.search(call)
+    kernel = _KERNEL_HASH.search(call) and (_KERNEL_NAME.search(call) or _KERNEL_HASH.search(call))
     arrays = _ARRAY.findall(found["shape"])
     return Instruction(
         name=found["name"],
@@ -33,6 +39,7 @@ def _read(line: str, text: str) -> Instruction:
         num_bytes=sum(array_bytes(kind, sizes) for kind, sizes in arrays),
         operands=tuple(re.findall(r"%([^\s,()]+)", operands)),
         scope=scope[1] if scope else "",
+        kernel=kernel[1] if kernel else None,
     )
 
 

@@ -11,7 +11,7 @@ class Kernel:
     """One kernel, as ptxas made it.
 
     Attributes:
-        name: Of its function; several kernels of Mosaic may have one name.
+        name: Of its function.
         is_mosaic: Whether it is ours, or else XLA's.
         registers: Of each thread.
         spill_bytes: Stored and loaded again for want of registers.
@@ -39,7 +39,7 @@ class Launch:
         name: Of the instruction in the optimised HLO.
         kind: XLA's word for it: kCustomKernel, kCustomCall, kCopy, kCublasLtMatmul...
         scope: Path of the named scopes and the operation that it stems from; empty if unknown.
-        kernel: Function that it runs if it is a kernel of XLA's; equal ones share one.
+        kernel: Function that it runs if it is a kernel, of XLA's or ours; equal ones share one.
     """
 
     name: str
@@ -50,7 +50,9 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One CUDA graph, or as much of its beginning as the compiler tells of: some hundred nodes.
+    """What may run at once: of a CUDA graph, or of a program.
+
+    Of a CUDA graph it is as much of the beginning as the compiler tells of: some hundred nodes.
 
     Attributes:
         nodes: In an order in which they could run; none waits for one that is left out.
@@ -103,6 +105,7 @@ class Instruction:
         num_bytes: Of its result.
         operands: Names of what it reads.
         scope: See `Launch`.
+        kernel: What tells the Mosaic kernel that it calls from others; None if it calls none.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Instruction:
     num_bytes: int
     operands: tuple[str, ...]
     scope: str
+    kernel: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,9 +141,10 @@ class Program:
     Attributes:
         hlo: Optimised HLO.
         instructions: Of its entry, in the order of the schedule.
-        kernels: One per function; equal ones of Mosaic may be there once.
+        kernels: One per function: those of XLA's, then ours in the order in which they first run.
         launches: All that is started, in order, graphs' nodes included.
         graphs: CUDA graphs, in order.
+        order: All of it: graphs one after another, and what runs on other streams beside them.
         memory: What it takes.
     """
 
@@ -148,6 +153,7 @@ class Program:
     kernels: tuple[Kernel, ...]
     launches: tuple[Launch, ...]
     graphs: tuple[Graph, ...]
+    order: Graph
     memory: Memory
 
     @property
@@ -161,12 +167,16 @@ class Program:
         return tuple(one for one in self.instructions if one.opcode in ("copy", "copy-start"))
 
     def kernel(self, name: str) -> Kernel:
-        """XLA's kernel of that name.
+        """The kernel of that name.
 
         Raises:
             KeyError: There is none.
         """
-        return {one.name: one for one in self.kernels if not one.is_mosaic}[name]
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Kernel]:
+        return {one.name: one for one in self.kernels}
 
     def to_json(self) -> str:
         """All of it, for `from_json`."""
@@ -181,16 +191,18 @@ class Program:
             instructions=tuple(_made(Instruction, one) for one in fields["instructions"]),
             kernels=tuple(_made(Kernel, one) for one in fields["kernels"]),
             launches=tuple(_made(Launch, one) for one in fields["launches"]),
-            graphs=tuple(
-                Graph(
-                    nodes=tuple(_made(Launch, one) for one in graph["nodes"]),
-                    parents=tuple(map(tuple, graph["parents"])),
-                    num_nodes=graph["num_nodes"],
-                )
-                for graph in fields["graphs"]
-            ),
+            graphs=tuple(map(_graph, fields["graphs"])),
+            order=_graph(fields["order"]),
             memory=Memory(**fields["memory"]),
         )
+
+
+def _graph(fields: dict[str, Any]) -> Graph:
+    return Graph(
+        nodes=tuple(_made(Launch, one) for one in fields["nodes"]),
+        parents=tuple(map(tuple, fields["parents"])),
+        num_nodes=fields["num_nodes"],
+    )
 
 
 def _made(kind: type[Any], fields: dict[str, Any]) -> Any:

@@ -326,6 +326,12 @@ def _build_parts(
     )
     if is_invariant:
         invariance.check_plans(plans)
+    placement = placement.with_columns(
+        plan_choice.by_columns(plans.values()), hidden_size=source.config.hidden_size
+    )
+    served = dataclasses.replace(
+        served, num_devices=placement.num_devices, by_columns=placement.by_columns
+    )
     executor = executors.choose(
         config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
     )
@@ -344,8 +350,11 @@ def _build_parts(
         most_pages=max_requests * max_pages,
         page_major=device.platform != "cpu" or implementations.wants_page_major(choices),
         num_replicas=config.parallel.data_parallel,
-        least=group.least if group is not None else lambda num_pages: num_pages,
     )
+    if group is not None:  # the machine with the least memory decides
+        agreed = group.least(kv_layout.shape.num_pages)
+        shape_here = dataclasses.replace(kv_layout.shape, num_pages=agreed)
+        kv_layout = dataclasses.replace(kv_layout, shape=shape_here)
     sizes = programs.Sizes(
         max_requests=max_requests,
         max_pages=max_pages,
@@ -547,11 +556,10 @@ def _layout(
     most_pages: int,
     page_major: bool,
     num_replicas: int,
-    least: Callable[[int], int],
-) -> layout_lib.KvLayout:
+) -> layout_lib.PageMajorLayout | layout_lib.TokenMinorLayout:
     """The cache of one layer: as many pages as memory allows and all requests could use.
 
-    Each device has some kv heads of every page. `least` gives the least number of all processes.
+    Each device has some kv heads of every page.
     """
     local = placement.mesh.local_devices
     device = local[0]
@@ -581,7 +589,7 @@ def _layout(
             "no memory for a single page of the KV cache; use a smaller model, "
             "--dtype=bfloat16, or raise --cache_memory_fraction"
         )
-    return kind(shape=dataclasses.replace(shape, num_pages=least(num_pages)))
+    return kind(shape=dataclasses.replace(shape, num_pages=num_pages))
 
 
 def _free_bytes(device: jax.Device) -> int:

@@ -8,7 +8,7 @@ shown when an engine starts.
 import dataclasses
 import enum
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,11 +66,15 @@ class Served:
         config: The model, or the share of it that one device has.
         dtype: What it runs in.
         page_size: Tokens in a page of its cache.
+        num_devices: Devices that share it.
+        by_columns: Products whose weight they share by columns; see `Placement`.
     """
 
     config: architecture.ModelConfig
     dtype: np.dtype[Any]
     page_size: int
+    num_devices: int = 1
+    by_columns: Collection[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +151,9 @@ _BEFORE_HOPPER: Mapping[str, Any] = {
 _KERNELS: Mapping[Operation, Sequence[_Kernel]] = {
     Operation.GEMM: (
         _Kernel(
-            check=lambda s: kernel_operations.check_products(s.config, s.dtype),
+            check=lambda s: kernel_operations.check_products(
+                s.config, s.dtype, num_devices=s.num_devices, by_columns=s.by_columns
+            ),
             held_back="cuBLASLt until a measurement or a cap on SMs asks for the kernel",
             **_HOPPER,
         ),

@@ -1,7 +1,7 @@
 """Which plan each bucket's layers run by, from the knobs."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nanoflow_jax import config as config_lib
@@ -43,12 +43,39 @@ def choose(
             plan = chosen[bucket]
             note = ", which may change last bits" if plan.changes_bits else ""
             _LOG.info("bucket %s runs by plan %s%s", bucket, plan.name, note)
+    columns = by_columns(chosen.values())
     # Its sums over devices are parts of products, as nothing could run beside them.
-    plain = LayerShape(is_sparse=shape.is_sparse)
-    return {
-        bucket: chosen.get(bucket) or builders.one(plain, num_tokens=bucket.tokens, num_sms=num_sms)
-        for bucket in buckets
-    }
+    plain = shape if columns else LayerShape(is_sparse=shape.is_sparse)
+    for bucket in buckets:
+        if bucket not in chosen:
+            chosen[bucket] = builders.one(
+                plain, num_tokens=bucket.tokens, num_sms=num_sms, by_columns=columns
+            )
+    return {bucket: chosen[bucket] for bucket in buckets}
+
+
+def by_columns(plans: Iterable[Plan]) -> frozenset[str]:
+    """Products whose weight all plans want split by columns; see `nanobatch.operations`.
+
+    Raises:
+        ValueError: Some tokens want it so and others want it split along the summed axis: only one
+            of the two is loaded.
+    """
+    takers: dict[tuple[str, str], str] = {}
+    for plan in plans:
+        for product in ("o", "down"):
+            # Where there is no choice, the product sums by itself.
+            for way in plan.ways.get(product, {"reduce"}):
+                takers.setdefault((product, way), plan.name)
+    found = frozenset(product for product, way in takers if way == "gather")
+    for product in sorted(found):
+        if (product, "reduce") in takers:
+            raise ValueError(
+                f"plan {takers[product, 'gather']!r} wants the weight of {product} split by "
+                f"columns and plan {takers[product, 'reduce']!r} along the summed axis, and it is "
+                "held once; take one way in all plans and for all of their tokens"
+            )
+    return found
 
 
 def _try_halve(

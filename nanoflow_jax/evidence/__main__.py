@@ -48,6 +48,8 @@ def _verify(values: flags.FlagValues, names: Sequence[str]) -> int:
         chosen, among = [], []
         for name in names:
             path = Path(os.path.abspath(_folder(name)))  # even if it is "."
+            if path == path.parent:
+                raise ValueError(f"{name}: it is no folder of a result")
             near = [verify.verify(one) for one in sorted(path.parent.iterdir()) if one.is_dir()]
             chosen += [verdict for verdict in near if verdict.path.name == path.name]
             among += near

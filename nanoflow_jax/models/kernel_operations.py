@@ -1,6 +1,7 @@
 """Products by the kernels of `pallas_kernels`, and what they can do."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -128,17 +129,36 @@ class KernelExperts:
         )
 
 
-def check_products(config: architecture.ModelConfig, dtype: np.dtype[Any]) -> None:
-    """Raises ValueError where the kernel cannot make a model's dense products, and says why."""
+def check_products(
+    config: architecture.ModelConfig,
+    dtype: np.dtype[Any],
+    *,
+    num_devices: int = 1,
+    by_columns: Collection[str] = (),
+) -> None:
+    """Raises ValueError where the kernel cannot make a model's dense products, and says why.
+
+    Args:
+        config: The share of the model that one device has.
+        dtype: What it runs in.
+        num_devices: Devices that share it.
+        by_columns: Products, of `o` and `down`, that multiply what all of them have with some of
+            the columns.
+    """
     c = config
+
+    def check_second(product: str, depth: int) -> None:
+        share = num_devices if product in by_columns else 1
+        _check_product(dtype, depth * share, c.hidden_size // share)
+
     heads = c.num_heads * c.head_dim
     _check_precision(dtype)
     _check_product(dtype, c.hidden_size, heads + 2 * c.num_kv_heads * c.head_dim)
-    _check_product(dtype, heads, c.hidden_size)
+    check_second("o", heads)
     if not all(c.is_sparse(layer) for layer in range(c.num_layers)):
         gated = is_fused(c.activation, has_bias=c.mlp_bias)
         _check_product(dtype, c.hidden_size, 2 * c.intermediate_size, gated=gated)
-        _check_product(dtype, c.intermediate_size, c.hidden_size)
+        check_second("down", c.intermediate_size)
 
 
 def check_experts(config: architecture.ModelConfig, dtype: np.dtype[Any]) -> None:

@@ -27,6 +27,7 @@ class ParamSpec:
         name: Dotted path in the model, such as `layers.0.qkv`.
         shape: Its sizes.
         axes: One letter of ARCHITECTURE.md per dimension; `parallel` maps them to a mesh.
+        product: `o` or `down`, if it is the weight of one that can be split in two ways.
         std: Standard deviation of random weights around `mean`.
         mean: 0 for projections, the neutral value for norms.
     """
@@ -34,6 +35,7 @@ class ParamSpec:
     name: str
     shape: tuple[int, ...]
     axes: str
+    product: str | None = None
     std: float = 0.02
     mean: float = 0.0
 
@@ -137,7 +139,14 @@ class Attention(nnx.Module):
         self.query_norm = head_norm(name=f"{prefix}.query_norm") if c.qk_norm else None
         self.key_norm = head_norm(name=f"{prefix}.key_norm") if c.qk_norm else None
         self.o = nnx.Param(
-            make(ParamSpec(name=f"{prefix}.o", shape=(width, kv, group, c.head_dim), axes="DKGH"))
+            make(
+                ParamSpec(
+                    name=f"{prefix}.o",
+                    shape=(width, kv, group, c.head_dim),
+                    axes="DKGH",
+                    product="o",
+                )
+            )
         )
         self.o_bias = (
             nnx.Param(make(ParamSpec(name=f"{prefix}.o_bias", shape=(width,), axes="D")))
@@ -178,16 +187,20 @@ class Attention(nnx.Module):
             weight = self.o[...].reshape(self._config.hidden_size, -1)
             return _added(x, heads, weight, self.o_bias, self.post_norm, operations)
 
+    @property
+    def num_columns(self) -> int:
+        """Columns of O that this device has; less than D where they are shared out."""
+        return int(self.o[...].shape[0])
+
     def project(
         self, attended: Float[Array, "T N H"], operations: Operations = PLAIN
-    ) -> Float[Array, "T D"]:
-        """What this device has of the sum that `add` takes."""
-        with jax.named_scope("o"):
-            weight = self.o[...].reshape(self._config.hidden_size, -1)
-            return operations.product(attended.reshape(attended.shape[0], -1), weight)
+    ) -> Float[Array, "T d"]:
+        """What this device has of what `add` takes: a part of the sum, or some columns."""
+        weight = self.o[...].reshape(self.num_columns, -1)
+        return operations.product(attended.reshape(attended.shape[0], -1), weight)
 
     def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Adds the sum of all devices' `project` to the residual stream, as `output` does."""
+        """Adds what all devices' `project` come to to the residual stream, as `output` does."""
         return _add(x, summed, self.o_bias, self.post_norm)
 
 
@@ -228,7 +241,7 @@ class FeedForward(nnx.Module):
             make(ParamSpec(name=f"{prefix}.gate_up", shape=(2, hidden, width), axes="2FD"))
         )
         self.down = nnx.Param(
-            make(ParamSpec(name=f"{prefix}.down", shape=(width, hidden), axes="DF"))
+            make(ParamSpec(name=f"{prefix}.down", shape=(width, hidden), axes="DF", product="down"))
         )
         biases = ("gate_up_bias", (2, hidden), "2F"), ("down_bias", (width,), "D")
         self.gate_up_bias, self.down_bias = (
@@ -269,15 +282,19 @@ class FeedForward(nnx.Module):
         with jax.named_scope("down"):
             return _added(x, hidden, self.down[...], self.down_bias, self.post_norm, operations)
 
+    @property
+    def num_columns(self) -> int:
+        """Columns of down that this device has; less than D where they are shared out."""
+        return int(self.down[...].shape[0])
+
     def project(
         self, hidden: Float[Array, "T F"], operations: Operations = PLAIN
-    ) -> Float[Array, "T D"]:
-        """What this device has of the sum that `add` takes."""
-        with jax.named_scope("down"):
-            return operations.product(hidden, self.down[...])
+    ) -> Float[Array, "T d"]:
+        """What this device has of what `add` takes: a part of the sum, or some columns."""
+        return operations.product(hidden, self.down[...])
 
     def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Adds the sum of all devices' `project` to the residual stream, as `contract` does."""
+        """Adds what all devices' `project` come to to the residual stream, as `contract` does."""
         return _add(x, summed, self.down_bias, self.post_norm)
 
     def __call__(
@@ -371,15 +388,13 @@ class SparseFeedForward(nnx.Module):
         self, x: Float[Array, "T D"], hidden: Routed, operations: Operations = PLAIN
     ) -> Float[Array, "T D"]:
         """Adds the result to the residual stream."""
-        partial = self.project(hidden, operations)
         with jax.named_scope("down"):
-            return self.add(x, operations.group.sum(partial))
+            return self.add(x, operations.group.sum(self.project(hidden, operations)))
 
     def project(self, hidden: Routed, operations: Operations = PLAIN) -> Float[Array, "T D"]:
         """What this device has of the sum that `add` takes."""
-        with jax.named_scope("down"):
-            out = operations.expert_product(hidden.rows, self.down[...], hidden.groups)
-            return operations.experts.combine(out, hidden.groups, hidden.shares)
+        out = operations.expert_product(hidden.rows, self.down[...], hidden.groups)
+        return operations.experts.combine(out, hidden.groups, hidden.shares)
 
     def add(self, x: Float[Array, "T D"], summed: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Adds the sum of all devices' `project` to the residual stream, as `contract` does."""

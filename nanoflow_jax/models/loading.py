@@ -31,7 +31,7 @@ ProgressCall = Callable[[Progress], None]
 
 def place_model(
     config: architecture.ModelConfig,
-    devices: Sequence[jax.Device],
+    devices: Sequence[jax.Device] | int,
     *,
     split_experts: bool = False,
 ) -> placement_lib.Placement:
@@ -95,7 +95,7 @@ def load_model(
         whole = entry.assemble(tensors)
         assert whole.shape == spec.shape, f"{spec.name}: {whole.shape} is not {spec.shape}"
         whole = placement.lay_out(whole, spec.axes)
-        sharding = placement.sharding(spec.axes)
+        sharding = placement.sharding(spec.axes, spec.product)
         array = loader.place(whole.shape, dtype, sharding, lambda index: whole[index])
         meter.add(spec)
         return array
@@ -119,7 +119,7 @@ def random_model(
     programs: dict[Any, Any] = {}
 
     def make(spec: layers.ParamSpec) -> jax.Array:
-        shape_key = (spec.shape, spec.axes, spec.std, spec.mean)
+        shape_key = (spec.shape, spec.axes, spec.product, spec.std, spec.mean)
         if shape_key not in programs:
             programs[shape_key] = _random_program(spec, dtype, placement)
         name_key = np.uint32(zlib.crc32(f"{seed}/{spec.name}".encode()))
@@ -138,7 +138,7 @@ def _random_program(
         whole = (spec.mean + spec.std * noise).astype(dtype)
         return placement.lay_out(whole, spec.axes)
 
-    return jax.jit(draw, out_shardings=placement.sharding(spec.axes))
+    return jax.jit(draw, out_shardings=placement.sharding(spec.axes, spec.product))
 
 
 class _Meter:

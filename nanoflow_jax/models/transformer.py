@@ -22,6 +22,9 @@ from nanoflow_jax.nanobatch.executor import Call
 from nanoflow_jax.nanobatch.plan import Plan, TokenRange
 from nanoflow_jax.parallel import collectives
 
+# How the weight of a product lies for each of its ways.
+_SPLIT = {"gather": "split by columns", "reduce": "split along the summed axis"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
@@ -155,6 +158,8 @@ class Transformer(nnx.Module):
             )
         _check_devices(plan, operations.group.num_devices)
         chosen = [self.layers[start + i] for i in range(len(caches))]
+        for layer in chosen:
+            _check_ways(plan, layer, c.hidden_size)
         angles = layers.rope_angles(positions, head_dim=c.head_dim, rope=c.rope)
         return executor.run(
             plan,
@@ -199,12 +204,19 @@ def _check_devices(plan: Plan, num_devices: int) -> None:
             f"plan {plan.name!r} spreads a layer over {plan.shape.num_devices} devices and the "
             f"model is on {num_devices}; take a plan for {num_devices} or for 1"
         )
-    for nano in plan.order:
-        choice = plan.graph.by_name[nano.operation].choice
-        if choice is not None and choice.way == "gather":
+
+
+def _check_ways(plan: Plan, layer: Layer, hidden_size: int) -> None:
+    """Refuses a plan that multiplies with another part of a weight than these devices have."""
+    columns = {"o": layer.attention.num_columns}
+    if isinstance(layer.feed_forward, layers.FeedForward):
+        columns["down"] = layer.feed_forward.num_columns
+    for product, count in columns.items():
+        fitting = "gather" if count < hidden_size else "reduce"
+        for way in plan.ways.get(product, {"reduce"}) - {fitting}:
             raise ValueError(
-                f"plan {plan.name!r} runs {nano.operation} on weights split by columns, and those "
-                f"of {choice.product} are split along the summed axis; take its way 'reduce'"
+                f"plan {plan.name!r} wants the weight of {product} {_SPLIT[way]}, and it is "
+                f"{_SPLIT[fitting]}; take its way {fitting!r}, and a plan for all devices"
             )
 
 
@@ -244,11 +256,20 @@ class _LayerOperations:
                 *x, decoded, prefilled = reads
                 attended = self._attend.joined(decoded, prefilled, call.tokens)
                 operations = self._operations.at(place)
-                if not x:
+                if x:
+                    return layer.attention.output(x[0], attended, operations)
+                with jax.named_scope("o"):
                     return layer.attention.project(attended, operations)
-                return layer.attention.output(x[0], attended, operations)
             case "o_reduce":
                 return layer.attention.add(first, self._sum(rest[0], call))
+            case "attention_gather":
+                decoded, prefilled = reads
+                return self._gather(self._attend.joined(decoded, prefilled, call.tokens), call)
+            case "o_columns":
+                with jax.named_scope("o_columns"):
+                    return layer.attention.project(first, self._operations.at(place))
+            case "o_gather":
+                return layer.attention.add(first, self._gather(rest[0], call))
             case "norm":
                 return layer.feed_forward.normalise(after(first, call.token))
             case "route":
@@ -258,16 +279,28 @@ class _LayerOperations:
             case "up_gate":
                 return layer.feed_forward.expand(first, self._operations.at(place))
             case "down":
-                if not rest:
+                if rest:
+                    return layer.feed_forward.contract(first, rest[0], self._operations.at(place))
+                with jax.named_scope("down"):
                     return layer.feed_forward.project(first, self._operations.at(place))
-                return layer.feed_forward.contract(first, rest[0], self._operations.at(place))
             case "down_reduce":
                 return layer.feed_forward.add(first, self._sum(rest[0], call))
+            case "hidden_gather":
+                return self._gather(first, call)
+            case "down_columns":
+                with jax.named_scope("down_columns"):
+                    return layer.feed_forward.project(first, self._operations.at(place))
+            case "down_gather":
+                return layer.feed_forward.add(first, self._gather(rest[0], call))
         raise AssertionError(f"nothing runs {call.operation}")
 
     def _sum(self, partial: Float[Array, "T D"], call: Call) -> Float[Array, "T D"]:
         with jax.named_scope(call.operation):
             return self._operations.group.sum(after(partial, call.token))
+
+    def _gather(self, share: Float[Array, "T c *X"], call: Call) -> Float[Array, "T C *X"]:
+        with jax.named_scope(call.operation):
+            return self._operations.group.all_columns(after(share, call.token))
 
     def _rotate(
         self,

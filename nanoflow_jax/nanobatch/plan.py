@@ -12,7 +12,7 @@ The plain forward pass is the plan in which nothing is split.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from nanoflow_jax.nanobatch import operations
@@ -116,6 +116,20 @@ class Plan:
             name: tuple(sorted(places, key=lambda i: self.order[i].tokens))
             for name, places in found.items()
         }
+
+    @functools.cached_property
+    def ways(self) -> Mapping[str, frozenset[str]]:
+        """By product of several ways, those that some of its tokens take; see `Choice`.
+
+        A plan for one device says nothing; in a group of devices its products sum by themselves,
+        as in the way `reduce`.
+        """
+        found: dict[str, set[str]] = {}
+        for nano in self.order:
+            choice = self.graph.by_name[nano.operation].choice
+            if choice is not None:
+                found.setdefault(choice.product, set()).add(choice.way)
+        return {product: frozenset(ways) for product, ways in found.items()}
 
     @property
     def changes_bits(self) -> bool:

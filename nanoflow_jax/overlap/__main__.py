@@ -1,25 +1,36 @@
 """What of a step may run at once on a GPU, from its compiled program: no GPU is needed.
 
-`python -m nanoflow_jax.overlap --model=preset:llama-3-8b --plan=halves [--html=FILE]`
+`python -m nanoflow_jax.overlap --model=preset:llama-3-8b --random_weights --plan=halves
+[--tensor_parallel=8] [--tokens=2048] [--prompt_len=512] [--output_len=512] [--html=FILE]`
 
+The batch is what requests of one kind make in the long run; the defaults are those of the paper's
+512/512 at its dense batch of 2048 tokens (arXiv 2408.12757, figures 7 and 9).
 Needs the compiler's wheels: `pip install 'nanoflow_jax[deviceless]' -c constraints/gpu.txt`.
 Exit codes: 0 the step runs as its plan wants, 1 it does not or could not be compiled, 2 wrong flags
 or files, 130 interrupted.
 """
 
+import dataclasses
 import pathlib
 import sys
 
 from absl import flags as absl_flags
 
 from nanoflow_jax import config, console, flags
-from nanoflow_jax.cost import datasheets
+from nanoflow_jax.cost import datasheets, steady_state
 from nanoflow_jax.deviceless import compiler, devices
-from nanoflow_jax.engine import build, executors, plan_choice
+from nanoflow_jax.engine import build, executors
 from nanoflow_jax.models import architecture
-from nanoflow_jax.nanobatch import operations
 from nanoflow_jax.nanobatch.plan import Plan
-from nanoflow_jax.overlap import analysis, drawing, report, step, timeline
+from nanoflow_jax.overlap import (
+    analysis,
+    asked_plan,
+    drawing,
+    report,
+    step,
+    timeline,
+    workload,
+)
 from nanoflow_jax.scheduler.buckets import Bucket
 
 _FLAGS = absl_flags.FLAGS
@@ -31,40 +42,50 @@ def _define() -> None:
     flags.define_sections(config.EngineConfig, _FLAGS)
     absl_flags.DEFINE_string("device", "H200", f"One of {', '.join(devices.DEVICES)}.")
     absl_flags.DEFINE_integer("tokens", 2048, "Of the dense batch.", lower_bound=1)
-    absl_flags.DEFINE_integer("decode_rows", 256, "Of them.", lower_bound=0)
-    absl_flags.DEFINE_integer("prefill_rows", 16, "Chunks of prompts.", lower_bound=0)
-    absl_flags.DEFINE_float(
-        "decode_context", 1024.0, "Cached tokens of a decode row, for predicted times."
-    )
-    absl_flags.DEFINE_float(
-        "prefix", 512.0, "Cached tokens that a prompt's token sees, for predicted times."
+    absl_flags.DEFINE_integer("prompt_len", 512, "Tokens of a request's prompt.", lower_bound=1)
+    absl_flags.DEFINE_integer("output_len", 512, "Tokens that follow it.", lower_bound=0)
+    absl_flags.DEFINE_integer(
+        "decode_rows",
+        None,
+        "Requests with one token to do; as many as such requests make in the long run if not set.",
+        lower_bound=0,
     )
     absl_flags.DEFINE_string("html", None, "Also draw the predicted timeline in this file.")
 
 
-def _step(section: config.EngineConfig) -> step.Step:
-    model = build.open_model(section.model).config
-    bucket = Bucket(
-        tokens=_FLAGS.tokens, decode_rows=_FLAGS.decode_rows, prefill_rows=_FLAGS.prefill_rows
+def _workload() -> workload.Workload:
+    return workload.Workload(
+        mix=steady_state.Mix(prompt_len=_FLAGS.prompt_len, output_len=_FLAGS.output_len),
+        num_tokens=_FLAGS.tokens,
+        decode_rows=_FLAGS.decode_rows,
     )
-    device = devices.find_device(_FLAGS.device)
-    plans = plan_choice.choose(section.plans, [bucket], model.layer_shape, num_sms=device.num_sms)
+
+
+def _step(
+    section: config.EngineConfig, model: architecture.ModelConfig, bucket: Bucket
+) -> step.Step:
+    device, num_devices = devices.find_device(_FLAGS.device), section.parallel.tensor_parallel
+    shape = dataclasses.replace(model.layer_shape, num_devices=num_devices)
+    plan = asked_plan.find(section.plans, bucket, shape, num_sms=device.num_sms)
     return step.Step(
         model=step.first_layers(model, min(model.num_layers, _COMPILED_LAYERS)),
         bucket=bucket,
-        plan=plans[bucket],
-        executor=executors.choose(section.plans.executor, plans.values(), on_gpu=True),
+        plan=plan,
+        executor=executors.choose(section.plans.executor, [plan], on_gpu=True),
         kernels=section.kernels,
         device=_FLAGS.device,
+        num_devices=num_devices,
+        split_experts=section.parallel.expert_parallel,
     )
 
 
-def _prediction(model: architecture.ModelConfig, asked: step.Step) -> timeline.Prediction | str:
+def _prediction(
+    model: architecture.ModelConfig, asked: step.Step, contexts: timeline.Contexts
+) -> timeline.Prediction | str:
     """Predicted times of all layers, or why there are none."""
     sheet = datasheets.datasheet(devices.find_device(asked.device).kind)
     if sheet is None:
         return f"{asked.device} is in no table of datasheets"
-    contexts = timeline.Contexts(decode_len=_FLAGS.decode_context, prefix_len=_FLAGS.prefix)
     try:
         return timeline.predict_step(model, asked.plan, asked.bucket, contexts, sheet)
     except ValueError as error:
@@ -76,18 +97,22 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(f"unknown argument {arguments[0]!r}; flags begin with --")
     section = flags.engine_config(_FLAGS)
     model = build.open_model(section.model).config
-    asked = _step(section)
-    prediction = _prediction(model, asked)
+    work = _workload()
+    asked = _step(section, model, work.bucket)
+    prediction = _prediction(model, asked, work.contexts)
     if _FLAGS.html:
         _draw(asked.plan, model, prediction)
-    print(f"compiling {asked.model.num_layers} of {model.num_layers} layers for {asked.device}")
+    device = devices.find_device(asked.device)
+    print(work.describe(model, device, num_devices=asked.num_devices))
+    several = "" if asked.num_devices == 1 else f"{asked.num_devices} x "
+    layers = f"{asked.model.num_layers} of {model.num_layers} layers"
+    print(f"compiling {layers} for {several}{asked.device}")
     sys.stdout.flush()
     try:
         program = step.compile_step(asked)
     except (compiler.CompilerMissingError, compiler.CompilerFailedError) as error:
         raise console.RunError(str(error)) from error
-    layers = [operations.layer_graph(model.layer_shape)] * asked.model.num_layers
-    found = report.check(analysis.Analysis(program, asked.plan, layers), asked)
+    found = report.check(analysis.of_step(program, asked), asked, prediction)
     print(report.text(found, program, asked, prediction))
     return 0 if all(one.holds for one in found) else console.FAILED
 

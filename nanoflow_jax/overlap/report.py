@@ -5,12 +5,16 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from nanoflow_jax.deviceless.program import Kernel, Program
-from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.overlap.analysis import Analysis
 from nanoflow_jax.overlap.step import Step
 from nanoflow_jax.overlap.timeline import Prediction
 
 _MOST_NAMED = 3
+_SUMS = ("o_reduce", "down_reduce")
+# Of the sum of all durations, the most that the longest chain may take.
+_LONGEST = 0.70
+# XLA's short kernels hide less than their plan would have them.
+_CHAIN_SLACK = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,38 +32,45 @@ class Finding:
     detail: str
 
 
-def check(found: Analysis, step: Step) -> list[Finding]:
-    """What a step should be, and whether it is."""
-    return list(_findings(found, step))
+def check(found: Analysis, step: Step, prediction: Prediction | str) -> list[Finding]:
+    """What a step should be, and whether it is.
+
+    Args:
+        found: Its program.
+        step: What was compiled.
+        prediction: Of all layers of its model, or why there is none.
+    """
+    return list(_findings(found, step, prediction))
 
 
-def _findings(found: Analysis, step: Step) -> Iterator[Finding]:
-    if any(nano.lane is Resource.MEMORY for nano in found.plan.order):
-        yield _attention(found)
+def _findings(found: Analysis, step: Step, prediction: Prediction | str) -> Iterator[Finding]:
+    if step.bucket.decode_rows:
+        others = "products" if step.num_devices == 1 else "products or sums"
+        claim = f"decode attention may run beside {others} of other tokens"
+        yield _beside(found, claim, "decode_attention")
+    if step.num_devices > 1:
+        yield _beside(found, "sums over devices may run beside computing for other tokens", *_SUMS)
     pairs = [f"{found.name(a)} and {found.name(b)}" for a, b in found.products_at_once()]
     yield Finding(
         claim="products wait for each other",
         holds=not pairs,
         detail=_some(pairs) or "no two may run at once",
     )
-    ctas, nodes = found.most_ctas()
+    if not isinstance(prediction, str):
+        yield _chain(found, prediction)
+    yield _sms(found)
+    wrong = [f"{name} has {count} calls" for name, count in found.called_wrongly().items()]
     yield Finding(
-        claim=f"what runs at once asks for at most {found.plan.num_sms} SMs",
-        holds=ctas <= found.plan.num_sms,
-        detail=f"{ctas}: {' and '.join(map(found.name, nodes))}" if nodes else "nothing does",
-    )
-    wrong = [f"{name} has {count} calls" for name, count in found.split_wrongly().items()]
-    yield Finding(
-        claim="each product of the plan is one call",
+        claim="each product and each sum of the plan is one call",
         holds=not wrong,
         detail=_some(wrong) or "none is merged or split",
     )
-    memory = found.program.memory
+    aliased = found.program.memory.alias_bytes
+    copies = [one for one in found.program.copies if one.num_bytes >= step.layer_cache_bytes]
     yield Finding(
         claim="the cache is changed in place",
-        holds=memory.alias_bytes >= step.cache_bytes and not found.program.copies,
-        detail=f"{memory.alias_bytes} of {step.cache_bytes} bytes aliased, "
-        f"{len(found.program.copies)} copies",
+        holds=aliased >= step.cache_bytes and not copies,
+        detail=f"{aliased} of {step.cache_bytes} bytes aliased, {len(copies)} copies",
     )
     yield Finding(
         claim="no kernel of ours spills registers",
@@ -68,21 +79,41 @@ def _findings(found: Analysis, step: Step) -> Iterator[Finding]:
     )
 
 
-def _attention(found: Analysis) -> Finding:
-    """Whether each attention that the compiler tells all about has products beside it."""
-    beside = list(found.products_beside_attention())
-    last = max((one.attention.layer for one in beside), default=0)
-    # Of the last layers the compiler may not have told the products, or there are none after.
-    alone = [one for one in beside if not one.products and one.attention.layer < last]
+def _beside(found: Analysis, claim: str, *operations: str) -> Finding:
+    beside = list(found.beside(*operations))
+    alone = [found.name(one.node) for one in beside if not one.others]
     lines = [
-        f"{found.name(one.attention)} beside {_some([found.name(p) for p in one.products])}"
+        f"{found.name(one.node)} beside {_some([found.name(p) for p in one.others])}"
         for one in beside
-        if one.products
     ]
     return Finding(
-        claim="decode attention may run beside products of the other part",
-        holds=bool(lines) and not alone,
-        detail=_some([found.name(one.attention) for one in alone]) or _some(lines) or "nowhere",
+        claim=claim,
+        holds=bool(beside) and not alone,
+        detail=f"nothing is beside {_some(alone)}" if alone else _some(lines) or "there is none",
+    )
+
+
+def _chain(found: Analysis, prediction: Prediction) -> Finding:
+    chain = found.chain(prediction.durations_s)
+    return Finding(
+        claim=f"the longest chain takes at most {_LONGEST:.0%} of the sum of predicted times",
+        holds=prediction.critical_fraction <= _LONGEST
+        and chain.fraction <= chain.wanted_fraction + _CHAIN_SLACK,
+        detail=f"{prediction.critical_fraction:.1%} over all layers; of those compiled "
+        f"{chain.fraction:.1%}, of which the plan wants {chain.wanted_fraction:.1%}",
+    )
+
+
+def _sms(found: Analysis) -> Finding:
+    ctas, nodes = found.most_ctas()
+    large = found.too_large()
+    detail = f"{ctas} CTAs: {' and '.join(map(found.name, nodes))}"
+    if large:
+        detail += f"; too large for an SM: {_some(large)}"
+    return Finding(
+        claim=f"what runs at once fits the {found.device.num_sms} SMs",
+        holds=ctas <= found.device.num_sms and not large,
+        detail=detail if nodes else "no kernel was found",
     )
 
 
@@ -95,11 +126,11 @@ def text(
     findings: Sequence[Finding], program: Program, step: Step, prediction: Prediction | str
 ) -> str:
     """The report."""
-    graph = max(program.graphs, key=lambda one: one.num_nodes)
+    order, count = program.order, len(program.graphs)
     lines = [
-        f"plan {step.plan.name}, executor {step.executor}, bucket {step.bucket}: a graph of "
-        f"{graph.num_nodes} nodes; of the first {len(graph.nodes)}, {graph.critical_path} wait "
-        "for each other"
+        f"plan {step.plan.name}, executor {step.executor}, bucket {step.bucket}: "
+        f"{order.num_nodes} launches in {count} CUDA graph{'' if count == 1 else 's'}; of "
+        f"{len(order.nodes)} that are told of, {order.critical_path} wait for each other"
     ]
     for one in findings:
         lines.append(f"{'ok  ' if one.holds else 'NOT '} {one.claim}: {one.detail}")
@@ -122,8 +153,8 @@ def _predicted(prediction: Prediction | str) -> str:
     if isinstance(prediction, str):
         return f"no times are predicted: {prediction}"
     return (
-        f"compiled to overlap, not measured; by the datasheet a layer takes "
+        "compiled to overlap, not measured; by the datasheet a layer takes "
         f"{prediction.period_s * 1e6:.0f} us, its operations one after another with the same "
-        f"shares {prediction.sum_s * 1e6:.0f} us; the longest chain is "
-        f"{prediction.critical_fraction:.0%} of the sum over all layers"
+        f"shares {prediction.sum_s * 1e6:.0f} us, and with all SMs, nothing split, "
+        f"{prediction.plain_s * 1e6:.0f} us"
     )

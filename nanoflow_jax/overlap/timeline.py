@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from nanoflow_jax.cost.datasheets import Datasheet
 from nanoflow_jax.cost.layer_work import Load, work
 from nanoflow_jax.models import architecture
+from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.dependencies import Dependencies
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import Plan
@@ -112,16 +113,23 @@ class Prediction:
     """Predicted times of a step's layers.
 
     Attributes:
+        durations_s: Of each nano-operation, by its key in the plan.
         spans: Of every nano-operation of every layer.
         period_s: Of one layer in the middle of the model.
-        sum_s: Of all nano-operations of one layer, one after another.
+        plain_s: Of one layer of which nothing is split and every operation has all SMs.
         critical_fraction: The longest chain of waits, of the sum over all layers.
     """
 
+    durations_s: Mapping[str, float]
     spans: tuple[Span, ...]
     period_s: float
-    sum_s: float
+    plain_s: float
     critical_fraction: float
+
+    @property
+    def sum_s(self) -> float:
+        """Of all nano-operations of one layer, one after another."""
+        return sum(self.durations_s.values())
 
 
 def predict_step(
@@ -140,9 +148,11 @@ def predict_step(
     dependencies = Dependencies(plan, [plan.graph] * config.num_layers)
     spans = predict(dependencies, durations_s)
     total = sum(durations_s[plan.keys[node.place]] for node in dependencies.nodes)
+    plain = builders.one(plan.shape, num_tokens=plan.num_tokens, num_sms=plan.num_sms)
     return Prediction(
+        durations_s=durations_s,
         spans=spans,
         period_s=period_s(spans),
-        sum_s=sum(durations_s.values()),
+        plain_s=sum(durations(plain, config, bucket, contexts, sheet).values()),
         critical_fraction=dependencies.critical_path(durations_s).length_s / total,
     )

@@ -51,6 +51,12 @@ class Group:
         total = functools.reduce(jnp.add, [shares[i] for i in range(self.num_devices)])
         return self.all_rows(total.astype(x.dtype))[:num_rows]
 
+    def all_columns(self, x: Shaped[Array, "R c *X"]) -> Shaped[Array, "R C *X"]:
+        """The columns of all devices, in their order, on each of them (all-gather)."""
+        if self.num_devices == 1:
+            return x
+        return lax.all_gather(x, mesh_lib.AXIS, axis=1, tiled=True)
+
     def columns_to_rows(self, x: Shaped[Array, "R v"]) -> Shaped[Array, "r V"]:
         """Rows of which each device has some columns, as some whole rows on each (all-to-all).
 
@@ -78,7 +84,7 @@ ALONE = Group()
 
 
 def on_each(
-    function: Callable[..., Any], mesh: jax.sharding.Mesh, *, in_specs: Any, out_specs: Any
+    function: Callable[..., Any], mesh: mesh_lib.AnyMesh, *, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """A program in which each device of a mesh runs a function on its shares of the arguments."""
     if mesh.size == 1:

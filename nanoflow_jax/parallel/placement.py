@@ -10,12 +10,15 @@ kept by several devices, each of which has some of its queries:
 
 To the model that is an ordinary one with more kv heads and smaller groups.
 
+O and down multiply what is split, and so are split along the axis that is summed, unless a plan
+gathers what they read: then their weight is split by its columns, those of the width D.
+
 Source: Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3) for what is split by row and by
 column; its section 3 also splits the vocabulary.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -51,47 +54,78 @@ class Placement:
     """One group of devices that holds a model.
 
     Attributes:
-        mesh: The devices.
+        mesh: The devices, or a mesh of absent ones for programs that are only compiled.
         kv_copies: Devices that keep the same kv head.
         split_experts: Whole experts on each device, rather than a part of each.
         adds_in_order: See `collectives.Group`.
+        by_columns: Products, of `o` and `down`, whose weight is split by columns.
     """
 
-    mesh: jax.sharding.Mesh
+    mesh: mesh_lib.AnyMesh
     kv_copies: int = 1
     split_experts: bool = False
     adds_in_order: bool = False
+    by_columns: frozenset[str] = frozenset()
 
     @property
     def num_devices(self) -> int:
-        return int(self.mesh.devices.size)
+        return int(self.mesh.size)
 
     @property
     def group(self) -> collectives.Group:
         """These devices, from within one of them."""
         return collectives.Group(num_devices=self.num_devices, adds_in_order=self.adds_in_order)
 
-    def spec(self, axes: str) -> jax.sharding.PartitionSpec:
-        """Which axis of an array with these letters is split; `axes` has no letter twice."""
+    def with_columns(self, products: Collection[str], *, hidden_size: int) -> "Placement":
+        """The same group, with the weights of some products split by columns.
+
+        Args:
+            products: Of `o` and `down`.
+            hidden_size: D, their number of columns.
+
+        Raises:
+            ValueError: They cannot be split evenly.
+        """
+        if products and hidden_size % self.num_devices:
+            raise ValueError(
+                f"--tensor_parallel={self.num_devices}: hidden_size={hidden_size} cannot be shared "
+                f"out evenly, as a plan wants for {' and '.join(sorted(products))}; take its way "
+                "'reduce'"
+            )
+        return dataclasses.replace(self, by_columns=frozenset(products))
+
+    def spec(self, axes: str, product: str | None = None) -> jax.sharding.PartitionSpec:
+        """Which axis of an array is split.
+
+        Args:
+            axes: Its letters, none of them twice.
+            product: `o` or `down`, if it is the weight of one of these.
+        """
         # A router [E, D] is on every device: each token's choice is among all experts.
         whole_experts = self.split_experts and {"E", "F"} <= set(axes)
         letters = "KV" + ("E" if whole_experts else "F")
+        if product in self.by_columns:
+            letters = "D"
         parts = [mesh_lib.AXIS if letter in letters else None for letter in axes]
         assert parts.count(mesh_lib.AXIS) <= 1, f"axes {axes} would be split twice"
         return jax.sharding.PartitionSpec(*parts)
 
-    def sharding(self, axes: str) -> jax.sharding.NamedSharding:
-        """How an array with these axis letters lies on the mesh."""
-        return jax.sharding.NamedSharding(self.mesh, self.spec(axes))
+    def sharding(self, axes: str, product: str | None = None) -> jax.sharding.NamedSharding:
+        """How an array with these axis letters lies on the mesh; see `spec`."""
+        return jax.sharding.NamedSharding(self.mesh, self.spec(axes, product))
+
+    def whole(self, share: jax.ShapeDtypeStruct, axes: str) -> jax.ShapeDtypeStruct:
+        """What an array is of which each device has a share of this shape."""
+        sizes = [
+            size * (self.num_devices if part else 1)
+            for size, part in zip(share.shape, self.spec(axes), strict=True)
+        ]
+        return jax.ShapeDtypeStruct(sizes, share.dtype, sharding=self.sharding(axes))
 
     def zeros(self, share: jax.ShapeDtypeStruct, axes: str) -> Shaped[jax.Array, "..."]:
         """An array of zeros of which each device has a share of this shape."""
-        spec = self.spec(axes)
-        sizes = [
-            size * (self.num_devices if part else 1)
-            for size, part in zip(share.shape, spec, strict=True)
-        ]
-        return jnp.zeros(sizes, share.dtype, device=self.sharding(axes))
+        whole = self.whole(share, axes)
+        return jnp.zeros(whole.shape, whole.dtype, device=whole.sharding)
 
     def lay_out(self, whole: Shaped[Any, "..."], axes: str) -> Shaped[Any, "..."]:
         """A weight as the devices hold it: kv heads repeated, vocabulary padded with zeros.
@@ -121,19 +155,23 @@ class Placement:
 
 
 def place(
-    widths: ModelWidths, devices: Sequence[jax.Device], *, split_experts: bool = False
+    widths: ModelWidths, devices: Sequence[jax.Device] | int, *, split_experts: bool = False
 ) -> Placement:
     """Lays a model out on devices.
 
     Args:
         widths: The sizes that are split.
-        devices: One group; each holds its share of every layer.
+        devices: One group, each of which holds its share of every layer; or how many absent ones.
         split_experts: Whole experts on each device (expert parallel) rather than parts of all.
 
     Raises:
         ValueError: A size cannot be split evenly.
     """
-    count = len(devices)
+    mesh: mesh_lib.AnyMesh
+    if isinstance(devices, int):
+        count, mesh = devices, mesh_lib.absent_mesh(devices)
+    else:
+        count, mesh = len(devices), mesh_lib.build_mesh(devices)
     reason = _why_not(widths, count, split_experts)
     if reason is not None:
         fitting = [n for n in range(1, count) if _why_not(widths, n, split_experts) is None]
@@ -142,7 +180,7 @@ def place(
             f"{', '.join(map(str, fitting))}"
         )
     return Placement(
-        mesh=mesh_lib.build_mesh(devices),
+        mesh=mesh,
         kv_copies=max(1, count // widths.num_kv_heads),
         split_experts=split_experts,
     )

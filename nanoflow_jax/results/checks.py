@@ -21,6 +21,8 @@ def derive(kind: Kind, evidence: Evidence) -> tuple[figures.Figure, ...]:
         found = tuple(kind.figures(evidence))
     except ZeroDivisionError as error:
         raise ValueError(f"{SAMPLES}: a sample took no time") from error
+    except OverflowError as error:
+        raise ValueError(f"{SAMPLES}: a number is too large: {error}") from error
     names = [figure.name for figure in found]
     if len(set(names)) < len(names):
         raise ValueError(f"two figures of kind {kind.name} have one name")
@@ -56,6 +58,9 @@ def _gaps(evidence: Evidence) -> Iterator[str]:
         yield f"{SAMPLES}: {found} samples, {wanted} were to be taken"
     steps: dict[Any, list[int]] = {}
     rounds: dict[Any, list[int]] = {}
+    for line, sample in enumerate(evidence.samples, start=1):
+        if (getattr(sample, "seconds", None) or 0.0) < 0:
+            yield f"{SAMPLES}: line {line} took {sample.seconds} s"
     for sample in evidence.samples:
         key = tuple(getattr(sample, name, None) for name in ("case", "mode"))
         number, step = getattr(sample, "round", None), getattr(sample, "step", None)

@@ -1,5 +1,6 @@
 """manifest.json: what was run, where, with what, and what came of it."""
 
+import datetime
 import hashlib
 import re
 from pathlib import Path
@@ -150,6 +151,20 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     format: int = FORMAT
     digest: str = ""
 
+    def check(self) -> None:
+        """Refuses a name that is not one of a folder, and a date that is no day.
+
+        Raises:
+            ValueError: As `Run.check` does; or the date is not of the form YYYY-MM-DD.
+        """
+        self.run.check()
+        try:
+            day = datetime.date.fromisoformat(self.date).isoformat()
+        except ValueError:
+            day = ""
+        if day != self.date:
+            raise ValueError(f"the date {self.date!r} is no day of the form YYYY-MM-DD")
+
     @property
     def folder(self) -> Path:
         """Where it lies under the root of all results."""
@@ -201,6 +216,8 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         ResultError: It cannot be read.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ResultError(f"{path}: it is no plain file")  # a pipe would be waited for
     try:
         return path.read_bytes()
     except OSError as error:

@@ -146,6 +146,10 @@ def _what(run: Run) -> tuple[object, ...]:
 def _claims(result: Result) -> Iterator[str]:
     found = result.manifest
     file = result.path / MANIFEST
+    try:
+        found.check()
+    except ValueError as error:
+        yield f"{file}: {error}"
     if found.status == "running":
         yield (
             f"{result.path}: the run goes on, or was cut off; `python -m nanoflow_jax.evidence "
@@ -186,6 +190,8 @@ def _figures(result: Result) -> Iterator[str]:
     file = result.path / MANIFEST
     recomputed = {one.name: one for one in checks.derive(result.kind, result.evidence)}
     claimed = {one.name: one for one in result.manifest.figures}
+    if len(claimed) < len(result.manifest.figures):
+        yield f"{file}: two figures have one name"
     for name in sorted(recomputed.keys() - claimed.keys()):
         yield f"{file}: the figure {name!r} is missing"
     for name in sorted(claimed.keys() - recomputed.keys()):

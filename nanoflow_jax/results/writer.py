@@ -234,13 +234,17 @@ def close(path: Path) -> Manifest:
     """Makes a failed result of a run that was cut off, as by kill -9, with the samples it took.
 
     Raises:
-        ValueError: The run has ended by itself.
+        ValueError: The run has ended by itself, or still goes on.
         ResultError: The manifest cannot be read.
     """
     found = manifest.read(path)
     if found.status != "running":
         raise ValueError(f"{path}: the run has ended: its status is {found.status}")
-    return _seal(path, found, "the run was cut off")
+    samples = _open_samples(path)
+    try:
+        return _seal(path, found, "the run was cut off")
+    finally:
+        os.close(samples)
 
 
 def _seal(path: Path, found: Manifest, message: str | None) -> Manifest:

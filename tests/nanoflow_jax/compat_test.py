@@ -1,5 +1,7 @@
 """What differs between versions of jax, on the one that is here."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import kernel_runs
@@ -25,6 +27,16 @@ def test_rows_are_loaded_into_registers_on_every_version():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 64), (128, 64), (128,))]
     text = kernel_runs.lowered(lambda x, w, bias: gemm(x, w, bias=bias, num_ctas=2), *shapes)
     assert "mosaic_gpu_v2" in text
+
+
+def test_a_kernel_is_the_same_wherever_it_stands_in_a_program():
+    def twice(x, y, w):
+        return gemm(x, w, num_ctas=2), gemm(y, w, num_ctas=2), gemm(y, w, num_ctas=1)
+
+    x, w = (jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16) for rows in (64, 256))
+    text = kernel_runs.lowered(twice, x, x, w)
+    first, second, other = re.findall(r'kernel_hash = "(.*?[^\\])"', text)
+    assert first == second != other
 
 
 @kernel_runs.needs_interpreter

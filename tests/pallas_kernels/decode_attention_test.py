@@ -197,12 +197,13 @@ def test_decode_attention_compiles_for_an_h200_without_spills(sizes):
     assert len(program.launches) == (3 if is_filled else 4), program.launches
 
 
+_PLAN = plan_decode([1, 2, 3], num_kv_heads=2, num_ctas=1)
 _GOOD = {
     "q": jnp.zeros((3, 4, 32), jnp.bfloat16),
     "cache": jnp.zeros((5, 2, 2, 16, 32), jnp.bfloat16),
     "page_table": jnp.zeros((3, 2), jnp.int32),
     "context_lens": jnp.zeros((3,), jnp.int32),
-    "work": plan_decode([1, 2, 3], num_kv_heads=2, num_ctas=1),
+    "work": _PLAN,
     "scale": 1.0,
 }
 
@@ -237,6 +238,16 @@ def _cache(*shape):
             {"work": plan_decode([1, 2], num_kv_heads=2, num_ctas=1)},
             "work has shapes .* a plan for R=3 requests and K=2 kv heads has",
         ),
+        (
+            {"work": WorkList(*(field.astype(np.float32) for field in _PLAN))},
+            "work is .*'float32'.*, not int32; take it from plan_decode",
+        ),
+        (
+            {"work": _PLAN._replace(workers=_PLAN.workers[:0])},
+            r"work has shapes \(\(3, 4\), \(0, 5",
+        ),
+        ({"work": _PLAN._replace(groups=_PLAN.groups[:0])}, "work has shapes .* a plan for R=3"),
+        ({"work": _PLAN._replace(workers=np.int32(0))}, "work has shapes .* a plan for R=3"),
         ({"window": 0}, "window=0 is not at least 1"),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
         ({"softcap": 0.0}, "softcap=0.0 is not above 0"),

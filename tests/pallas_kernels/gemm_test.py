@@ -314,6 +314,22 @@ def test_tiles_whose_rows_are_no_products_of_warpgroups_are_refused(fields):
         GemmTile(**fields)
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("rows", -128),
+        ("columns", 0),
+        ("depth", 0),
+        ("stages", 1),
+        ("band", 0),
+        ("slice_columns", 0),
+    ],
+)
+def test_tiles_of_nothing_are_refused(name, number):
+    with pytest.raises(ValueError, match=f"is no tile: {name} is not at least {1 + (number == 1)}"):
+        GemmTile(**{name: number})
+
+
 @pytest.mark.parametrize("fields", [{"columns": 320}, {"columns": 96}, {"rows": 64, "columns": 64}])
 def test_tiles_whose_columns_are_no_slices_of_warpgroups_are_refused(fields):
     with pytest.raises(ValueError, match="columns of a warpgroup must be a multiple of slice_col"):

@@ -262,6 +262,27 @@ def test_operands_that_do_not_fit_are_refused(change, message):
         grouped_gemm(**{**good, **change})
 
 
+@pytest.mark.parametrize(
+    ("experts", "more", "message"),
+    [
+        (jnp.zeros((3,), jnp.int32), {}, r"experts is int32\(3,\), not integers \[T, A\]"),
+        (jnp.zeros((3, 2)), {}, r"experts is float32\(3, 2\), not integers \[T, A\]"),
+        (jnp.zeros((3, 2), jnp.int32), {"num_experts": 0}, "num_experts=0 or tile_rows=None is"),
+        (jnp.zeros((3, 2), jnp.int32), {"tile_rows": 0}, "num_experts=2 or tile_rows=0 is not"),
+    ],
+)
+def test_what_is_no_choice_of_experts_is_refused(experts, more, message):
+    with pytest.raises(ValueError, match=message):
+        plan_groups(experts, **{"num_experts": 2, **more})
+
+
+def test_a_batch_without_tokens_is_refused():
+    groups = plan_groups(jnp.zeros((0, 2), jnp.int32), num_experts=2)
+    x = permute(jnp.zeros((0, 8)), groups)
+    with pytest.raises(ValueError, match=r"x\(0, 8\) and w\(2, 16, 8\) must not be empty"):
+        grouped_gemm(x, jnp.zeros((2, 16, 8)), groups)
+
+
 @pytest.mark.gpu
 def test_grouped_products_on_a_gpu_are_their_references():
     for experts, gated in itertools.product([[1], [0, 1, 3]], [False, True]):

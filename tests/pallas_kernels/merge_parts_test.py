@@ -119,6 +119,14 @@ def test_the_kernel_that_merges_compiles_for_an_h200_without_spills(rows, column
     [
         ({"parts": jnp.zeros((4, 8, 64))}, r"parts\(4, 8, 64\) have no multiple of 128 columns"),
         ({"num_rows": 9}, "not num_rows=9 rows"),
+        (
+            {"parts": jnp.zeros((4, 128))},
+            r"parts\(4, 128\), weights\(4, 8\) and groups\(1, 2\) are",
+        ),
+        ({"weights": jnp.zeros((3, 8))}, r"weights\(3, 8\) .* are not \[C, G, H\], \[C, G\] and"),
+        ({"groups": jnp.zeros((2,), jnp.int32)}, r"groups\(2,\) are not .* \[B, 2\]"),
+        ({"groups": jnp.zeros((0, 2), jnp.int32)}, r"groups\(0, 2\) must not be empty"),
+        ({"groups": jnp.zeros((1, 2))}, "'float32'.*, not float32, float32 and int32"),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
     ],
 )

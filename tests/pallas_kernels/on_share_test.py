@@ -4,6 +4,7 @@ import deviceless
 import jax
 import jax.numpy as jnp
 import kernel_runs
+import numpy as np
 import pytest
 
 from pallas_kernels import mosaic, problem_shapes
@@ -44,8 +45,14 @@ def test_a_share_that_the_device_knows_costs_no_spills():
     assert kernel.shared_bytes <= mosaic.SHARED_BYTES
 
 
-@pytest.mark.parametrize("share", [0, 5])
+@pytest.mark.parametrize("share", [0, 5, np.int64(5), np.asarray(0), 1.5])
 def test_shares_that_are_no_part_of_the_grid_are_refused(share):
     x = jnp.zeros((8, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=rf"share={share} is outside \[1, num_ctas=4\]"):
         on_share(prepare_gemm(x, x), share, num_ctas=4)
+
+
+def test_a_grid_without_ctas_is_refused():
+    x = jnp.zeros((8, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="num_ctas=0 is not at least 1"):
+        on_share(prepare_gemm(x, x), jnp.int32(1), num_ctas=0)

@@ -204,10 +204,21 @@ def test_groups_that_no_tile_has_room_for_are_refused(group):
     [
         ([(0, 8, 0, 0), (8, 33, 0, 1)], "2 chunks need 3 tiles of 32 slots and there are 2"),
         ([(40, 8, 0, 0), (59, 2, 0, 1)], r"reach over tokens 40\.\.61 of a batch of 60"),
-        ([(-1, 8, 0, 0)], r"reach over tokens -1\.\.7 of a batch of 60"),
+        ([(-1, 8, 0, 0)], r"\(first token, tokens, position, row\) \(-1, 8, 0, 0\); none of them"),
+        (
+            [(0, 0, 0, 0), (0, -8, 0, 0)],
+            r"a chunk is .* \(0, -8, 0, 0\); none of them may be below",
+        ),
+        ([(0, 8, -1, 0)], r"a chunk is .* \(0, 8, -1, 0\)"),
+        ([(0, 8, 0, -1)], r"a chunk is .* \(0, 8, 0, -1\)"),
         ([(16, 8, 0, 0), (26, 8, 0, 1)], "a chunk starts at token 26, which is no multiple of 8"),
     ],
 )
 def test_chunks_that_do_not_fit_are_refused(chunks, message):
     with pytest.raises(ValueError, match=message):
         build_prefill_tiles(chunks, group=4, capacity=2, num_tokens=60, aligned=True)
+
+
+def test_a_window_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="window=0 is not at least 1; None sees all tokens"):
+        build_prefill_tiles([(0, 8, 0, 0)], group=4, capacity=2, num_tokens=60, window=0)

@@ -229,8 +229,10 @@ def test_prefill_beside_decode_adds_barriers_alone_to_the_shared_memory_of_decod
     ("num_kernels", "shares", "num_ctas", "message"),
     [
         (2, (1,), 1, "num_ctas=1 is not at least 2, one for each kernel"),
-        (2, (0,), 4, r"shares \(0,\) of num_ctas=4 leave a kernel without a CTA"),
-        (3, (2, 2), 4, r"shares \(2, 2\) of num_ctas=4 leave a kernel without a CTA"),
+        (2, (0,), 4, r"shares \[0\] of num_ctas=4 are no whole numbers, or leave a kernel with"),
+        (3, (2, 2), 4, r"shares \[2, 2\] of num_ctas=4 are no whole numbers, or leave"),
+        (2, np.asarray([4]), 4, r"shares \[4\] of num_ctas=4 are no whole numbers, or leave"),
+        (2, [1.5], 4, r"shares \[1\.5\] of num_ctas=4 are no whole numbers, or leave"),
         (2, (1, 1), 4, "2 shares for 2 kernels: give at least two kernels, and a share of each"),
         (2, jnp.zeros(2, jnp.int32), 4, "2 shares for 2 kernels"),
         (1, (), 4, "0 shares for 1 kernels"),

@@ -252,7 +252,18 @@ def test_an_interrupted_run_is_marked_so_and_keeps_its_samples(tmp_path):
     assert len(folder.read(path).samples) == 7
 
 
-def test_operands_without_room_are_a_fault_of_their_problem(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("_toys")
+def test_a_run_that_was_killed_before_it_wrote_a_manifest_is_passed_by(tmp_path):
+    found, _ = _run(tmp_path, kernels=["gemm"])
+    (tmp_path / found.folder / manifest.MANIFEST).unlink()
+    second, said = _run(tmp_path, kernels=["gemm"])
+    assert (second.run.name, second.status) == ("kernels-2", "done")
+    assert any(line.startswith("not gone on with: ") and found.date in line for line in said)
+
+
+def _without_room(monkeypatch):
+    """Operands of products have no room."""
+
     def build(shape, setting):
         made = toy_kernels.build(shape, setting)
         if shape.KERNEL != "gemm":
@@ -265,10 +276,28 @@ def test_operands_without_room_are_a_fault_of_their_problem(tmp_path, monkeypatc
 
     toy_kernels.replace(monkeypatch.setattr)
     monkeypatch.setattr(kernel_tasks, "build", build)
+
+
+def test_operands_without_room_are_a_fault_of_their_problem(tmp_path, monkeypatch):
+    _without_room(monkeypatch)
     found, said = _run(tmp_path, kernels=["gemm", "decode_attention"])
     assert found.status == "done"
     message = "FAILED: tiny/gate_up/136, all: failed: RESOURCE_EXHAUSTED: no room"
     assert message in said
+
+
+def test_operands_without_room_are_one_fault_of_a_run_that_is_gone_on_with(tmp_path, monkeypatch):
+    _without_room(monkeypatch)
+    options = toy_kernels.options(tmp_path, kernels=["gemm", "decode_attention"])
+    real = kernel_bench.ResultWriter.finish
+    monkeypatch.setattr(kernel_bench.ResultWriter, "finish", lambda self: os.close(self._samples))
+    monkeypatch.setattr(kernel_bench.ResultWriter, "__exit__", lambda self, *error: None)
+    kernel_bench.run(options, kernel_bench.Reports(say=lambda line: None))
+    monkeypatch.setattr(kernel_bench.ResultWriter, "finish", real)
+    found, _ = _run(tmp_path, kernels=["gemm", "decode_attention"])
+    assert (found.run.name, found.status, found.message) == ("kernels", "done", "")
+    samples = folder.read(tmp_path / found.folder).samples
+    assert [sample.case for sample in samples if sample.mode == "all"] == ["tiny/gate_up/136"]
 
 
 _KILLED = """

@@ -33,6 +33,7 @@ def test_kernels_that_share_nothing_may_run_at_once_in_a_concurrent_graph():
     assert not graph.are_ordered(0, 1)
     assert graph.critical_path == 1
     assert [kernel.grid for kernel in program.mosaic_kernels] == [(2, 1, 1), (1, 1, 1)]
+    assert [program.kernel(node.kernel).grid[0] for node in graph.nodes] == [2, 1]
 
 
 def test_a_token_orders_kernels_that_share_nothing_else():
@@ -107,39 +108,56 @@ def test_donated_arguments_are_written_in_place_and_others_are_not():
     assert [copy.num_bytes for copy in kept.copies] == [512 * 64 * 4]
 
 
-def test_programs_of_several_devices_keep_collectives_and_graphs_around_them():
+def _sums(x, y, w):
+    with jax.named_scope("first"):
+        first = jax.lax.psum(x @ w, "model")
+    with jax.named_scope("second"):
+        second = y @ w
+    return jax.lax.psum(jnp.sin(first), "model"), jax.lax.psum(second, "model")
+
+
+def _summed(**options):
+    """Products of two devices and sums over them, compiled."""
     mesh = jax.sharding.AbstractMesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
+    shapes = (
+        jax.ShapeDtypeStruct(
+            _SQUARE.shape, _SQUARE.dtype, sharding=jax.sharding.NamedSharding(mesh, spec(*axes))
+        )
+        for axes in ((None, "model"), (None, "model"), ("model", None))
+    )
+    run = jax.shard_map(
+        _sums,
+        mesh=mesh,
+        in_specs=(spec(None, "model"), spec(None, "model"), spec("model", None)),
+        out_specs=spec(),
+        check_vma=False,
+    )
+    apart = {
+        "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    }
+    return deviceless.program(run, *shapes, num_devices=2, options=_CONCURRENT | apart | options)
 
-    def run(x, y, w):
-        first = jax.lax.psum(x @ w, "model")
-        return jax.lax.psum(jnp.sin(first), "model"), jax.lax.psum(y @ w, "model")
 
-    program = deviceless.program(
-        jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=(spec(None, "model"), spec(None, "model"), spec("model", None)),
-            out_specs=spec(),
-            check_vma=False,
-        ),
-        *(
-            jax.ShapeDtypeStruct(
-                _SQUARE.shape, _SQUARE.dtype, sharding=jax.sharding.NamedSharding(mesh, spec(*axes))
-            )
-            for axes in ((None, "model"), (None, "model"), ("model", None))
-        ),
-        num_devices=2,
-        options=_CONCURRENT
-        | {
-            "xla_gpu_all_reduce_combine_threshold_bytes": 0,
-            "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,COLLECTIVES",
-        },
+def test_programs_of_several_devices_keep_collectives_and_graphs_around_them():
+    program = _summed(
+        xla_gpu_enable_command_buffer="FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,COLLECTIVES"
     )
     (graph,) = program.graphs
     assert [node.kind for node in graph.nodes].count("kAllReduce") == 3
     assert program.launches == graph.nodes
+    assert program.order == graph
     assert program.memory.argument_bytes == 3 * 256 * 128 * 2
+
+
+def test_a_sum_over_devices_outside_graphs_is_on_its_way_while_another_product_runs():
+    order = _summed().order
+    assert [node.kind for node in order.nodes].count("kAllReduce") == 3
+    (sum_of_first,) = (i for i in order.find("/first/") if order.nodes[i].kind == "kAllReduce")
+    products = [i for i in order.find("/second/") if order.nodes[i].kind != "kAllReduce"]
+    assert products
+    assert not any(order.are_ordered(sum_of_first, product) for product in products)
 
 
 def test_flags_of_this_process_do_not_reach_the_compiler(monkeypatch):
@@ -195,6 +213,36 @@ def test_a_missing_ptxas_is_named(monkeypatch):
 def test_unknown_devices_are_refused_before_anything_is_compiled():
     with pytest.raises(ValueError, match="device 'V1' is none of"):
         compiler.compile_program(jax.jit(lambda x: x), _SQUARE, device="V1")
+
+
+def _same_twice(x, y, w):
+    return gemm(x, w, num_ctas=2), gemm(y, w, num_ctas=1), gemm(y, w, num_ctas=2)
+
+
+def test_a_kernel_that_is_called_twice_is_compiled_once():
+    program = deviceless.program(_same_twice, *[_SQUARE] * 3, options=_CONCURRENT)
+    (graph,) = program.graphs
+    grids = [program.kernel(node.kernel).grid[0] for node in graph.nodes]
+    assert sorted(grids) == [1, 2, 2]
+    assert [kernel.grid[0] for kernel in program.mosaic_kernels] == list(dict.fromkeys(grids))
+
+
+def test_kernels_that_were_not_dumped_are_missed(tmp_path):
+    (tmp_path / "dump").mkdir()
+    (tmp_path / "hlo.txt").write_text("""HloModule f
+
+ENTRY %main () -> f32[4] {
+  ROOT %call = f32[4] custom-call(), backend_config={kernel_hash = "E5"}
+}
+""")
+    (tmp_path / "dump" / "module_1.f.thunk_sequence.txt").write_text(
+        "001: kCustomCall [source | sink] kCustomCall\n"
+    )
+    (tmp_path / "dump" / "module_1.f.thunk_metadata.txt").write_text(
+        'profile_annotation: "call" thunk_id: 1\n'
+    )
+    with pytest.raises(dumps.DumpError, match="1 kernels are called and 0 were dumped"):
+        dumps.read_program(tmp_path, "")
 
 
 def test_logs_that_do_not_fit_the_launches_are_refused(tmp_path):

@@ -52,6 +52,22 @@ ENTRY %main () -> (f32[4]) {
     assert fused.scope == "jit(f)/decode_attention/entry"
 
 
+def test_mosaic_kernels_are_told_apart_by_their_names_or_else_by_their_digests():
+    call = "f32[4]{0} custom-call(), custom_call_target="
+    named, unnamed, other = hlo.read_entry(f"""HloModule jit_f
+
+ENTRY %main () -> (f32[4]) {{
+  %a = {call}"mosaic_gpu_v2", backend_config={{kernel_hash = "\\E5)", module = "ML\\EFR\\00\
+main\\00entry_0123456789abcdef\\00"}}
+  %b = {call}"mosaic_gpu_v2", backend_config={{kernel_hash = "\\B2\\"", module = "ML\\EFR\\00"}}
+  ROOT %c = {call}"another", backend_config={{module = "\\00entry_0123456789abcdef\\00"}}
+}}
+""")
+    assert named.kernel == "entry_0123456789abcdef"
+    assert unnamed.kernel == r"\B2\""
+    assert other.kernel is None
+
+
 def test_bytes_of_arrays_follow_from_their_types():
     assert hlo.array_bytes("pred", "8") == 8
     assert hlo.array_bytes("u4", "2,3") == 3

@@ -60,6 +60,7 @@ _PROGRAM = Program(
     kernels=(_kernel("b", is_mosaic=False), _kernel("entry_0", is_mosaic=True)),
     launches=_GRAPH.nodes,
     graphs=(_GRAPH,),
+    order=_GRAPH,
     memory=Memory(argument_bytes=1, output_bytes=2, alias_bytes=3, temp_bytes=4),
 )
 
@@ -68,8 +69,9 @@ def test_copies_and_kernels_of_either_maker_are_found():
     assert [one.name for one in _PROGRAM.copies] == ["a"]
     assert [one.name for one in _PROGRAM.mosaic_kernels] == ["entry_0"]
     assert _PROGRAM.kernel("b").ptx == ".visible .entry b("
-    with pytest.raises(KeyError, match="entry_0"):
-        _PROGRAM.kernel("entry_0")
+    assert _PROGRAM.kernel("entry_0").is_mosaic
+    with pytest.raises(KeyError, match="entry_1"):
+        _PROGRAM.kernel("entry_1")
 
 
 def test_programs_come_back_from_json_as_they_were():

@@ -1,5 +1,6 @@
 """Knobs choose a plan for each bucket; what fits nothing is refused."""
 
+import dataclasses
 import logging
 import re
 
@@ -52,6 +53,52 @@ def test_several_devices_reduce_one_half_beside_products_of_the_other():
     assert not any("gather" in key for key in plans[_LARGE].keys)
     # In the plain pass a product sums by itself.
     assert plans[_SMALL].shape == LayerShape()
+
+
+def _by_columns(*columns, num_tokens=(8, 64)):
+    """Plans of one device each that take some products by columns."""
+    shape = LayerShape(num_devices=2)
+    return [
+        dataclasses.replace(
+            builders.one(shape, num_tokens=count, by_columns=some), name=f"plan {i}"
+        )
+        for i, (count, some) in enumerate(zip(num_tokens, columns, strict=True))
+    ]
+
+
+def test_buckets_without_a_plan_multiply_with_the_weights_that_those_of_the_file_want(tmp_path):
+    path = tmp_path / "plans.json"
+    path.write_text(plan_file.to_json(_by_columns({"o"}, num_tokens=[64])))
+    plans = _choose(LayerShape(num_devices=2), plan=str(path))
+    assert plans[_SMALL].ways == plans[_LARGE].ways == {"o": {"gather"}, "down": {"reduce"}}
+    assert plan_choice.by_columns(plans.values()) == {"o"}
+
+
+def test_plans_that_want_a_weight_both_ways_are_refused(tmp_path):
+    path = tmp_path / "plans.json"
+    path.write_text(plan_file.to_json(_by_columns({"o", "down"}, {"o"})))
+    with _refused(
+        "plan 'plan 0' wants the weight of down split by columns and plan 'plan 1' along the "
+        "summed axis, and it is held once; take one way in all plans and for all of their tokens"
+    ):
+        _choose(LayerShape(num_devices=2), plan=str(path))
+
+
+def test_a_plan_that_wants_a_weight_both_ways_by_itself_is_refused():
+    shape, device = LayerShape(num_devices=2), builders.Device(granule=8)
+    both = builders.tensor_parallel(shape, num_tokens=64, device=device)
+    name = "plan 'tensor_parallel'"
+    with _refused(
+        f"{name} wants the weight of o split by columns and {name} along the summed axis, and it "
+        "is held once; take one way in all plans and for all of their tokens"
+    ):
+        plan_choice.by_columns([both])
+
+
+def test_a_plan_for_one_device_sums_beside_those_of_several():
+    (columns,) = _by_columns({"o"}, num_tokens=[64])
+    with pytest.raises(ValueError, match="plan 'one' along the summed axis"):
+        plan_choice.by_columns([columns, builders.one(LayerShape(), num_tokens=8)])
 
 
 def test_a_file_has_plans_for_buckets_of_its_sizes(tmp_path):

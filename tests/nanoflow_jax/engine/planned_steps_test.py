@@ -12,10 +12,19 @@ from flax import nnx
 from golden import cases
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 from plain_model import PlainModel
 from same_tokens import MIN_MARGIN
 
-from nanoflow_jax.engine import attention_inputs, bucket_plan, inputs, programs, sequence
+from checkpoints.folder import ModelFolder
+from nanoflow_jax.engine import (
+    attention_inputs,
+    bucket_plan,
+    inputs,
+    plan_choice,
+    programs,
+    sequence,
+)
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.models import loading
@@ -38,6 +47,21 @@ def _model(case):
     return PlainModel(cases.load(case).path, length=_CONTEXT).model
 
 
+def _place(case, plan, num_devices):
+    """The devices, on which weights lie as the plan wants them."""
+    config = _model(case).config
+    columns = plan_choice.by_columns([] if plan is None else [plan])
+    placement = loading.place_model(config, jax.devices()[:num_devices])
+    return placement.with_columns(columns, hidden_size=config.hidden_size)
+
+
+def _placed_model(case, placement):
+    if placement.num_devices == 1:
+        return _model(case)
+    folder, config = ModelFolder.open(cases.load(case).path), _model(case).config
+    return loading.load_model(folder, config, dtype=np.dtype(np.float32), placement=placement)
+
+
 @dataclasses.dataclass
 class _Steps:
     """Runs one bucket's forward under a plan.
@@ -46,14 +70,18 @@ class _Steps:
         case: Golden case whose model runs.
         plan: How; None is the plain pass.
         keep_lanes: Passes tokens too.
+        num_devices: Devices that share the model.
     """
 
     case: str
     plan: object = None
     keep_lanes: bool = False
+    num_devices: int = 1
 
     def __post_init__(self):
-        config = _model(self.case).config
+        self._placement = _place(self.case, self.plan, self.num_devices)
+        model = _placed_model(self.case, self._placement)
+        config = loading.share_of_one_device(model.config, self._placement)
         shape = layout_lib.CacheShape(
             num_pages=_NUM_PAGES,
             page_size=_PAGE,
@@ -74,8 +102,9 @@ class _Steps:
                 prefill=attention_inputs.PlainPrefillInputs(layout=self._layout, tile_len=4),
             ),
             plans={} if self.plan is None else {_BUCKET: self.plan},
+            num_devices=self.num_devices,
         )
-        graph, state = nnx.split(_model(self.case))
+        graph, state = nnx.split(model)
         self._weights, treedef = jax.tree.flatten(state)
         forward = programs.build_forward(
             graph,
@@ -85,9 +114,11 @@ class _Steps:
             bucket=_BUCKET,
             operations=PLAIN,
             shares=programs.Shares(
-                placement=loading.place_model(_model(self.case).config, jax.devices()[:1]),
-                caches=[None] * _model(self.case).config.num_layers,
-                weights=[None] * len(self._weights),
+                placement=self._placement,
+                caches=[jax.tree.map(self._placement.spec, self._layout.axes)] * len(model.layers),
+                weights=[
+                    getattr(weight.sharding, "spec", PartitionSpec()) for weight in self._weights
+                ],
             ),
             keep_lanes=self.keep_lanes,
         )
@@ -96,7 +127,11 @@ class _Steps:
 
     def run(self, steps, sequences):
         """Logits of the rows of each step that sample, and hidden states of its tokens in order."""
-        caches = [self._layout.allocate() for _ in _model(self.case).layers]
+        share = jax.eval_shape(self._layout.allocate)
+        caches = [
+            jax.tree.map(self._placement.zeros, share, self._layout.axes)
+            for _ in _model(self.case).layers
+        ]
         last_tokens = np.zeros(_BUCKET.decode_rows, np.int32)
         planned = self._sizes.bucket_plan(_BUCKET)
         found = []
@@ -196,6 +231,30 @@ def test_random_plans_give_the_logits_of_the_plain_pass(case):
     @given(plan=_random_plans(case), requests=_REQUESTS)
     def check(plan, requests):
         _check_as_plain(case, plan, requests)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("case", "num_devices", "ways"),
+    [
+        ("llama_bias", 2, {"o": "gather", "down": "reduce"}),
+        ("llama_bias", 2, {"o": "reduce", "down": "gather"}),
+        ("llama_bias", 4, {"o": "gather", "down": "gather"}),
+        ("mixtral", 2, {"o": "gather"}),
+    ],
+)
+def test_random_plans_of_sums_and_gathers_give_the_logits_of_one_device(case, num_devices, ways):
+    shape = LayerShape(is_sparse=case == "mixtral", num_devices=num_devices)
+
+    @settings(max_examples=2, phases=[Phase.generate])
+    @given(
+        plan=random_plans.plans(shapes=(shape,), num_tokens=_BUCKET.tokens, ways=ways),
+        requests=_REQUESTS,
+    )
+    def check(plan, requests):
+        assert plan.ways == {product: {way} for product, way in ways.items()}
+        _check_as_plain(case, plan, requests, num_devices=num_devices)
 
     check()
 

@@ -32,6 +32,7 @@ def _evidence(folder: pathlib.Path, *arguments: str) -> tuple[int, str, str]:
         (["verify"], "give folders of results to verify, or --all"),
         (["verify", "--all", "x"], "give folders of results to verify, or --all"),
         (["verify", "none"], "none: there is no such folder"),
+        (["verify", "/"], "/: it is no folder of a result"),
         (
             ["verify", "--all", "--results=none"],
             "none: there is no such folder of results; see --results",

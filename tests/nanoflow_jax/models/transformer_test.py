@@ -125,7 +125,8 @@ def test_a_plan_whose_weights_would_lie_otherwise_is_refused():
     x = jnp.zeros((8, model.config.hidden_size))
     with pytest.raises(
         ValueError,
-        match="runs attention_gather on weights split by columns, and those of o are split along",
+        match="wants the weight of o split by columns, and it is split along the summed axis; take "
+        "its way 'reduce', and a plan for all devices",
     ):
         model.run_layers(
             x, _positions(0, 8), [None], WholeAttention(), plan=plan, operations=operations

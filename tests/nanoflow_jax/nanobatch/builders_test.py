@@ -31,7 +31,7 @@ def test_halves_split_every_operation_in_two(is_sparse):
         assert _ranges(plan, op) == [(0, 384), (384, 1024)]
     assert plan.decode_weights == (384, 640)
     caps = {n.num_ctas for n in plan.order if n.lane is Resource.COMPUTE}
-    assert caps == {132 - 48}
+    assert caps == {132 - 32}
 
 
 @pytest.mark.parametrize("is_sparse", [False, True])
@@ -84,6 +84,6 @@ def test_without_gathers_both_halves_reduce():
 
 def test_a_smaller_device_is_shared_alike():
     device = builders.share_out(66, granule=4)
-    assert device == builders.Device(num_sms=66, attention_ctas=24, network_ctas=8, granule=4)
+    assert device == builders.Device(num_sms=66, attention_ctas=16, network_ctas=8, granule=4)
     tiny = builders.share_out(3, granule=4)
     assert builders.tensor_parallel(TENSOR, num_tokens=16, device=tiny).num_sms == 3

@@ -1,135 +1,181 @@
-"""Graphs of two layers by hand: what may run at once in them."""
+"""Programs by hand: what may run at once in them."""
 
-import itertools
+import dataclasses
 
+import planned_programs
 import pytest
+from planned_programs import EIGHT, HALVES, NUM_LAYERS
 
-from nanoflow_jax.deviceless.program import Graph, Launch, Memory, Program
-from nanoflow_jax.nanobatch import builders, operations
-from nanoflow_jax.nanobatch.dependencies import Dependencies
+from nanoflow_jax.deviceless.devices import find_device
+from nanoflow_jax.deviceless.program import Graph, Launch
+from nanoflow_jax.nanobatch.dependencies import Rule
+from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.overlap import analysis
 
-_SHAPE = operations.LayerShape()
-_PLAN = builders.halves(_SHAPE, num_tokens=512)
-_LAYERS = [operations.layer_graph(_SHAPE)] * 4
+
+def _analysis(program, plan=HALVES):
+    return analysis.Analysis(program, plan, [plan.graph] * NUM_LAYERS, find_device("H200"))
 
 
-def _program(edges=None, *, plan=_PLAN, doubled=()):
-    """A node for each nano-operation, in the plan's order, with the plan's edges or others."""
-    wanted = Dependencies(plan, _LAYERS)
-    number = {node: i for i, node in enumerate(wanted.nodes)}
-    nodes = [
-        Launch(
-            name=f"call.{i}",
-            kind="kCustomCall",
-            scope=f"jit(forward)/layer_{node.layer}/{plan.keys[node.place]}/entry",
-        )
-        for i, node in enumerate(wanted.nodes)
-    ]
-    if edges is None:
-        edges = [tuple(number[first] for first in wanted.waits_for(node)) for node in wanted.nodes]
-    for i in doubled:
-        nodes.append(nodes[i])
-        edges = [*edges, (i,)]
-    graph = Graph(nodes=tuple(nodes), parents=tuple(edges), num_nodes=len(nodes))
-    memory = Memory(argument_bytes=0, output_bytes=0, alias_bytes=0, temp_bytes=0)
-    return Program(hlo="", instructions=(), kernels=(), launches=(), graphs=(graph,), memory=memory)
+def _beside(found, *names):
+    return {found.name(b.node): [found.name(p) for p in b.others] for b in found.beside(*names)}
 
 
-def _chain():
-    count = len(Dependencies(_PLAN, _LAYERS).nodes)
-    return [(), *((i,) for i in range(count - 1))]
-
-
-def _analysis(program, plan=_PLAN):
-    return analysis.Analysis(program, plan, _LAYERS)
+def _seconds(plan, **longer):
+    """A second for each nano-operation, or what is said."""
+    return {key: longer.get(key.split(".")[0], 1.0) for key in plan.keys}
 
 
 def test_attention_of_one_half_may_run_beside_the_products_of_the_other():
-    found = _analysis(_program())
-    beside = {
-        found.name(b.attention): [found.name(p) for p in b.products]
-        for b in found.products_beside_attention()
-    }
-    assert {"layer 0 o.1", "layer 0 up_gate.1", "layer 0 down.1"} <= set(
-        beside["layer 1 decode_attention.0"]
-    )
-    assert {"layer 1 o.0", "layer 1 up_gate.0", "layer 1 down.0"} <= set(
-        beside["layer 1 decode_attention.1"]
-    )
+    found = _analysis(planned_programs.program(HALVES))
+    beside = _beside(found, "decode_attention")
+    assert len(beside) == 2 * NUM_LAYERS
+    assert beside["layer 1 decode_attention.0"] == [
+        "layer 0 o.1",
+        "layer 0 up_gate.1",
+        "layer 0 down.1",
+        "layer 1 norm_kqv.1",
+    ]
+    assert beside["layer 3 decode_attention.1"] == [
+        "layer 3 o.0",
+        "layer 3 up_gate.0",
+        "layer 3 down.0",
+    ]
     assert found.products_at_once() == ()
     assert found.too_ordered() == ()
-    assert found.split_wrongly() == {}
+    assert found.called_wrongly() == {}
     assert found.most_ctas()[0] == 132
 
 
 def test_in_a_chain_nothing_may_run_beside_anything():
-    found = _analysis(_program(_chain()))
-    assert all(not one.products for one in found.products_beside_attention())
+    found = _analysis(planned_programs.program(HALVES, planned_programs.chain(HALVES)))
+    assert not any(_beside(found, "decode_attention").values())
     assert found.too_ordered()
-    assert found.most_ctas() == (0, ())
+    assert found.most_ctas()[0] == 100
+    assert len(found.most_ctas()[1]) == 1
 
 
 def test_a_lost_lane_is_found_as_two_products_at_once():
-    dependencies = Dependencies(_PLAN, _LAYERS)
-    number = {node: i for i, node in enumerate(dependencies.nodes)}
-    edges = [
-        tuple(
-            number[first]
-            for first, rule in dependencies.waits_for(node).items()
-            if rule.name in ("VALUE", "CACHE")
-        )
-        for node in dependencies.nodes
+    edges = planned_programs.wanted_edges(HALVES, rules=(Rule.VALUE, Rule.CACHE))
+    found = _analysis(planned_programs.program(HALVES, edges))
+    pairs = {tuple(map(found.name, pair)) for pair in found.products_at_once()}
+    assert ("layer 0 norm_kqv.0", "layer 0 norm_kqv.1") in pairs
+    assert found.most_ctas()[0] == 2 * 100 + 2 * 32
+
+
+def test_products_outside_lanes_are_found_at_once_too():
+    order = tuple(
+        dataclasses.replace(nano, lane=None, num_ctas=None) if nano.operation == "o" else nano
+        for nano in HALVES.order
+    )
+    free = dataclasses.replace(HALVES, order=order)
+    found = _analysis(planned_programs.program(free), free)
+    assert any("o." in found.name(node) for pair in found.products_at_once() for node in pair)
+
+
+def test_sums_over_devices_may_run_beside_products_of_other_tokens():
+    found = _analysis(planned_programs.program(EIGHT), EIGHT)
+    beside = _beside(found, "o_reduce", "down_reduce")
+    assert beside["layer 0 o_reduce.1"][:2] == ["layer 0 up_gate.0", "layer 0 down.0"]
+    assert "layer 1 norm_kqv.1" in beside["layer 0 down_reduce.1"]
+    # Nothing comes after the last two sums of the last layer.
+    assert "layer 3 down_reduce.1" not in beside
+    assert "layer 3 down_reduce.0" in beside
+    sums = ["down_reduce.0", "down_reduce.1", "down_reduce.2", "o_reduce.0", "o_reduce.1"]
+    assert sorted(key for key in EIGHT.keys if key.endswith("reduce", 0, -2)) == sums
+    chained = planned_programs.program(EIGHT, planned_programs.chain(EIGHT))
+    assert not any(_beside(_analysis(chained, EIGHT), "o_reduce").values())
+
+
+def test_attention_counts_sums_over_devices_beside_it_and_sums_do_not():
+    found = _analysis(planned_programs.program(EIGHT), EIGHT)
+    assert any(
+        "reduce" in name for names in _beside(found, "decode_attention").values() for name in names
+    )
+    assert not any(
+        "reduce" in name for names in _beside(found, "down_reduce").values() for name in names
+    )
+
+
+def test_a_combined_sum_is_missed_where_it_was_and_counted_where_it_is():
+    program = planned_programs.program(EIGHT)
+    nodes = [
+        dataclasses.replace(node, scope=node.scope.replace("down_reduce.2", "down_reduce.1"))
+        for node in program.order.nodes
     ]
-    found = _analysis(_program(edges))
-    assert found.products_at_once()
-    assert found.most_ctas()[0] == 2 * 84
+    combined = dataclasses.replace(
+        program, order=dataclasses.replace(program.order, nodes=tuple(nodes))
+    )
+    found = _analysis(combined, EIGHT).called_wrongly()
+    assert found["layer 0 down_reduce.1"] == 2
+    assert found["layer 0 down_reduce.2"] == 0
 
 
-def test_a_product_with_two_calls_and_one_without_any_are_found():
-    names = [one.scope.split("/")[1:3] for one in _program().graphs[0].nodes]
-    place = names.index(["layer_1", "up_gate.0"])
-    assert _analysis(_program(doubled=[place])).split_wrongly() == {"layer 1 up_gate.0": 2}
+def test_what_the_compiler_does_not_tell_of_is_not_missed():
+    count = next(
+        i
+        for i, node in enumerate(planned_programs.dependencies(HALVES).nodes)
+        if node.layer == 2 and HALVES.keys[node.place] == "o.0"
+    )
+    found = _analysis(planned_programs.program(HALVES, told=count))
+    beside = _beside(found, "decode_attention")
+    assert all(beside.values())
+    assert "layer 2 decode_attention.1" not in beside
+    assert "layer 1 decode_attention.1" in beside
+    assert found.called_wrongly() == {}
 
 
-def test_only_calls_and_products_do_the_work_of_a_nano_operation():
-    program = _program()
-    graph = program.graphs[0]
-    for kind, kernel, is_work in (
+def test_a_product_with_two_calls_is_found():
+    found = _analysis(planned_programs.program(HALVES, doubled=["up_gate.0"]))
+    assert found.called_wrongly() == {f"layer {i} up_gate.0": 2 for i in range(NUM_LAYERS)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel", "is_call"),
+    [
         ("kCustomKernel", "loop_fusion", False),
         ("kCopy", None, False),
         ("kCustomKernel", "gemm_fusion_dot", True),
         ("kCublasLtMatmul", None, True),
-    ):
-        scope = "jit(forward)/layer_0/o.0/o"
-        launch = Launch(name="one", kind=kind, scope=scope, kernel=kernel)
-        one = Graph(nodes=(launch,), parents=((),), num_nodes=1)
-        changed = Program(**{**program.__dict__, "graphs": (one,)})
-        assert len(_analysis(changed).seen) == is_work
-    assert graph.num_nodes == len(graph.nodes)
+    ],
+)
+def test_only_calls_and_products_do_the_work_of_a_product(kind, kernel, is_call):
+    scope = "jit(forward)/layer_0/o.0/o"
+    launch = Launch(name="one", kind=kind, scope=scope, kernel=kernel)
+    order = Graph(nodes=(launch,), parents=((),), num_nodes=1)
+    done = dataclasses.replace(launch, scope="jit(forward)/layer_0/down.0", kind="kCustomCall")
+    both = Graph(nodes=(launch, done), parents=((), (0,)), num_nodes=2)
+    assert _analysis(planned_programs.program(HALVES, order=order)).seen
+    missing = _analysis(planned_programs.program(HALVES, order=both)).called_wrongly()
+    assert ("layer 0 o.0" in missing) is not is_call
 
 
-def test_a_program_without_a_graph_is_refused():
-    program = Program(**{**_program().__dict__, "graphs": ()})
-    with pytest.raises(ValueError, match="has no CUDA graph"):
-        _analysis(program)
+def test_the_longest_chain_of_a_chain_is_all_of_it():
+    found = _analysis(planned_programs.program(HALVES, planned_programs.chain(HALVES)))
+    chain = found.chain(_seconds(HALVES, decode_attention=8.0))
+    assert chain.fraction == pytest.approx(1.0)
+    assert chain.wanted_fraction < 0.8
 
 
-def test_two_kernels_that_want_all_sms_at_once_are_found():
-    plan = builders.halves(
-        _SHAPE, num_tokens=512, device=builders.Device(num_sms=132, attention_ctas=48)
-    )
-    order = tuple(
-        type(nano)(**{**nano.__dict__, "num_ctas": nano.num_ctas and 132}) for nano in plan.order
-    )
-    wide = type(plan)(
-        **{**{f: getattr(plan, f) for f in plan.__dataclass_fields__}, "order": order}
-    )
-    assert _analysis(_program(plan=wide), wide).most_ctas()[0] == 2 * 132
+def test_the_longest_chain_is_as_the_plan_wants_it_where_nothing_else_is_waited_for():
+    seconds = _seconds(HALVES, decode_attention=8.0)
+    chain = _analysis(planned_programs.program(HALVES)).chain(seconds)
+    assert chain.fraction == pytest.approx(chain.wanted_fraction)
 
 
-def test_names_are_those_of_layers_and_keys():
-    found = _analysis(_program())
-    assert found.name(found.seen[0]).startswith("layer 0 ")
-    assert len(set(map(found.name, found.seen))) == len(found.seen)
-    assert all(a != b for a, b in itertools.pairwise(found.seen))
+def test_three_kernels_at_once_are_summed_up():
+    def widen(kernel):
+        return dataclasses.replace(kernel, grid=(kernel.grid[0] + 8 * (kernel.name == "ctas_32"),))
+
+    ctas, nodes = _analysis(planned_programs.program(EIGHT, change=widen), EIGHT).most_ctas()
+    assert ctas == 84 + 40 + 16
+    assert {EIGHT.order[node.place].lane for node in nodes} == set(Resource)
+
+
+def test_kernels_that_no_sm_can_hold_are_found():
+    def widen(kernel):
+        return dataclasses.replace(kernel, registers=176)
+
+    assert _analysis(planned_programs.program(HALVES)).too_large() == ()
+    wide = planned_programs.program(HALVES, change=widen)
+    assert _analysis(wide).too_large() == ("ctas_100", "ctas_32")

@@ -34,6 +34,15 @@ def test_columns_that_become_rows_and_are_gathered_are_the_whole_again(num_devic
     np.testing.assert_array_equal(_run(there_and_back, num_devices, x, (_SPLIT,), _WHOLE), x)
 
 
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_columns_that_are_gathered_are_the_whole_again_whatever_is_in_them(num_devices, x):
+    for whole in (x, x.reshape(4, 8, 4)):
+        found = _run(
+            lambda group, share: group.all_columns(share), num_devices, whole, (_SPLIT,), _WHOLE
+        )
+        np.testing.assert_array_equal(found, whole)
+
+
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 def test_own_rows_are_those_that_columns_became(num_devices, x):
     def both(group, x):

@@ -53,6 +53,25 @@ def test_experts_are_split_whole_where_that_is_asked_for_and_their_router_is_not
         _placed(2, widths)
 
 
+def test_weights_of_products_that_are_gathered_around_are_split_by_columns():
+    placed = _placed(2).with_columns({"o"}, hidden_size=32)
+    whole, split = None, "tensor"
+    assert placed.spec("DKGH", "o") == jax.sharding.PartitionSpec(split, whole, whole, whole)
+    assert placed.spec("DF", "down") == jax.sharding.PartitionSpec(whole, split)
+    assert placed.spec("KJHD") == jax.sharding.PartitionSpec(split, whole, whole, whole)
+    assert _placed(2).spec("DKGH", "o") == jax.sharding.PartitionSpec(whole, split, whole, whole)
+
+
+def test_a_width_that_cannot_be_shared_out_is_refused_where_it_would_have_to_be():
+    message = (
+        "--tensor_parallel=2: hidden_size=33 cannot be shared out evenly, as a plan wants for down "
+        "and o; take its way 'reduce'"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        _placed(2).with_columns({"o", "down"}, hidden_size=33)
+    assert _placed(2).with_columns((), hidden_size=33) == _placed(2)
+
+
 def test_an_array_is_never_split_twice():
     with pytest.raises(AssertionError, match="axes KF would be split twice"):
         _placed(2).spec("KF")

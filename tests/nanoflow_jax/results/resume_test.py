@@ -80,6 +80,21 @@ def test_a_run_that_still_goes_on_is_left_alone(killed: pathlib.Path) -> None:
         _resume(killed)
 
 
+def test_a_run_that_still_goes_on_is_not_closed(killed: pathlib.Path) -> None:
+    with _resume(killed) as result:
+        with pytest.raises(ValueError, match="another process is measuring into it"):
+            writer.close(result.path)
+        result.add_sample(result_folders.sample(1))
+        result.add_sample(result_folders.sample(2))
+        assert result.finish().status == "done"
+
+
+def test_a_run_that_was_killed_before_its_first_sample_is_closed(killed: pathlib.Path) -> None:
+    path = writer.folder_of(killed / "configs/results", result_folders.run())
+    (path / "samples.jsonl").unlink()
+    assert writer.close(path).num_samples == 0
+
+
 def test_a_folder_has_the_day_and_the_name(killed: pathlib.Path) -> None:
     with _resume(killed) as result:
         assert writer.folder_of(killed / "configs/results", result_folders.run()) == result.path

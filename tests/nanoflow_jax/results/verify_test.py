@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -73,6 +74,27 @@ def _file(path: pathlib.Path, name: str, data: bytes) -> None:
     (path / name).write_bytes(data)
 
 
+def _restated(path: pathlib.Path, **changes: Any) -> None:
+    """Another manifest in the same place."""
+    found = msgspec.structs.replace(manifest.read(path), **changes)
+    (path / manifest.MANIFEST).write_bytes(manifest.encode(found))
+
+
+def _renamed(path: pathlib.Path, name: str) -> None:
+    _restated(path, run=msgspec.structs.replace(manifest.read(path).run, name=name))
+
+
+def _twice(path: pathlib.Path) -> None:
+    """A better figure beside the right one of its name."""
+    first, *others = manifest.read(path).figures
+    _restated(path, figures=(msgspec.structs.replace(first, median=1e9), first, *others))
+
+
+def _pipe(path: pathlib.Path) -> None:
+    (path / "log.txt").unlink()
+    os.mkfifo(path / "log.txt")
+
+
 def _tokens(path: pathlib.Path, data: bytes) -> None:
     _file(path, manifest.TOKENS, data)
     result_folders.reseal(path)
@@ -88,6 +110,22 @@ _WRONG: list[tuple[Callable[[pathlib.Path], object], str]] = [
     ),
     (lambda path: _figure(path, high=60.0), "is 40 tokens/s (25 to 60 of 3)"),
     (lambda path: _figure(path, fraction=0.5, ceiling="c"), "of 3, 0.5 of c), the samples"),
+    (_twice, "manifest.json: two figures have one name"),
+    (
+        lambda path: _other_samples(path, [{**one, "seconds": -1.0} for one in _SAMPLES]),
+        "samples.jsonl.gz: line 3 took -1.0 s",
+    ),
+    (
+        lambda path: _other_samples(path, [{**one, "output_tokens": 10**400} for one in _SAMPLES]),
+        "samples.jsonl.gz: a number is too large: int too large to convert",
+    ),
+    (
+        lambda path: _restated(path, date="20261125"),
+        "the date '20261125' is no day of the form YYYY-MM-DD",
+    ),
+    (lambda path: _restated(path, date="yesterday"), "the date 'yesterday' is no day of the form"),
+    (lambda path: _renamed(path, "A B"), "single - _ . between them, got 'A B'"),
+    (_pipe, "log.txt: it is no plain file"),
     (lambda path: _figure(path, name="best"), "the samples give no figure 'best'"),
     (lambda path: _figure(path, name="best"), "the figure 'mix: output' is missing"),
     (
