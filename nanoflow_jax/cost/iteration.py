@@ -11,6 +11,7 @@ attention of prompts is not halved; `Step.prompt_context` says what a token sees
 import dataclasses
 
 from nanoflow_jax.cost import serving
+from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture
 
 _BYTES = 2
@@ -33,13 +34,13 @@ class Step:
     prompt_context: float
 
 
-def steady_step(workload: serving.Workload, tokens: float) -> Step:
+def steady_step(mix: Mix, tokens: float) -> Step:
     """A step of the steady state: tokens as they come by, prompts attended to causally."""
     return Step(
         tokens=tokens,
-        decode_rows=tokens * workload.decode_fraction,
-        decode_context=workload.mean_context,
-        prompt_context=workload.input_len / 2,
+        decode_rows=tokens * mix.decode_share,
+        decode_context=mix.decode_context,
+        prompt_context=mix.prefix,
     )
 
 

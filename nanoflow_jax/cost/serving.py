@@ -8,6 +8,7 @@ collective's bytes that leave a device.
 import dataclasses
 
 from nanoflow_jax.cost.datasheets import Accelerator
+from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture
 
 _BYTES = 2  # of a weight, of a cached number and of an activation: 16-bit formats
@@ -48,41 +49,11 @@ def sizes(config: architecture.ModelConfig, *, parameters: float | None = None) 
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Requests of one kind.
-
-    Attributes:
-        input_len: Tokens of a prompt, on average.
-        output_len: Tokens generated for it, on average; 0 where nothing is generated.
-    """
-
-    input_len: float
-    output_len: float
-
-    def __post_init__(self) -> None:
-        if self.input_len < 1 or self.output_len < 0:
-            raise ValueError(
-                f"requests of {self.input_len:g} and {self.output_len:g} tokens cannot be; a "
-                "prompt has at least 1 token and an output at least 0"
-            )
-
-    @property
-    def decode_fraction(self) -> float:
-        """Share of decode tokens in a dense batch."""
-        return self.output_len / (self.input_len + self.output_len)
-
-    @property
-    def mean_context(self) -> float:
-        """Cached tokens of a request that decodes, half-way through its output."""
-        return self.input_len + self.output_len / 2
-
-
 # Means of Table 4 in NanoFlow's paper.
 TRACES = {
-    "lmsys": Workload(input_len=102, output_len=222),
-    "splitwise": Workload(input_len=1155, output_len=211),
-    "sharegpt": Workload(input_len=246, output_len=322),
+    "lmsys": Mix(prompt_len=102, output_len=222),
+    "splitwise": Mix(prompt_len=1155, output_len=211),
+    "sharegpt": Mix(prompt_len=246, output_len=322),
 }
 
 
@@ -166,7 +137,7 @@ class ServingCost:
         return max(times, key=lambda name: times[name])
 
 
-def largest_batch(model: Sizes, cluster: Cluster, workload: Workload) -> tuple[float, float]:
+def largest_batch(model: Sizes, cluster: Cluster, mix: Mix) -> tuple[float, float]:
     """Requests that memory holds beside the weights, and the dense batch that keeps it full.
 
     For each token that a request decodes, (p + d) / d tokens pass through a step.
@@ -180,10 +151,10 @@ def largest_batch(model: Sizes, cluster: Cluster, workload: Workload) -> tuple[f
             f"weights of {_BYTES * model.held_parameters / 1e9:.0f} GB do not fit in "
             f"{cluster.memory_bytes / 1e9:.0f} GB; take more devices, or larger ones"
         )
-    if workload.output_len == 0:
+    if mix.output_len == 0:
         raise ValueError("requests without output fill no memory; give a dense batch")
-    requests = room / (model.kv_bytes_per_token * workload.mean_context)
-    return requests, requests / workload.decode_fraction
+    requests = room / (model.kv_bytes_per_token * mix.decode_context)
+    return requests, requests / mix.decode_share
 
 
 def network_bytes(model: Sizes, cluster: Cluster, dense_batch: float) -> float:
@@ -196,21 +167,21 @@ def network_bytes(model: Sizes, cluster: Cluster, dense_batch: float) -> float:
 
 
 def serving_cost(
-    model: Sizes, cluster: Cluster, workload: Workload, *, dense_batch: float | None = None
+    model: Sizes, cluster: Cluster, mix: Mix, *, dense_batch: float | None = None
 ) -> ServingCost:
     """What bounds serving.
 
     Args:
         model: Its sizes.
         cluster: The devices.
-        workload: The requests.
+        mix: The requests.
         dense_batch: Tokens of a step; None is the largest that memory allows.
 
     Raises:
         ValueError: See `largest_batch`, where that is asked for.
     """
     if dense_batch is None:
-        _, dense_batch = largest_batch(model, cluster, workload)
+        _, dense_batch = largest_batch(model, cluster, mix)
     flops_per_token = 2 * model.active_parameters
     return ServingCost(
         dense_batch=dense_batch,

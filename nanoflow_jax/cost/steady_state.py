@@ -5,40 +5,43 @@ by the scheduler); the rest follows from requests being at every point of their 
 """
 
 import dataclasses
-import fractions
 import math
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Requests that are all alike, such as the 512/512 of the paper.
+    """Requests that are all alike, such as the 512/512 of the paper; lengths may be means.
 
     Attributes:
         prompt_len: Tokens of a prompt.
         output_len: Tokens that follow it.
     """
 
-    prompt_len: int
-    output_len: int
+    prompt_len: float
+    output_len: float
 
     def __post_init__(self) -> None:
         if self.prompt_len < 1 or self.output_len < 0:
             raise ValueError(
-                f"requests of {self.prompt_len} tokens and {self.output_len} more are none; give "
-                "a prompt at least one token"
+                f"requests of {self.prompt_len:g} tokens and {self.output_len:g} more are none; "
+                "give a prompt at least one token"
             )
 
     def __str__(self) -> str:
-        return f"{self.prompt_len}/{self.output_len}"
+        return f"{self.prompt_len:g}/{self.output_len:g}"
 
-    def decode_rows(self, num_tokens: int) -> int:
-        """Rows of a dense batch of so many tokens that have one token to do.
+    @property
+    def decode_share(self) -> float:
+        """Rows that have one token to do, of all tokens of a dense batch.
 
         A request has `prompt_len` tokens done in chunks and `output_len` as rows, and so has the
         batch over time.
         """
-        share = fractions.Fraction(self.output_len, self.prompt_len + self.output_len)
-        return round(num_tokens * share)
+        return self.output_len / (self.prompt_len + self.output_len)
+
+    def decode_rows(self, num_tokens: int) -> int:
+        """Rows of a dense batch of so many tokens that have one token to do."""
+        return round(num_tokens * self.decode_share)
 
     def chunks(self, num_tokens: int) -> int:
         """Most chunks that so many tokens of prompts are: the first and the last may be parts."""

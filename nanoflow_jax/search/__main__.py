@@ -16,6 +16,7 @@ from absl import flags as absl_flags
 from checkpoints import folder as checkpoint_folder
 from nanoflow_jax import console
 from nanoflow_jax.cost import datasheets, serving
+from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture, huggingface, presets
 from nanoflow_jax.search import cost_plot, cost_report
 from nanoflow_jax.workload import traces
@@ -115,10 +116,10 @@ def _cluster() -> serving.Cluster:
     )
 
 
-def _workload() -> serving.Workload:
+def _mix() -> Mix:
     if _FLAGS.trace is not None:
         return serving.TRACES[_FLAGS.trace]
-    return serving.Workload(input_len=_FLAGS.input_len, output_len=_FLAGS.output_len)
+    return Mix(prompt_len=_FLAGS.input_len, output_len=_FLAGS.output_len)
 
 
 def _cost() -> int:
@@ -127,7 +128,7 @@ def _cost() -> int:
         model_name=name,
         config=config,
         cluster=_cluster(),
-        workload=_workload(),
+        mix=_mix(),
         dense_batch=_FLAGS.dense_batch,
     )
     found = cost_report.answer(asked)
@@ -142,16 +143,16 @@ def _draw(asked: cost_report.Question, found: cost_report.Answer) -> None:
     others = {
         **serving.TRACES,
         **{
-            f"{ahead}/{out}": serving.Workload(input_len=ahead, output_len=out)
+            f"{ahead}/{out}": Mix(prompt_len=ahead, output_len=out)
             for ahead, out in ((512, 512), (1024, 512), (512, 1024))
         },
     }
     costs = {
         name: serving.serving_cost(found.sizes, asked.cluster, one)
         for name, one in others.items()
-        if one != asked.workload
+        if one != asked.mix
     }
-    name = f"asked, {asked.workload.input_len:g}/{asked.workload.output_len:g}"
+    name = f"asked, {asked.mix}"
     cluster = asked.cluster
     title = f"{asked.model_name} on {cluster.num_devices} x {cluster.accelerator.name}"
     picture = cost_plot.draw({name: found.cost, **costs}, asked=name, title=title)
@@ -164,8 +165,8 @@ def _draw(asked: cost_report.Question, found: cost_report.Answer) -> None:
 def _trace() -> int:
     if not _FLAGS.output:
         raise ValueError("--output names the CSV file that the requests go into")
-    workload = _workload()
-    name = _FLAGS.trace or f"{workload.input_len:g}/{workload.output_len:g}"
+    mix = _mix()
+    name = _FLAGS.trace or f"{mix}"
     made = traces.generate(name, _FLAGS.requests, seed=_FLAGS.seed, rate=_FLAGS.rate)
     try:
         with pathlib.Path(_FLAGS.output).open("w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from nanoflow_jax.cost import iteration, serving
+from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture
 
 
@@ -15,14 +16,14 @@ class Question:
         model_name: As the user calls it.
         config: The model.
         cluster: Where it runs.
-        workload: The requests.
+        mix: The requests.
         dense_batch: Tokens of a step; None is the largest that memory allows.
     """
 
     model_name: str
     config: architecture.ModelConfig
     cluster: serving.Cluster
-    workload: serving.Workload
+    mix: Mix
     dense_batch: float | None = None
 
 
@@ -51,15 +52,15 @@ def answer(asked: Question) -> Answer:
     """
     sizes = serving.sizes(asked.config)
     requests = None
-    if asked.dense_batch is None or asked.workload.output_len:
-        requests, largest = serving.largest_batch(sizes, asked.cluster, asked.workload)
+    if asked.dense_batch is None or asked.mix.output_len:
+        requests, largest = serving.largest_batch(sizes, asked.cluster, asked.mix)
         if asked.dense_batch is not None and asked.dense_batch > largest:
             raise ValueError(
                 f"--dense_batch={asked.dense_batch:g} is more than memory can feed: it holds "
                 f"{requests:,.0f} such requests, which come to {largest:,.0f} tokens a step"
             )
-    cost = serving.serving_cost(sizes, asked.cluster, asked.workload, dense_batch=asked.dense_batch)
-    step = iteration.steady_step(asked.workload, cost.dense_batch)
+    cost = serving.serving_cost(sizes, asked.cluster, asked.mix, dense_batch=asked.dense_batch)
+    step = iteration.steady_step(asked.mix, cost.dense_batch)
     operations = iteration.operation_costs(asked.config, asked.cluster, step)
     return Answer(sizes=sizes, num_requests=requests, cost=cost, operations=operations)
 
@@ -72,21 +73,21 @@ def text(asked: Question, found: Answer) -> str:
 
 
 def _bounds(asked: Question, found: Answer) -> list[str]:
-    cluster, cost, workload = asked.cluster, found.cost, asked.workload
+    cluster, cost, mix = asked.cluster, found.cost, asked.mix
     weights = 2 * found.sizes.held_parameters
     holds = (
         "nothing is generated, so nothing stays cached"
         if found.num_requests is None
-        else f"{found.num_requests:,.0f} requests of {workload.mean_context:,.0f} cached tokens"
+        else f"{found.num_requests:,.0f} requests of {mix.decode_context:,.0f} cached tokens"
     )
     stages = f" in {cluster.num_stages} stages" if cluster.num_stages > 1 else ""
     return [
         f"{asked.model_name} on {cluster.num_devices} x {cluster.accelerator.name}{stages}, "
-        f"{workload.input_len:g} tokens in and {workload.output_len:g} out",
+        f"{mix.prompt_len:g} tokens in and {mix.output_len:g} out",
         f"source of the device's figures: {cluster.accelerator.source}",
         f"memory: {cluster.memory_bytes / 1e9:,.0f} GB, weights {weights / 1e9:,.1f} GB; {holds}",
         f"dense batch: {cost.dense_batch:,.0f} tokens a step, "
-        f"{100 * workload.decode_fraction:.0f} % of them decoded",
+        f"{100 * mix.decode_share:.0f} % of them decoded",
         f"a step: products {cost.compute_s * 1e3:.2f} ms, memory read once "
         f"{cost.memory_s * 1e3:.2f} ms, collectives {cost.network_s * 1e3:.2f} ms",
         f"bound by {cost.bound_by}: memory / compute {cost.memory_ratio:.2f}, "

@@ -193,7 +193,9 @@ def best_schedule(
         program.row({"rate": busy / scale}, high=1.0)
     values, bound, is_best = program.solve(seconds=seconds)
     if values["rate"] < 1e-9:
-        why = "tasks wait for each other in a circle" if is_best else f"{seconds:.0f} s were too few"
+        why = (
+            "tasks wait for each other in a circle" if is_best else f"{seconds:.0f} s were too few"
+        )
         raise ProgramError(f"no schedule was found: {why}")
     period_s = scale / values["rate"]
     return Schedule(

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from nanoflow_jax.cost import datasheets, iteration, serving
+from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import huggingface, presets
 
 _CONFIGS = {
@@ -22,9 +23,9 @@ _NOMINAL = {
 _A100 = datasheets.accelerator("paper:a100-80g")
 _WORKLOADS = (
     *(serving.TRACES[name] for name in ("lmsys", "splitwise", "sharegpt")),
-    serving.Workload(input_len=512, output_len=512),
-    serving.Workload(input_len=1024, output_len=512),
-    serving.Workload(input_len=512, output_len=1024),
+    Mix(prompt_len=512, output_len=512),
+    Mix(prompt_len=1024, output_len=512),
+    Mix(prompt_len=512, output_len=1024),
 )
 
 

@@ -90,7 +90,10 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
             ["cost", "--model=llama-3-8b", "--output_len=0"],
             "requests without output fill no memory; give a dense batch",
         ),
-        (["cost", "--model=llama-3-8b", "--input_len=0"], "requests of 0 and 512 tokens cannot be"),
+        (
+            ["cost", "--model=llama-3-8b", "--input_len=0"],
+            "requests of 0 tokens and 512 more are none; give a prompt at least one token",
+        ),
         (
             ["cost", "--model=llama-3-8b", "--dense_batch=1e6"],
             "--dense_batch=1e+06 is more than memory can feed: it holds",
