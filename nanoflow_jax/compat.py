@@ -9,12 +9,13 @@ import functools
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Literal
 
 try:
     from jax.experimental.pallas import triton as plt
@@ -121,6 +122,73 @@ def abstract_gpu(kind: str, num_sms: int) -> contextlib.AbstractContextManager[A
     # An empty mesh: with an explicit axis the transforms of Mosaic refs fail on 0.11.2.
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=AbstractDevice(**fields))
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def start_on_stream(
+    function: Callable[..., Any], arguments: Sequence[Any], *, stream: int
+) -> tuple[Any, list[jax.Array]]:
+    """Asks XLA to start a function on another stream of the GPU.
+
+    Functions that are jitted within it are inlined: XLA has no stream for what they call.
+
+    Args:
+        function: Of pytrees of arrays.
+        arguments: Of it; what is no array stays as it is.
+        stream: Of those beside the main one, from 0.
+
+    Returns:
+        Its result, and all that it reads, behind one barrier: what comes after that can be started
+        after it. Nothing is started, nor waited for, where the result has no arrays.
+    """
+    from jax.experimental import compute_on
+
+    # 0.10 has another function of the shorter name, a context manager.
+    annotate: Any = getattr(compute_on, "compute_on2", None) or compute_on.compute_on
+    leaves, tree = jax.tree.flatten(list(arguments))
+    is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+    arrays = [leaf for leaf, there in zip(leaves, is_array, strict=True) if there]
+
+    def of_arrays(*given: Any) -> Any:
+        left = iter(given)
+        whole = [
+            next(left) if there else leaf for leaf, there in zip(leaves, is_array, strict=True)
+        ]
+        return function(*jax.tree.unflatten(tree, whole))
+
+    traced, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+    if not jax.tree.leaves(shape):
+        return shape, []
+    closed_over = len(traced.consts)
+    read = jax.lax.optimization_barrier([*traced.consts, *arrays])
+    flat = annotate(
+        lambda *given: _inlined(traced.jaxpr, given[:closed_over], given[closed_over:]),
+        compute_type=f"gpu_stream:{stream}",
+        out_memory_spaces=jax.memory.Space.Device,
+    )(*read)
+    return jax.tree.unflatten(jax.tree.structure(shape), flat), read
+
+
+def _inlined(jaxpr: Any, consts: Any, arguments: Any) -> list[Any]:
+    """Evaluates a jaxpr, functions that are jitted in it as parts of it."""
+    from jax._src import source_info_util
+
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+
+    def read(atoms: Any) -> list[Any]:
+        return [one.val if isinstance(one, Literal) else values[one] for one in atoms]
+
+    for equation in jaxpr.eqns:
+        primitive, operands = equation.primitive, read(equation.invars)
+        scopes = source_info_util.current_name_stack() + equation.source_info.name_stack
+        with source_info_util.user_context(None, name_stack=scopes), equation.ctx.manager:
+            if primitive.name in ("jit", "pjit"):
+                inner = equation.params["jaxpr"]
+                made = _inlined(inner.jaxpr, inner.consts, operands)
+            else:
+                made = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
+        results = made if isinstance(made, list | tuple) else [made]
+        values.update(zip(equation.outvars, results, strict=True))
+    return read(jaxpr.outvars)
 
 
 def device_kernels(launch: Callable[[], object]) -> list[tuple[str, float]]:

@@ -32,6 +32,8 @@ class Executor(enum.StrEnum):
     AUTO = "auto"
     SEQUENTIAL = "sequential"
     GRAPH = "graph"
+    STREAMS = "streams"
+    FUSED = "fused"
 
 
 def knob(
@@ -271,8 +273,9 @@ class PlanSection:
     executor: Executor = knob(
         Executor.AUTO,
         "Who runs a plan. graph: CUDA graphs whose parts wait only for what they read; "
-        "sequential: XLA's own order, one after another. auto: graph on a GPU where a plan cuts, "
-        "else sequential.",
+        "streams: attention on a stream of its own; fused: one kernel for attention and the "
+        "product that the plan has beside it, the rest one after another; sequential: XLA's own "
+        "order, one after another. auto: graph on a GPU where a plan cuts, else sequential.",
     )
 
     def __post_init__(self) -> None:
@@ -297,6 +300,27 @@ class CompileSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSection:
+    """Traces of steps for xprof."""
+
+    PREFIX = "profile_"
+
+    steps: int = knob(0, "Steps to record into --profile_dir, once. 0: none.", low=0)
+    after: int = knob(16, "Steps before those of --profile_steps, to warm up.", low=0)
+    dir: str = knob(
+        "",
+        "Folder of xprof traces. Empty: a server has no /start_profile and /stop_profile.",
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.PREFIX)
+        if self.steps and not self.dir:
+            raise ValueError(
+                f"--profile_steps={self.steps} has no place for its trace; give --profile_dir"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """All of an engine's knobs."""
 
@@ -308,6 +332,7 @@ class EngineConfig:
     processes: ProcessesSection = dataclasses.field(default_factory=ProcessesSection)
     plans: PlanSection = dataclasses.field(default_factory=PlanSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
+    profile: ProfileSection = dataclasses.field(default_factory=ProfileSection)
 
     @classmethod
     def from_knobs(cls, **knobs: Any) -> "EngineConfig":
@@ -372,9 +397,6 @@ class ServerSection:
     )
     engine_stall_s: float = knob(
         300.0, "An engine that has requests and is silent for so long is ended.", low=1.0
-    )
-    profile_dir: str = knob(
-        "", "Folder of xprof traces. Empty: no /start_profile and /stop_profile."
     )
 
     def __post_init__(self) -> None:

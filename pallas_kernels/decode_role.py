@@ -21,9 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from nanoflow_jax import compat
 from pallas_kernels import mosaic
 from pallas_kernels.decode_walk import Item, Place, Walk
+from pallas_kernels.scores import powers
 from pallas_kernels.work_list import TILE_LEN, WORKERS_PER_CTA
 
-_LOG2_E = math.log2(math.e)
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
 # Rows of a warpgroup's product, of which one kv head's query heads are the first.
@@ -63,12 +63,7 @@ class DecodeOptions:
 
     def powers(self, products: Any) -> Any:
         """Scores of products of queries and keys, as powers of 2."""
-        if self.softcap is None:
-            return products * (self.scale * _LOG2_E)
-        # tanh(x) = 1 - 2 / (1 + e^2x); the GPU's own tanh is good to 11 bits only.
-        exponential = jnp.exp2(products * (2 * self.scale / self.softcap * _LOG2_E))
-        limit = self.softcap * _LOG2_E
-        return limit - (2 * limit) / (1.0 + exponential)
+        return powers(products, scale=self.scale, softcap=self.softcap)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Bound by arithmetic: a tile of 128 query rows multiplies each key and value that it fetches 128
 times (an H200 makes about 206 bfloat16 operations per byte of memory, and tiles that run at the
 same time share what they fetch in L2). Where there are fewer tiles than SMs, as of a short chunk
-over a long context, the plan cuts keys into parts, whose results leave in float32 and are merged by
-XLA.
+over a long context, the plan cuts keys into parts, whose results leave in float32, which a second
+small kernel merges.
 
 CTAs are persistent. A tile holds some consecutive tokens and all query heads of one KV head, cut
 into granules of eight tokens of one head; each of two warpgroups owns eight granules and keeps a
@@ -19,7 +19,6 @@ Source: FlashAttention-3 (Shah et al., arXiv 2407.08608), sections 3.1 and 3.2: 
 and two warpgroups that take turns; pages as in PagedAttention (Kwon et al., arXiv 2309.06180).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.merge_parts import merge_parts
+from pallas_kernels.merge_parts import COLUMN_MULTIPLE, merge_runs
 from pallas_kernels.prefill_role import PrefillForm, PrefillRefs, prefill_role
 from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, PrefillTiles, tile_len
 
@@ -82,7 +81,8 @@ def prefill_attention(
         window=window,
         softcap=softcap,
         aligned=aligned,
-        interpreted=interpret is not None,
+        merge_ctas=num_ctas,
+        interpret=interpret,
     )
     return mosaic.run(kernel, num_ctas=num_ctas, token=token, interpret=interpret)
 
@@ -97,11 +97,13 @@ def prepare_prefill(
     window: int | None = None,
     softcap: float | None = None,
     aligned: bool = False,
-    interpreted: bool = False,
+    merge_ctas: int = 132,
+    interpret: Any = None,
 ) -> mosaic.Kernel:
     """The kernel of `prefill_attention`, to run on a share of a grid; takes and refuses the same.
 
-    Any number of CTAs may run it.
+    It is to be run with the same `interpret`, by any number of CTAs. A merge on at most merge_ctas
+    CTAs follows where the tiles have room for parts.
     """
     _check(q, cache, page_table, tiles, window=window, softcap=softcap)
     num_tokens, num_heads, head_dim = q.shape
@@ -118,7 +120,7 @@ def prepare_prefill(
         softcap=softcap,
         in_place=aligned,
         max_parts=num_parts,
-        is_simulated=interpreted,
+        is_simulated=interpret is not None,
     )
     if num_tokens % GRANULE:
         q = jnp.pad(q, ((0, -num_tokens % GRANULE), (0, 0), (0, 0)))
@@ -127,12 +129,22 @@ def prepare_prefill(
     results = [jax.ShapeDtypeStruct((num_rows, num_heads, head_dim), q.dtype)]
     if num_parts:
         shape = (num_kv_heads * TILE_GRANULES * num_parts, GRANULE)
-        results.append(jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32))
+        columns = -(-head_dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        results.append(jax.ShapeDtypeStruct((*shape, columns), jnp.float32))
         results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def finish(out: Any, parts: Any = None, weights: Any = None) -> Float[Array, "T N H"]:
         if parts is not None:
-            out = _with_parts(out, parts, weights, tiles=tiles, form=form)
+            merged = merge_runs(
+                parts,
+                weights,
+                _part_runs(tiles, form),
+                num_rows=GRANULE,
+                dtype=out.dtype,
+                num_ctas=merge_ctas,
+                interpret=interpret,
+            )
+            out = _with_merged(out, merged[..., :head_dim], tiles=tiles, form=form)
         if aligned:
             return out[:num_tokens]
         return gather_results(out, tiles)
@@ -184,38 +196,50 @@ def prefill_attention_reference(
     return jnp.where(is_query[:, None, None], mixed.reshape(q.shape), 0.0).astype(q.dtype)
 
 
-def _with_parts(
+def _slots(form: PrefillForm) -> tuple[Int32[Array, "granules"], Int32[Array, "granules"]]:
+    """First slot, and query head of its KV head, of each granule of a tile that may have tokens.
+
+    Granules are octets of tokens, of each query head in turn.
+    """
+    granule = jnp.arange(form.slots // GRANULE * form.group, dtype=jnp.int32)
+    octet, member = jnp.divmod(granule, form.group)
+    return octet * GRANULE, member
+
+
+def _part_runs(tiles: PrefillTiles, form: PrefillForm) -> Int32[Array, "B 2"]:
+    """[first, end) of the parts of each KV head, each granule, each tile that is cut."""
+    groups = jnp.asarray(tiles.groups)
+    counts = jnp.asarray(tiles.counts).at[jnp.asarray(tiles.group_items)].get(mode="clip")
+    slot, _ = _slots(form)
+    # Nothing where a granule has no tokens.
+    has_tokens = (slot[:, None] < counts[None])[..., None]  # [granules, W, 1]
+    runs = jnp.where(has_tokens, groups[None], 0)
+    head = jnp.arange(form.num_kv_heads, dtype=jnp.int32)[:, None]
+    granule = jnp.arange(slot.size, dtype=jnp.int32)[None]
+    first = (head * TILE_GRANULES + granule) * form.max_parts
+    return (first[..., None, None] + runs[None]).reshape(-1, 2)
+
+
+def _with_merged(
     out: Float[Array, "U N H"],
-    parts: Float[Array, "C G H"],
-    weights: Float[Array, "C G"],
+    merged: Float[Array, "B rows H"],
     *,
     tiles: PrefillTiles,
     form: PrefillForm,
 ) -> Float[Array, "U N H"]:
     """The kernel's result, with that of the tiles whose keys are cut into parts."""
-    items, groups = jnp.asarray(tiles.group_items), jnp.asarray(tiles.groups)
-    number = jnp.arange(form.max_parts, dtype=jnp.int32)[:, None]
-    is_in = (number >= groups[:, 0][None]) & (number < groups[:, 1][None])  # [B, groups]
-    owner = jnp.where(is_in.any(axis=1), is_in.argmax(axis=1), items.size).astype(jnp.int32)
-    merge = functools.partial(merge_parts, part_groups=owner, num_groups=items.size)
-    merged = jax.vmap(merge)(  # of each granule
-        parts.reshape(-1, form.max_parts, GRANULE, form.head_dim),
-        weights.reshape(-1, form.max_parts, GRANULE),
-    )
-    # Granules of a tile are octets of tokens, of each query head in turn.
-    octets = form.slots // GRANULE
-    merged = merged.reshape(form.num_kv_heads, TILE_GRANULES, items.size, GRANULE, -1)
-    merged = merged[:, : octets * form.group]
-    merged = merged.reshape(form.num_kv_heads, octets, form.group, items.size, GRANULE, -1)
-    merged = merged.transpose(3, 1, 4, 0, 2, 5).reshape(-1, *out.shape[1:])
-    slot = jnp.arange(form.slots, dtype=jnp.int32)[None]
+    items = jnp.asarray(tiles.group_items)
     starts = form.slots * jnp.arange(tiles.starts.shape[0], dtype=jnp.int32)
     if form.in_place:
         starts = jnp.asarray(tiles.starts)
-    counts = jnp.asarray(tiles.counts).at[items].get(mode="fill", fill_value=0)[:, None]
-    places = starts.at[items].get(mode="clip")[:, None] + slot
-    places = jnp.where(slot < counts, places, out.shape[0]).reshape(-1)
-    return out.at[places].set(merged.astype(out.dtype), mode="drop")
+    start = starts.at[items].get(mode="clip")[None, :, None]
+    count = jnp.asarray(tiles.counts).at[items].get(mode="fill", fill_value=0)[None, :, None]
+    slot, member = _slots(form)
+    slot = slot[:, None, None] + jnp.arange(GRANULE, dtype=jnp.int32)[None, None]
+    place = jnp.where(slot < count, start + slot, out.shape[0])[None]  # [1, granules, W, rows]
+    head = form.group * jnp.arange(form.num_kv_heads, dtype=jnp.int32)[:, None] + member[None]
+    merged = merged.reshape(form.num_kv_heads, *place.shape[1:], -1)
+    return out.at[place, head[..., None, None]].set(merged, mode="drop")
 
 
 def gather_results(out: Float[Array, "C N H"], tiles: PrefillTiles) -> Float[Array, "T N H"]:

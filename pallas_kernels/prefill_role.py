@@ -1,7 +1,6 @@
 """What one CTA does of prefill attention; see `prefill_attention`."""
 
 import dataclasses
-import math
 import types
 from typing import Any, NamedTuple
 
@@ -12,13 +11,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, tile_len
+from pallas_kernels.scores import powers
 
 _ROWS = TILE_GRANULES * GRANULE
 _HALF = _ROWS // mosaic.COMPUTE_WARPGROUPS
 _HALF_GRANULES = TILE_GRANULES // mosaic.COMPUTE_WARPGROUPS
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
-_LOG2_E = math.log2(math.e)
 _MOST_STAGES = 4
 _BARRIER_BYTES = 1024
 # Registers a thread. Other kernels' 40 are too few for the warpgroup that moves memory here: as jax
@@ -44,7 +43,7 @@ class PrefillRefs(NamedTuple):
     num_tiles: Any
     cuts: Any
     out: Any
-    parts: Any = None  # [K * granules of a tile * B, rows of a granule, H] in float32
+    parts: Any = None  # [K * granules of a tile * B, rows of a granule, H or more] in float32
     part_weights: Any = None  # [K * granules of a tile * B, rows of a granule]
 
 
@@ -376,11 +375,7 @@ class _Prefill:
 
         scores = pl.run_scoped(multiply, plgpu.ACC((_HALF, form.step_len), jnp.float32))
         plgpu.barrier_arrive(s.k_free.at[stage])
-        # In units of log 2, as exp2 is what the device has.
-        if form.softcap is None:
-            scores = scores * (form.scale * _LOG2_E)
-        else:
-            scores = jnp.tanh(scores * (form.scale / form.softcap)) * (form.softcap * _LOG2_E)
+        scores = powers(scores, scale=form.scale, softcap=form.softcap)
         if is_masked:
             scores = jnp.where(self._is_seen(item, step), scores, _LOWEST)
         new_top = jnp.maximum(top, scores.max(axis=1))

@@ -65,11 +65,19 @@ def operands(
 
 CASES = [
     ({}, 2),
-    ({"chunks": [(0, 50, 14, 0)], "page_size": 16}, 132),
     ({"chunks": [(0, 30, 237, 0)], "page_size": 32, "heads": (5, 1), "window": 70}, 1),
     ({"chunks": [(2, 9, 0, 0)], "page_size": 16, "heads": (3, 1), "window": 4}, 2),
     ({"page_size": 128, "head_dim": 128, "heads": (7, 1), "softcap": 3.0}, 2),
     ({"chunks": [(1, 20, 60, 0)], "head_dim": 256, "heads": (6, 2)}, 1),
     ({"chunks": [(0, 9, 130, 0)], "page_size": 128, "head_dim": 256, "heads": (16, 1)}, 1),
-    ({"chunks": [(0, 140, 0, 0)], "num_tokens": 140, "heads": (1, 1), "dtype": jnp.float16}, 1),
+    (
+        {
+            "chunks": [(0, 140, 14, 0)],
+            "num_tokens": 140,
+            "heads": (1, 1),
+            "page_size": 16,
+            "dtype": jnp.float16,
+        },
+        132,
+    ),
 ]

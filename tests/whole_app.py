@@ -35,12 +35,13 @@ def make(
         more: Further routers.
     """
     store = batches.BatchStore(folder / "batches", files.FileStore(folder / "files"))
+    profiling = config.EngineConfig.from_knobs(profile_dir=str(folder))
     with contextlib.closing(words.Words.load(None)) as known:
         made = service.Service(
-            config.ServerSection(profile_dir=str(folder)),
+            config.ServerSection(),
             model_name="none",
             words=known,
-            client=client.EngineClient(config.EngineConfig(), say=lambda text: None),
+            client=client.EngineClient(profiling, say=lambda text: None),
             metrics=metrics.Metrics(),
         )
         routers = (page_routes.make_router(), batch_routes.make_router(store), *more)

@@ -7,6 +7,7 @@
 `python -m nanoflow_jax.bench soak --workload=FILE --url=URL --concurrency=200 [--model=DIR ...]`
 `python -m nanoflow_jax.bench gpu_check [--repeats=3 --seed=N]`
 `python -m nanoflow_jax.bench kernels [--device_check --shapes=llama-3-8b --kernels=gemm,fused]`
+`python -m nanoflow_jax.bench ablation [--model=preset:llama-3-8b --random_weights]`
 
 overhead and soak run the workload offline too, so they take the knobs that the server was started
 with. gpu_check and kernels need a GPU, or jax 0.11 to interpret Mosaic kernels.
@@ -29,6 +30,7 @@ from absl import flags as absl_flags
 
 from nanoflow_jax import config, console, flags, llm, start_up
 from nanoflow_jax.bench import (
+    ablation_command,
     ceilings,
     clock,
     gpu_check,
@@ -74,6 +76,7 @@ def _define() -> None:
     absl_flags.DEFINE_string("results", provenance.RESULTS, "Folder of all results.")
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
     kernel_command.define(_FLAGS)
+    ablation_command.define(_FLAGS)
 
 
 def _mixes() -> dict[str, tuple[workload_file.WorkRequest, ...]]:
@@ -338,12 +341,14 @@ def _gpu_check() -> int:
     return console.FAILED if failed else 0
 
 
-def _kernels() -> int:
+def _measured(program: Any) -> int:
+    """Runs a benchmark that has a module of its own for its flags and answers."""
+
     def say(line: str) -> None:
         print(line, flush=True)
 
     command = ("python", "-m", "nanoflow_jax.bench", *sys.argv[1:])
-    return kernel_command.run(_FLAGS, say=say, stream=sys.stderr, command=command)
+    return program.run(_FLAGS, say=say, stream=sys.stderr, command=command)
 
 
 _BENCHMARKS = {
@@ -353,7 +358,8 @@ _BENCHMARKS = {
     "overhead": _overhead,
     "soak": _soak,
     "gpu_check": _gpu_check,
-    "kernels": _kernels,
+    "kernels": lambda: _measured(kernel_command),
+    "ablation": lambda: _measured(ablation_command),
 }
 
 

@@ -89,10 +89,12 @@ def _check_case(case: kernel_cases.Case, *, interpret: Any, repeats: int) -> Ite
         begin = time.perf_counter()
         try:
             runs = _results(case, num_ctas=num_ctas, interpret=interpret, repeats=repeats)
-        except jax.errors.JaxRuntimeError as error:
+        # The device's RuntimeError, and what lowering raises for a kernel that it cannot take.
+        except (RuntimeError, ValueError, TypeError) as error:
             if interpret is not None:
                 compat.reset_interpreter()
-            ok, detail = False, f"failed: {str(error).splitlines()[0]}"
+            said = str(error).strip() or type(error).__name__
+            ok, detail = False, f"failed: {said.splitlines()[0]}"
         else:
             ok, detail = _judge(case, wanted, runs)
             if interpret is not None and compat.races_found():

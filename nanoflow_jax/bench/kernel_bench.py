@@ -1,20 +1,18 @@
 """Times kernels on shares of a GPU, problem by problem, into a result folder."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import msgspec
 
 from nanoflow_jax import compat
-from nanoflow_jax.bench import ceilings, device_check, kernel_tasks, kernel_timing
 from nanoflow_jax.bench import clock as clock_lib
+from nanoflow_jax.bench import kernel_tasks, kernel_timing, measured
 from nanoflow_jax.bench.kernel_ways import Setting
 from nanoflow_jax.engine import kernel_choice
-from nanoflow_jax.results import kernel_curves, kernels, manifest, provenance, writer
+from nanoflow_jax.results import kernel_curves, kernels, manifest, provenance
 from nanoflow_jax.results.writer import ResultWriter
 from pallas_kernels import problem_shapes
 
@@ -28,7 +26,6 @@ _MODULES = (
     "side_by_side",
 )
 _INTERPRETED_SMS, _INTERPRETED_ROUNDS = 2, 2
-_MOST_FOLDERS = 1000
 # For the ceilings at the end, and what is written then.
 _END_S = 10.0
 
@@ -50,21 +47,6 @@ class Options:
     budget_s: float
     root: Path
     command: Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reports:
-    """Whom to tell.
-
-    Attributes:
-        say: Takes a line.
-        progress: Takes problems done, all problems, and how the last one went.
-        clock: Seconds.
-    """
-
-    say: Callable[[str], None]
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None
-    clock: Callable[[], float] = time.monotonic
 
 
 def select(
@@ -95,7 +77,7 @@ def select(
     return found
 
 
-def run(options: Options, reports: Reports) -> manifest.Manifest:
+def run(options: Options, reports: measured.Reports) -> manifest.Manifest:
     """Times everything asked for that fits into the budget.
 
     A run that was killed is gone on with, if it was to do the same by the same code.
@@ -112,35 +94,14 @@ def run(options: Options, reports: Reports) -> manifest.Manifest:
     problems = select(options.layers, options.kernels, on_gpu=on_gpu)
     setting = _setting(device)
     clock = clock_lib.Clock()
-    checked = device_check.check(clock)
-    with open_result(options, device, setting=setting, clock=clock, say=reports.say) as result:
-        reports.say(f"results: {result.path}")
-
-        def note(line: str) -> None:
-            reports.say(line)
-            result.add_log(line)
-
-        for finding in checked.findings:
-            note(finding.line)
-        if on_gpu:
-            result.set_ceilings(before=checked.ceilings)
-        turn = _Turn(result, setting, clock, reports, end=begin + options.budget_s - _END_S)
-        try:
-            left_out = turn.all(problems)
-        except KeyboardInterrupt:
-            result.fail("interrupted")
-            raise
-        for name in left_out:
-            note(f"not measured, for want of time: {name}")
-        if on_gpu:
-            after = ceilings.measure(clock)
-            result.set_ceilings(after=after)
-            note(device_check.drift_finding(checked.ceilings, after).line)
-        if checked.driver:
-            result.add_file(manifest.DRIVER, checked.driver.encode())
-        drawn = kernel_curves.draw(kernels.by_mode(result.samples()))
-        result.add_file(manifest.CURVES, drawn.encode())
-        return result.finish()
+    planned = _planned(options, device, setting=setting, clock=clock)
+    with measured.begin(options.root, planned, reports, clock) as run:
+        turn = _Turn(run.result, setting, clock, reports, end=begin + options.budget_s - _END_S)
+        for name in turn.all(problems):
+            run.note(f"not measured, for want of time: {name}")
+        drawn = kernel_curves.draw(kernels.by_mode(run.result.samples()))
+        run.result.add_file(manifest.CURVES, drawn.encode())
+        return run.finish()
 
 
 def _setting(device: Any) -> Setting:
@@ -157,18 +118,12 @@ def _effort(setting: Setting) -> kernel_timing.Effort:
     return kernel_timing.Effort(rounds=_INTERPRETED_ROUNDS, interpreted=True)
 
 
-def open_result(
-    options: Options,
-    device: Any,
-    *,
-    setting: Setting,
-    clock: clock_lib.Clock,
-    say: Callable[[str], None],
-) -> ResultWriter:
-    """The folder of a run: one that was cut off and can be gone on with, or a new one."""
+def _planned(
+    options: Options, device: Any, *, setting: Setting, clock: clock_lib.Clock
+) -> manifest.Run:
     effort = _effort(setting)
     gpu = manifest.Device(platform="gpu", name=device.device_kind)
-    planned = manifest.Run(
+    return manifest.Run(
         kind="kernels",
         name="kernels",
         device=gpu if setting.on_gpu else provenance.processor(),
@@ -184,21 +139,6 @@ def open_result(
         },
         kernels=_MODULES,
     )
-    for number in range(1, _MOST_FOLDERS):
-        name = "kernels" if number == 1 else f"kernels-{number}"
-        wanted = msgspec.structs.replace(planned, name=name)
-        path = writer.folder_of(options.root, wanted)
-        if not path.exists():
-            return ResultWriter(options.root, wanted)
-        try:
-            if manifest.read(path).status != "running":
-                continue
-            return ResultWriter(options.root, wanted, resume=True)
-        except ValueError as error:
-            say(f"not gone on with: {error}")
-    raise ValueError(
-        f"there are {_MOST_FOLDERS} results of today in {options.root}; move some away"
-    )
 
 
 class _Turn:
@@ -212,7 +152,7 @@ class _Turn:
         result: ResultWriter,
         setting: Setting,
         clock: clock_lib.Clock,
-        reports: Reports,
+        reports: measured.Reports,
         *,
         end: float,
     ) -> None:

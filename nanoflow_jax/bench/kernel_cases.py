@@ -328,7 +328,7 @@ def _fused(sizes: Sizes, draw: Draw) -> Case:
     rows, width, inner = sizes.tokens[0], sizes.hidden, sizes.intermediate
     product = (draw.normal(rows, width), draw.normal(inner, width), draw.normal(inner, width))
 
-    def prepare(arrays: Any, interpreted: bool) -> mosaic.Kernel:
+    def prepare(arrays: Any, interpret: Any) -> mosaic.Kernel:
         x, w, w_up = arrays
         return gemm_lib.prepare_gemm(x, w, w_up=w_up)
 
@@ -343,8 +343,8 @@ def _fused(sizes: Sizes, draw: Draw) -> Case:
 def _pod(sizes: Sizes, draw: Draw) -> Case:
     operands, form = _prefill_operands(sizes, draw, sizes.tokens[0])
 
-    def prepare(arrays: Any, interpreted: bool) -> mosaic.Kernel:
-        return prefill_lib.prepare_prefill(*arrays, **form, interpreted=interpreted)
+    def prepare(arrays: Any, interpret: Any) -> mosaic.Kernel:
+        return prefill_lib.prepare_prefill(*arrays, **form, interpret=interpret)
 
     def reference(*arrays: Any) -> Any:
         return prefill_lib.prefill_attention_reference(*arrays, **form)
@@ -356,7 +356,7 @@ def _pod(sizes: Sizes, draw: Draw) -> Case:
 def _beside_decode(
     name: str,
     operands: tuple[Any, ...],
-    prepare: Callable[[Any, bool], mosaic.Kernel],
+    prepare: Callable[[Any, Any], mosaic.Kernel],
     reference: Callable[..., Any],
     *,
     sizes: Sizes,
@@ -375,7 +375,7 @@ def _beside_decode(
         decode = decode_lib.prepare_decode(
             q, cache, table, context_lens, work, scale=scale, interpret=interpret
         )
-        kernels = [prepare(arrays[:cut], interpret is not None), decode]
+        kernels = [prepare(arrays[:cut], interpret), decode]
         return side_by_side(kernels, (num_ctas,), num_ctas=most, interpret=interpret)
 
     def references(*arrays: Any) -> tuple[Any, ...]:

@@ -7,10 +7,10 @@ from typing import Any, TextIO
 
 from absl import flags
 
-from nanoflow_jax import console, meter
+from nanoflow_jax import console
 from nanoflow_jax import flags as flags_lib
 from nanoflow_jax.bench import clock as clock_lib
-from nanoflow_jax.bench import device_check, kernel_bench
+from nanoflow_jax.bench import device_check, kernel_bench, measured
 from nanoflow_jax.results import folder, kernel_table, kernels
 from pallas_kernels import problem_shapes
 
@@ -33,7 +33,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "budget_seconds",
         480.0,
-        "After which kernels begins no problem; those that tell most come first.",
+        "After which kernels begins no problem and ablation no workload; those that tell most come "
+        "first.",
         lower_bound=0.0,
         **module,
     )
@@ -73,9 +74,8 @@ def run(
         command=command,
     )
     with contextlib.ExitStack() as stack:
-        found = kernel_bench.run(
-            options, kernel_bench.Reports(say=say, progress=_Bar(stack, stream))
-        )
+        bar = measured.Bar(stack, stream, unit="problem")
+        found = kernel_bench.run(options, measured.Reports(say=say, progress=bar))
     result = folder.read(options.root / found.folder)
     for line in kernel_table.table(result.samples, found.ceilings):
         say(line)
@@ -85,17 +85,3 @@ def run(
         say(f"FAILED: nothing may be claimed from {result.path}: {found.message}")
     is_wrong = any(kernels.is_our_fault(sample) for sample in result.samples)
     return console.FAILED if is_wrong or found.status != "done" else 0
-
-
-class _Bar:
-    """Shows how many problems are done, with rate and time left."""
-
-    def __init__(self, stack: contextlib.ExitStack, stream: TextIO) -> None:
-        self._stack, self._stream = stack, stream
-        self._meter: meter.Meter | None = None
-
-    def __call__(self, done: int, total: int, note: str) -> None:
-        if self._meter is None:
-            self._meter = meter.Meter(total, unit="problem", stream=self._stream)
-            self._stack.callback(self._meter.close)
-        self._meter.update(done, note)

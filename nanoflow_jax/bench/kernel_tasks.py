@@ -268,7 +268,7 @@ def _prefill(shape: shapes.Prefill, setting: Setting) -> Task:
             tiles=operands["tiles"],
             scale=scale,
             aligned=aligned,
-            interpreted=setting.interpret is not None,
+            interpret=setting.interpret,
         )
 
     prefix = shape.prefix_len

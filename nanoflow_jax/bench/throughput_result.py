@@ -18,7 +18,7 @@ from nanoflow_jax.workload import file as workload_file
 _NOT_PLANNED = ("device", "model_bytes", "cache_bytes", "num_pages")
 # Ends of the names of kernels' modules.
 _MODULES = {kernel_choice.Maker.MOSAIC: "", kernel_choice.Maker.TRITON: "_triton"}
-_PLACES = ("model", "cache_dir")
+_PLACES = ("model", "cache_dir", "dir")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def planned(asked: Asked, model: build.ModelSource) -> manifest.Run:
             "workload_sha256": hashlib.sha256(asked.workload.read_bytes()).hexdigest(),
             "mixes": list(asked.mixes),
             "repeats": asked.repeats,
-            "knobs": _chosen_knobs(asked.engine),
+            "knobs": chosen_knobs(asked.engine),
         },
     )
 
@@ -78,8 +78,13 @@ def plan(settings: build.Settings) -> dict[str, Any]:
 
 
 def kernels(settings: build.Settings) -> list[str]:
-    """Modules of pallas_kernels that the engine uses: named as the operation, and by the maker."""
-    chosen = settings.kernels.by_operation.items()
+    """Modules of pallas_kernels that the engine uses."""
+    return modules(settings.kernels)
+
+
+def modules(choices: kernel_choice.Choices) -> list[str]:
+    """Modules of pallas_kernels that are chosen: named as the operation, and by the maker."""
+    chosen = choices.by_operation.items()
     return [f"{name}{_MODULES[one.maker]}" for name, one in chosen if one.maker in _MODULES]
 
 
@@ -103,7 +108,7 @@ def device(section: config_lib.ParallelSection) -> manifest.Device:
     return manifest.Device(platform="gpu", name=found.device_kind, count=count)
 
 
-def _chosen_knobs(engine: config_lib.EngineConfig) -> dict[str, Any]:
+def chosen_knobs(engine: config_lib.EngineConfig) -> dict[str, Any]:
     """Knobs that are not at their defaults, by flag; places of files are none that matter."""
     chosen: dict[str, Any] = {}
     for section in dataclasses.fields(engine):

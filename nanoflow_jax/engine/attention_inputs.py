@@ -16,7 +16,7 @@ from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import tiles
 from nanoflow_jax.models import kernel_attention, paged_attention
 from nanoflow_jax.scheduler import buckets
-from pallas_kernels import prefill_tiles, work_list
+from pallas_kernels import mosaic, prefill_tiles, work_list
 
 Views = Mapping[str, np.ndarray]
 Fields = dict[str, packing.Field]
@@ -136,10 +136,12 @@ class KernelDecodeInputs:
     Attributes:
         form: What they depend on.
         attend: See `KernelDecode`.
+        prepare: Likewise.
     """
 
     form: KernelForm
     attend: Callable[..., Array]
+    prepare: Callable[..., mosaic.Kernel] | None = None
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
         empty = np.zeros(bucket.decode_rows, np.int32)
@@ -152,7 +154,10 @@ class KernelDecodeInputs:
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.DecodeAttention:
         works = _read_plans(arrays, "decode_work", work_list.WorkList, self.form.windows)
         return kernel_attention.KernelDecode(
-            works=works, num_ctas=self.form.num_ctas, attend=self.attend
+            works=works,
+            num_ctas=self.form.num_ctas,
+            attend=self.attend,
+            prepare=self.prepare,
         )
 
     def capped(self, num_ctas: int | None) -> DecodeInputs:
@@ -191,11 +196,13 @@ class KernelPrefillInputs:
         form: What they depend on.
         attend: See `KernelPrefill`.
         cuts_keys: Whether it can merge parts of a tile's keys.
+        prepare: See `KernelPrefill`.
     """
 
     form: KernelForm
     attend: Callable[..., Array]
     cuts_keys: bool
+    prepare: Callable[..., mosaic.Kernel] | None = None
 
     def fields(self, bucket: buckets.Bucket) -> Fields:
         form, capacity = self.form, self._most_tiles(bucket)
@@ -218,7 +225,10 @@ class KernelPrefillInputs:
     def read(self, arrays: Mapping[str, Array]) -> paged_attention.PrefillAttention:
         plans = _read_plans(arrays, "prefill_items", prefill_tiles.PrefillTiles, self.form.windows)
         return kernel_attention.KernelPrefill(
-            tiles=plans, num_ctas=self.form.num_ctas, attend=self.attend
+            tiles=plans,
+            num_ctas=self.form.num_ctas,
+            attend=self.attend,
+            prepare=self.prepare,
         )
 
     def _most_tiles(self, bucket: buckets.Bucket) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from checkpoints import folder as checkpoint_folder
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import (
+    collective_caps,
     compiler,
     engine,
     executors,
@@ -30,11 +31,13 @@ from nanoflow_jax.engine import (
     programs,
     replicas,
     runner,
+    step_trace,
 )
 from nanoflow_jax.grammar import grammars
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import pages
 from nanoflow_jax.models import architecture, huggingface, loading, presets, transformer
+from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.parallel import peers
 from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets as bucket_lib
@@ -176,7 +179,7 @@ def _stored_dtype(raw: Mapping[str, Any]) -> str:
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
 
 
-def _run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
+def run_dtype(choice: config_lib.Dtype, stored: str, platform: str) -> np.dtype[Any]:
     """The number format to run in.
 
     CPUs without bfloat16 products emulate them at a tenth of the speed, so auto means float32
@@ -207,7 +210,7 @@ def build_engine(
         ValueError: The knobs do not fit each other, the model or the memory.
     """
     reports = reports or Reports()
-    _use_compile_cache(config.compile.cache_dir)
+    use_compile_cache(config.compile.cache_dir)
     if group is not None:
         lockstep.announce(group, config, _fingerprint(config.model, source))
         return _engine(_build_parts(config, source, reports, _shared_devices(config), group), group)
@@ -222,9 +225,10 @@ def build_engine(
         return first
     engines: list[interface.TokenEngine] = [first]
     quiet = dataclasses.replace(reports, settings=lambda settings: None)
+    untraced = dataclasses.replace(config, profile=config_lib.ProfileSection())
     try:
         for devices in groups[1:]:
-            engines.append(_engine(_build_parts(config, source, quiet, devices)))
+            engines.append(_engine(_build_parts(untraced, source, quiet, devices)))
     except BaseException:
         for one in engines:
             one.close()
@@ -261,7 +265,7 @@ def follow(
             f"--model={own.model.model} is not the model of process 0, or other files of it; give "
             "all processes copies of one folder"
         )
-    _use_compile_cache(own.compile.cache_dir)
+    use_compile_cache(own.compile.cache_dir)
     parts = _build_parts(own, source, reports or Reports(), _shared_devices(own), group)
     lockstep.follow(parts.step_runner, group)
     parts.step_runner.close()
@@ -286,6 +290,11 @@ class _Parts:
     context_len: int
 
 
+def defaults_of(device: jax.Device) -> Defaults:
+    """What measured best on a device's kind."""
+    return _CPU if device.platform == "cpu" else _GPU
+
+
 def _build_parts(
     config: config_lib.EngineConfig,
     source: ModelSource,
@@ -294,8 +303,8 @@ def _build_parts(
     group: peers.Group | None = None,
 ) -> _Parts:
     device = next(one for one in devices if one.process_index == jax.process_index())
-    defaults = _CPU if device.platform == "cpu" else _GPU
-    dtype = _run_dtype(config.model.dtype, source.stored_dtype, device.platform)
+    defaults = defaults_of(device)
+    dtype = run_dtype(config.model.dtype, source.stored_dtype, device.platform)
     context = context_len(config.model, source.config)
     asked = config.batch.dense_batch
     max_requests = config.batch.max_requests or min(
@@ -333,7 +342,10 @@ def _build_parts(
         served, num_devices=placement.num_devices, by_columns=placement.by_columns
     )
     executor = executors.choose(
-        config.plans.executor, plans.values(), on_gpu=device.platform != "cpu"
+        config.plans.executor,
+        plans.values(),
+        on_gpu=device.platform != "cpu",
+        interprets=config.kernels.gemm == config_lib.KernelUse.INTERPRET,
     )
     choices = kernel_choice.choose(
         config.kernels,
@@ -341,9 +353,10 @@ def _build_parts(
         served,
         caps_products=executors.caps_products(plans.values()),
     )
-    model = _load(config.model, source, dtype, placement, reports)
+    operations = executors.operations(executor, choices, served.config)
+    model = load_weights(config.model, source, dtype, placement, reports)
     max_pages = -(-context // page_size)
-    kv_layout = _layout(
+    kv_layout = make_layout(
         placement,
         config.cache,
         served,
@@ -398,20 +411,21 @@ def _build_parts(
             batch_invariant=is_invariant,
         )
     )
-    step_runner = runner.Runner(
-        model,
-        kv_layout=kv_layout,
-        sizes=sizes,
-        bucket_list=bucket_list,
-        max_context_len=context,
-        placement=placement,
-        threads=config.compile.threads,
-        executor=executor,
-        options=invariance.compiler_options(plans.values()) if is_invariant else {},
-        operations=implementations.operations(choices),
-        watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
-        progress=reports.program,
-    )
+    with step_trace.programs_that_traces_know(config.profile):
+        step_runner = runner.Runner(
+            model,
+            kv_layout=kv_layout,
+            sizes=sizes,
+            bucket_list=bucket_list,
+            max_context_len=context,
+            placement=placement,
+            threads=config.compile.threads,
+            executor=executor,
+            options=_options(plans, is_invariant=is_invariant, on_gpu=device.platform != "cpu"),
+            operations=operations,
+            watch=compiler.CompileWatch(expects_some=choices.any_interpreted),
+            progress=reports.program,
+        )
     return _Parts(
         source=source,
         config=config,
@@ -421,6 +435,18 @@ def _build_parts(
         page_size=page_size,
         context_len=context,
     )
+
+
+def _options(
+    plans: Mapping[bucket_lib.Bucket, Plan], *, is_invariant: bool, on_gpu: bool
+) -> dict[bucket_lib.Bucket, Mapping[str, Any]]:
+    """What XLA is told of each bucket's forward, whoever runs its plan."""
+    common = invariance.compiler_options(plans.values()) if is_invariant else {}
+    is_capped = collective_caps.can_cap(plans.values(), on_gpu=on_gpu)
+    return {
+        bucket: {**common, **(collective_caps.compiler_options(plan) if is_capped else {})}
+        for bucket, plan in plans.items()
+    }
 
 
 def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
@@ -445,6 +471,7 @@ def _engine(parts: _Parts, group: peers.Group | None = None) -> engine.Engine:
         ),
         grammars=_grammars(source),
         run_ahead=parts.config.batch.async_scheduling,
+        trace=step_trace.StepTrace(parts.config.profile),
     )
 
 
@@ -483,13 +510,14 @@ def _buckets(
     return bucket_lib.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
 
 
-def _load(
+def load_weights(
     section: config_lib.ModelSection,
     source: ModelSource,
     dtype: np.dtype[Any],
     placement: placement_lib.Placement,
     reports: Reports,
 ) -> transformer.Transformer:
+    """The model with its weights on its devices, random ones where they are asked for."""
     if section.random_weights or source.folder is None:
         return loading.random_model(
             source.config,
@@ -548,7 +576,7 @@ def _device_name(kind: str, config: config_lib.EngineConfig) -> str:
     return replicas_of + name
 
 
-def _layout(
+def make_layout(
     placement: placement_lib.Placement,
     section: config_lib.CacheSection,
     served: kernel_choice.Served,
@@ -600,7 +628,7 @@ def _free_bytes(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _use_compile_cache(folder: str) -> None:
+def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs, unless somebody has already set where."""
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is not None or not folder:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+
+from nanoflow_jax import compat
 
 _LOG = logging.getLogger(__name__)
 _CACHE_TROUBLE = "persistent compilation cache entry"
@@ -78,6 +81,42 @@ def compile_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return done
+
+
+def refused_options(options: Mapping[str, Any]) -> dict[str, str]:
+    """Which compiler options the installed jax does not take, and what it says of each.
+
+    Names and values of XLA's options change from release to release; all of them are known on any
+    device.
+
+    Args:
+        options: By name, as in `Job`.
+    """
+    nothing = jax.jit(lambda: 0).lower()
+    refused = {}
+    for name, value in options.items():
+        try:
+            nothing.compile(compiler_options={name: value})
+        except jax.errors.JaxRuntimeError as error:
+            if "INVALID_ARGUMENT" not in str(error):
+                raise
+            refused[name] = str(error)
+    return refused
+
+
+def why_no_streams() -> str | None:
+    """Why the installed jax cannot start operations on streams of their own; None if it can."""
+
+    def run(x: jax.Array) -> Any:
+        return compat.start_on_stream(lambda x: x + x, [x], stream=0)[0]
+
+    try:
+        text = jax.jit(run).lower(jax.ShapeDtypeStruct((8,), np.float32)).as_text()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        return f"jax.experimental.compute_on cannot be used: {error}"
+    if "_xla_stream_annotation" not in text:
+        return "jax.experimental.compute_on leaves no name of a stream in a program"
+    return None
 
 
 @contextlib.contextmanager

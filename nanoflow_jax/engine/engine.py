@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine import inputs, recovery, runner, sequence
+from nanoflow_jax.engine import inputs, recovery, runner, sequence, step_trace
 from nanoflow_jax.grammar import grammars as grammars_lib
 from nanoflow_jax.grammar import matcher as matcher_lib
 from nanoflow_jax.scheduler import scheduler, step_plan
@@ -77,6 +77,7 @@ class Engine:
         *,
         grammars: grammars_lib.Grammars | None,
         run_ahead: bool,
+        trace: step_trace.StepTrace,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = step_runner
@@ -85,6 +86,7 @@ class Engine:
         self._limits = limits
         self._grammars = grammars
         self._run_ahead = run_ahead
+        self._trace = trace
         self._clock = clock
         self._sequences: dict[str, sequence.Sequence] = {}
         self._keys: dict[str, str] = {}
@@ -222,6 +224,9 @@ class Engine:
         return self._run_ahead and self._recovery.group is None
 
     def _plan(self) -> step_plan.StepPlan | None:
+        while self._trace.is_due(self.counters.steps):
+            self._commit()
+            self._trace.turn()
         if self._recovery.is_active and self._recovery.take_step(self._counts()):
             self._let_run()
         return self._scheduler.plan()
@@ -372,6 +377,7 @@ class Engine:
         Requests that are left get nothing more, and nothing can be added.
         """
         self._commit()
+        self._trace.close()
         self._runner.close()
         if self._grammars is not None:
             self._grammars.close()

@@ -1,25 +1,35 @@
 """From what was chosen to the objects that a step's programs and inputs are made with."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from jaxtyping import Array
 
 from nanoflow_jax import compat
 from nanoflow_jax.engine import attention_inputs
 from nanoflow_jax.engine.kernel_choice import Choice, Choices, Maker, Operation
 from nanoflow_jax.kv_cache import layout as layout_lib
-from nanoflow_jax.models import kernel_operations
+from nanoflow_jax.models import architecture, kernel_groups, kernel_operations
 from nanoflow_jax.models import operations as operation_lib
-from pallas_kernels.decode_attention import decode_attention
+from nanoflow_jax.nanobatch import executor as nanobatch
+from pallas_kernels.decode_attention import decode_attention, prepare_decode
 from pallas_kernels.decode_attention_triton import decode_attention_triton
-from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention import prefill_attention, prepare_prefill
 from pallas_kernels.prefill_attention_triton import prefill_attention_triton
 
 
-def operations(choices: Choices) -> operation_lib.Operations:
-    """Products of the layers."""
+def operations(
+    choices: Choices,
+    *,
+    together: kernel_groups.KernelGroups | None = None,
+    start_aside: nanobatch.StartAside | None = None,
+) -> operation_lib.Operations:
+    """Products of the layers, and how they run beside attention.
+
+    Args:
+        choices: What was chosen.
+        together: From `kernels_together`, where kernels are to run as one; None elsewhere.
+        start_aside: See `nanobatch.executor.run`.
+    """
     made = operation_lib.PLAIN
     products, experts = made.products, made.experts
     gemm, grouped = choices[Operation.GEMM], choices[Operation.GROUPED_GEMM]
@@ -31,7 +41,29 @@ def operations(choices: Choices) -> operation_lib.Operations:
         experts = kernel_operations.KernelExperts(
             num_ctas=choices.num_ctas, interpret=_interpret(grouped)
         )
-    return operation_lib.Operations(products=products, experts=experts)
+    return operation_lib.Operations(
+        products=products, experts=experts, together=together, start_aside=start_aside
+    )
+
+
+def kernels_together(
+    choices: Choices, config: architecture.ModelConfig
+) -> kernel_groups.KernelGroups:
+    """Runs kernels of ours in one.
+
+    Args:
+        choices: What was chosen.
+        config: The model, or the share of it that one device has.
+    """
+    ours = {name: choices[name].maker is Maker.MOSAIC for name in Operation}
+    return kernel_groups.KernelGroups(
+        config=config,
+        products=ours[Operation.GEMM],
+        expert_products=ours[Operation.GROUPED_GEMM],
+        decode_attention=ours[Operation.DECODE_ATTENTION],
+        prefill_attention=ours[Operation.PREFILL_ATTENTION],
+        interpret=_interpret(choices[Operation.GEMM]),
+    )
 
 
 def attention(
@@ -65,7 +97,7 @@ def attention(
         fixed_split=fixed_split,
     )
     if (chosen := choices[Operation.DECODE_ATTENTION]).maker is not Maker.PLAIN:
-        decode = attention_inputs.KernelDecodeInputs(form=form, attend=_decode_kernel(chosen))
+        decode = _decode_inputs(form, chosen)
     if (chosen := choices[Operation.PREFILL_ATTENTION]).maker is not Maker.PLAIN:
         prefill = _kernel_prefill(chosen, form)
     return attention_inputs.AttentionInputs(decode=decode, prefill=prefill)
@@ -77,10 +109,18 @@ def wants_page_major(choices: Choices) -> bool:
     return any(choices[operation].maker is not Maker.PLAIN for operation in attentions)
 
 
-def _decode_kernel(choice: Choice) -> Callable[..., Array]:
+def _decode_inputs(
+    form: attention_inputs.KernelForm, choice: Choice
+) -> attention_inputs.KernelDecodeInputs:
     if choice.maker is Maker.TRITON:
-        return functools.partial(decode_attention_triton, interpret=choice.interpreted)
-    return functools.partial(decode_attention, interpret=_interpret(choice))
+        attend = functools.partial(decode_attention_triton, interpret=choice.interpreted)
+        return attention_inputs.KernelDecodeInputs(form=form, attend=attend)
+    interpret = _interpret(choice)
+    return attention_inputs.KernelDecodeInputs(
+        form=form,
+        attend=functools.partial(decode_attention, interpret=interpret),
+        prepare=functools.partial(prepare_decode, interpret=interpret),
+    )
 
 
 def _kernel_prefill(
@@ -90,8 +130,13 @@ def _kernel_prefill(
     if choice.maker is Maker.TRITON:
         attend = functools.partial(prefill_attention_triton, interpret=choice.interpreted)
         return attention_inputs.KernelPrefillInputs(form=form, attend=attend, cuts_keys=False)
-    attend = functools.partial(prefill_attention, interpret=_interpret(choice))
-    return attention_inputs.KernelPrefillInputs(form=form, attend=attend, cuts_keys=True)
+    interpret = _interpret(choice)
+    return attention_inputs.KernelPrefillInputs(
+        form=form,
+        attend=functools.partial(prefill_attention, interpret=interpret),
+        cuts_keys=True,
+        prepare=functools.partial(prepare_prefill, interpret=interpret),
+    )
 
 
 def _interpret(choice: Choice) -> Any:

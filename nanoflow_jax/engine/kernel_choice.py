@@ -203,8 +203,13 @@ def machine_of(device: jax.Device) -> Machine:
         num_sms=int(getattr(device, "core_count", 0) or 0),
         jax_version=jax.__version__,
         can_interpret=compat.CAN_INTERPRET_MOSAIC,
-        num_threads=int(os.environ.get("NPROC", os.cpu_count() or 1)),
+        num_threads=_num_threads(),
     )
+
+
+def _num_threads() -> int:
+    text = os.environ.get("NPROC", "").strip()
+    return int(text) if text.isdecimal() else os.cpu_count() or 1
 
 
 def num_ctas(machine: Machine) -> int:

@@ -136,7 +136,7 @@ class Runner:
         placement: placement_lib.Placement,
         threads: int,
         executor: config_lib.Executor,
-        options: Mapping[str, Any],
+        options: Mapping[buckets.Bucket, Mapping[str, Any]],
         operations: operation_lib.Operations,
         watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
@@ -149,7 +149,7 @@ class Runner:
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
         self._allocate()
         forwards = [
-            self._forward_job(graph, treedef, bucket, operations, executor, options)
+            self._forward_job(graph, treedef, bucket, operations, executor, options[bucket])
             for bucket in bucket_list
         ]
         others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)

@@ -43,6 +43,9 @@ class EngineClient:
     """One engine in a process of its own.
 
     Invariant: while `state` is READY, `tickets` holds each request that the engine holds.
+
+    Attributes:
+        config: The engine's knobs.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class EngineClient:
             max_restarts: In ten minutes; after one more end of the engine, `run` raises.
             stall_s: An engine that has requests and says nothing for so long is ended.
         """
-        self._config = config
+        self.config = config
         self._say = say
         self._on_step = on_step
         self._on_abort = on_abort
@@ -228,7 +231,7 @@ class EngineClient:
             )
             watch = asyncio.create_task(self._watch())
             try:
-                self._send(messages.Start(config=self._config))
+                self._send(messages.Start(config=self.config))
                 await self._read(reader)
             finally:
                 watch.cancel()

@@ -111,7 +111,9 @@ def _rows(verdict: Verdict, among: Sequence[Verdict]) -> Iterator[list[str]]:
     assert verdict.result is not None
     run = verdict.result.manifest.run
     levels = verify.levels(verdict, among)
-    for figure in filter(verdict.result.kind.is_headline, verdict.result.manifest.figures):
+    for figure in verdict.result.manifest.figures:
+        if not verdict.result.kind.is_headline(run, figure):
+            continue
         level = levels[figure.name]
         yield [
             f"{run.device.name}, {run.device.count}" if run.device.count > 1 else run.device.name,

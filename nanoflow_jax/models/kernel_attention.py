@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int32
 from nanoflow_jax.models import architecture, transformer
 from nanoflow_jax.models.operations import Place
 from pallas_kernels import decode_attention as decode_lib
+from pallas_kernels import mosaic, prefill_tiles, work_list
 from pallas_kernels import prefill_attention as prefill_lib
-from pallas_kernels import prefill_tiles, work_list
 from pallas_kernels.decode_attention_triton import decode_attention_triton
 from pallas_kernels.prefill_attention_triton import prefill_attention_triton
 
@@ -27,11 +27,13 @@ class KernelDecode:
         num_ctas: Most SMs to use.
         attend: A kernel of `pallas_kernels` with the operands of its `decode_attention`, told
             whether it is interpreted.
+        prepare: The same, of its `prepare_decode`; None if it cannot run beside other kernels.
     """
 
     works: Mapping[int | None, work_list.WorkList]
     num_ctas: int
     attend: Callable[..., Array]
+    prepare: Callable[..., mosaic.Kernel] | None = None
 
     def __call__(
         self,
@@ -44,18 +46,12 @@ class KernelDecode:
         place: Place,
     ) -> Float[Array, "R N H"]:
         """See `DecodeAttention`; any cap gives the same result."""
-        return self.attend(
-            q,
-            cache,
-            page_table,
-            context_lens,
-            self.works[spec.window],
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            num_ctas=place.num_ctas or self.num_ctas,
-            token=place.token,
-        )
+        operands = (q, cache, page_table, context_lens, self.works[spec.window])
+        form = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
+        if place.run_kernel is not None and self.prepare is not None:
+            return place.run_kernel(self.prepare(*operands, **form, merge_ctas=self.num_ctas))
+        num_ctas = place.num_ctas or self.num_ctas
+        return self.attend(*operands, **form, num_ctas=num_ctas, token=place.token)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +63,13 @@ class KernelPrefill:
         num_ctas: Most SMs to use.
         attend: A kernel of `pallas_kernels` with the operands of its `prefill_attention`, told
             whether it is interpreted.
+        prepare: The same, of its `prepare_prefill`; None if it cannot run beside other kernels.
     """
 
     tiles: Mapping[int | None, prefill_tiles.PrefillTiles]
     num_ctas: int
     attend: Callable[..., Array]
+    prepare: Callable[..., mosaic.Kernel] | None = None
 
     def __call__(
         self,
@@ -82,17 +80,12 @@ class KernelPrefill:
         *,
         place: Place,
     ) -> Float[Array, "T N H"]:
-        return self.attend(
-            q,
-            cache,
-            page_table,
-            self.tiles[spec.window],
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            num_ctas=place.num_ctas or self.num_ctas,
-            token=place.token,
-        )
+        operands = (q, cache, page_table, self.tiles[spec.window])
+        form = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
+        if place.run_kernel is not None and self.prepare is not None:
+            return place.run_kernel(self.prepare(*operands, **form))
+        num_ctas = place.num_ctas or self.num_ctas
+        return self.attend(*operands, **form, num_ctas=num_ctas, token=place.token)
 
 
 def check_decode(config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int) -> None:

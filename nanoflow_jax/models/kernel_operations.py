@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from nanoflow_jax.models import architecture
 from nanoflow_jax.models.operations import Place, activate, activated_product
 from pallas_kernels import gemm as gemm_lib
-from pallas_kernels import gemm_role
+from pallas_kernels import gemm_role, mosaic
 from pallas_kernels import grouped_gemm as grouped_lib
 
 
@@ -37,7 +37,7 @@ class KernelProducts:
         residual: Float[Array, "T F"] | None,
         place: Place,
     ) -> Float[Array, "T F"]:
-        return gemm_lib.gemm(x, w, bias=bias, residual=residual, **self._how(place))
+        return self._run(gemm_lib.prepare_gemm(x, w, bias=bias, residual=residual), place)
 
     def gated_product(
         self,
@@ -50,15 +50,19 @@ class KernelProducts:
     ) -> Float[Array, "T F"]:
         w = gate_up.reshape(-1, x.shape[1])
         if is_fused(activation, has_bias=bias is not None):
-            return gemm_lib.gemm(x, w, gated=True, **self._how(place))
-        return activated_product(gemm_lib.gemm(x, w, **self._how(place)), bias, activation)
+            return self._run(gemm_lib.prepare_gemm(x, w, gated=True), place)
+        return activated_product(self._run(gemm_lib.prepare_gemm(x, w), place), bias, activation)
 
-    def _how(self, place: Place) -> dict[str, Any]:
-        return {
-            "num_ctas": place.num_ctas or self.num_ctas,
-            "token": place.token,
-            "interpret": self.interpret,
-        }
+    def _run(self, kernel: mosaic.Kernel, place: Place) -> Float[Array, "T F"]:
+        return _run(kernel, place, num_ctas=self.num_ctas, interpret=self.interpret)
+
+
+def _run(kernel: mosaic.Kernel, place: Place, *, num_ctas: int, interpret: Any) -> Any:
+    if place.run_kernel is not None:
+        return place.run_kernel(kernel)
+    return mosaic.run(
+        kernel, num_ctas=place.num_ctas or num_ctas, token=place.token, interpret=interpret
+    )
 
 
 def is_fused(activation: architecture.Activation, *, has_bias: bool) -> bool:
@@ -118,15 +122,8 @@ class KernelExperts:
     def _product(
         self, rows: Any, w: Any, groups: grouped_lib.Groups, place: Place, *, gated: bool
     ) -> Float[Array, "R F"]:
-        return grouped_lib.grouped_gemm(
-            rows,
-            w,
-            groups,
-            gated=gated,
-            num_ctas=place.num_ctas or self.num_ctas,
-            token=place.token,
-            interpret=self.interpret,
-        )
+        kernel = grouped_lib.prepare_grouped_gemm(rows, w, groups, gated=gated)
+        return _run(kernel, place, num_ctas=self.num_ctas, interpret=self.interpret)
 
 
 def check_products(

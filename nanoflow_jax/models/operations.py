@@ -5,6 +5,7 @@ decided in `engine.kernel_choice`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanoflow_jax.models import architecture
+from nanoflow_jax.nanobatch import executor
 from nanoflow_jax.parallel import collectives
 
 _Tree = TypeVar("_Tree")
@@ -26,10 +28,17 @@ class Place:
         num_ctas: Most SMs that a kernel of ours may use; None for as many as it was made for.
             What XLA makes cannot be held to it and takes what it gets.
         token: Read by nobody; the operation comes after the one that makes it.
+        run_kernel: Who runs a kernel of ours and answers for it; None for the kernel itself.
     """
 
     num_ctas: int | None = None
     token: Array | None = None
+    run_kernel: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of(cls, call: executor.Call) -> "Place":
+        """Where a nano-operation runs."""
+        return cls(num_ctas=call.num_ctas, token=call.token, run_kernel=call.run_kernel)
 
 
 ANYWHERE = Place()
@@ -104,12 +113,17 @@ class Operations:
         experts: Of those of a mixture of experts.
         place: Of every product that is asked for.
         group: Devices that share the model, of which this is one.
+        together: Runs kernels of nano-operations in one where a plan lets them; None runs each by
+            itself.
+        start_aside: For operations of the memory lane; see `nanobatch.executor.run`.
     """
 
     products: Products
     experts: Experts
     place: Place = ANYWHERE
     group: collectives.Group = collectives.ALONE
+    together: executor.Together | None = None
+    start_aside: executor.StartAside | None = None
 
     def at(self, place: Place) -> "Operations":
         """The same operations somewhere else."""

@@ -180,7 +180,7 @@ class PagedAttention:
                 self.batch.decode_pages[rows],
                 self.batch.decode_lens[rows],
                 spec,
-                place=Place(num_ctas=call.num_ctas, token=call.token),
+                place=Place.of(call),
             )
         return tuple(
             out[cell.first_decode_row - rows.start : cell.end_decode_row - rows.start]
@@ -200,7 +200,7 @@ class PagedAttention:
                 cache,
                 self.batch.prefill_pages,
                 spec,
-                place=Place(num_ctas=call.num_ctas, token=call.token),
+                place=Place.of(call),
             )
 
     def joined(

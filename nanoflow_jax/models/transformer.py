@@ -168,6 +168,8 @@ class Transformer(nnx.Module):
             caches,
             _LayerOperations(chosen, angles, attend, operations),
             keep_lanes=keep_lanes,
+            together=operations.together,
+            start_aside=operations.start_aside,
         )
 
     def _graph(self, layer: int, plan: Plan) -> nano_operations.LayerGraph:
@@ -237,7 +239,7 @@ class _LayerOperations:
 
     def __call__(self, call: Call, *reads: Any) -> Any:
         layer = self._layers[call.layer]
-        place = Place(num_ctas=call.num_ctas, token=call.token)
+        place = Place.of(call)
         # What XLA makes by itself takes no operand that it does not read.
         first, *rest = reads
         match call.operation:

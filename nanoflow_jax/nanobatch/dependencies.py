@@ -109,7 +109,8 @@ class Dependencies:
         for first, second in pairs:
             self._rules[self._number[second]].setdefault(self._number[first], rule)
 
-    def _operation(self, node: Node) -> operations.Operation:
+    def operation(self, node: Node) -> operations.Operation:
+        """What a node does."""
         name = self.plan.order[node.place].operation
         return self._layers[node.layer].by_name[name]
 
@@ -117,7 +118,7 @@ class Dependencies:
         readers: dict[int, list[Node]] = {}
         writers: dict[int, list[Node]] = {}
         for node in self.nodes:
-            op, layer = self._operation(node), node.layer
+            op, layer = self.operation(node), node.layer
             reads, writes = operations.CACHE in op.reads, op.writes == operations.CACHE
             if reads or writes:
                 yield from ((writer, node) for writer in writers.get(layer, ()))
@@ -155,8 +156,8 @@ class Dependencies:
         return {self.nodes[i]: rule for i, rule in sorted(found.items())}
 
     @functools.cached_property
-    def _ancestors(self) -> list[int]:
-        """For each node a set, in bits, of those that run before it."""
+    def ancestors(self) -> list[int]:
+        """For each node a set, in bits by number in `nodes`, of those that run before it."""
         found: list[int] = []
         for rules in self._rules:
             before = 0
@@ -167,7 +168,7 @@ class Dependencies:
 
     def is_before(self, first: Node, second: Node) -> bool:
         """Whether `second` waits for `first`, directly or not."""
-        return bool(self._ancestors[self._number[second]] >> self._number[first] & 1)
+        return bool(self.ancestors[self._number[second]] >> self._number[first] & 1)
 
     def are_unordered(self, one: Node, other: Node) -> bool:
         """Whether both may run at once."""
@@ -184,7 +185,7 @@ class Dependencies:
             node: {
                 self.nodes[i]: rule
                 for i, rule in sorted(rules.items())
-                if not any(self._ancestors[j] >> i & 1 for j in rules)
+                if not any(self.ancestors[j] >> i & 1 for j in rules)
             }
             for node, rules in zip(self.nodes, self._rules, strict=True)
         }
@@ -249,8 +250,8 @@ class Dependencies:
     @functools.cached_property
     def _ordered(self) -> list[int]:
         """For each node a set, in bits, of those before and after it."""
-        found = list(self._ancestors)
-        for i, before in enumerate(self._ancestors):
+        found = list(self.ancestors)
+        for i, before in enumerate(self.ancestors):
             for j in _bits(before):
                 found[j] |= 1 << i
         return found

@@ -3,6 +3,7 @@
 The order of a program has a node for each kernel, copy and collective. Those of one nano-operation
 are known by their named scopes, `layer_3/up_gate.1`; those that do its work are its calls of
 kernels, its collective or XLA's own product, or all of them where XLA makes it of short kernels.
+A kernel of several has the scopes of all of them.
 The compiler tells of the beginning of a long graph only; none of it waits for the rest, so what is
 found there is exact, and the layers that follow repeat it.
 """
@@ -78,8 +79,7 @@ class Analysis:
         self._places = {key: place for place, key in enumerate(plan.keys)}
         self._works: dict[Node, list[int]] = {}
         for index, launch in enumerate(self.graph.nodes):
-            node = self._node(launch)
-            if node is not None:
+            for node in self._nodes(launch):
                 self._works.setdefault(node, []).append(index)
         # Those of which something else than short kernels of XLA's was found.
         self._calls = set()
@@ -95,11 +95,10 @@ class Analysis:
             calls = [i for i in found if (launches[i].kernel or "").startswith(_PRODUCTS)]
         return sorted(calls + [i for i in found if launches[i].kind in _COLLECTIVES])
 
-    def _node(self, launch: Launch) -> Node | None:
-        found = _SCOPE.search(launch.scope)
-        if found is None or found[2] not in self._places:
-            return None
-        return Node(int(found[1]), self._places[found[2]])
+    def _nodes(self, launch: Launch) -> Iterator[Node]:
+        for layer, key in _SCOPE.findall(launch.scope):
+            if key in self._places:
+                yield Node(int(layer), self._places[key])
 
     def name(self, node: Node) -> str:
         """Layer and key, for people."""
@@ -115,12 +114,14 @@ class Analysis:
         return tuple(node for node in self.wanted.nodes if node in self._works)
 
     def are_unordered(self, one: Node, other: Node) -> bool:
-        """Whether the program lets all work of two nano-operations run at once."""
-        return not any(
-            self.graph.are_ordered(first, second)
-            for first in self._works[one]
-            for second in self._works[other]
-        )
+        """Whether the program lets all work of two nano-operations run at once, or as one kernel.
+
+        What decode attention does with the results of that kernel is not counted.
+        """
+        mine, others = self._works[one], self._works[other]
+        if not set(mine).isdisjoint(others):
+            return True
+        return not any(self.graph.are_ordered(first, second) for first in mine for second in others)
 
     def beside(self, *names: str) -> Iterator[Beside]:
         """Nano-operations of these operations, with what is to run beside them of other tokens.
@@ -224,11 +225,14 @@ class Analysis:
         return widest(nodes)
 
     def _num_ctas(self, node: Node) -> int:
-        """CTAs of its largest kernel; what is no kernel keeps to its share or takes all."""
+        """CTAs of its largest kernel.
+
+        What is no kernel keeps to its share or takes all; in a kernel of several it has its share.
+        """
         return max(
-            math.prod(self.program.kernel(launch.kernel).grid)
-            if launch.kernel is not None
-            else self.plan.num_ctas(node.place)
+            self.plan.num_ctas(node.place)
+            if launch.kernel is None or len(list(self._nodes(launch))) > 1
+            else math.prod(self.program.kernel(launch.kernel).grid)
             for launch in (self.graph.nodes[i] for i in self._works[node])
         )
 

@@ -97,6 +97,7 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         served,
         caps_products=executors.caps_products([step.plan]),
     )
+    operations = executors.operations(step.executor, choices, served.config)
     kv_layout = _layout(step)
     sizes = programs.Sizes(
         max_requests=max(step.bucket.decode_rows + step.bucket.prefill_rows, 1),
@@ -125,7 +126,7 @@ def compile_step(step: Step, *, cache: pathlib.Path | None = None) -> Program:
         layout=kv_layout,
         sizes=sizes,
         bucket=step.bucket,
-        operations=implementations.operations(choices),
+        operations=operations,
         shares=programs.Shares(
             placement=placement,
             caches=[cache_spec] * step.model.num_layers,

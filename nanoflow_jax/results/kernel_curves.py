@@ -4,7 +4,7 @@ import html
 import statistics
 from collections.abc import Mapping, Sequence
 
-from nanoflow_jax.results import kernels
+from nanoflow_jax.results import kernels, svg
 from nanoflow_jax.results.kernels import Sample
 
 _COLUMNS = 4
@@ -13,13 +13,6 @@ _WIDTH, _HEIGHT = 340, 280
 _LEFT, _TOP, _RIGHT, _BOTTOM = 44, 72, 10, 36
 # Names of ways, above the axes.
 _KEY_COLUMNS, _KEY_TOP, _KEY_HEIGHT = 2, 28, 11
-# Told apart by people who do not see all colours (Okabe and Ito).
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
-_STYLE = (
-    "text{font:10px sans-serif;fill:#222}.title{font-weight:bold;font-size:11px}"
-    ".axis{stroke:#888;fill:none}.grid{stroke:#ddd;fill:none}"
-    ".even{stroke:#999;stroke-dasharray:2 3;fill:none}.flat{stroke-dasharray:6 3}"
-)
 
 
 def draw(cases: Mapping[str, Mapping[str, Sequence[Sample]]]) -> str:
@@ -34,15 +27,11 @@ def draw(cases: Mapping[str, Mapping[str, Sequence[Sample]]]) -> str:
     rows = max(-(-len(cases) // _COLUMNS), 1)
     columns = max(min(len(cases), _COLUMNS), 1)
     width, height = columns * _WIDTH, rows * _HEIGHT
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}">',
-        f'<style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>',
-    ]
+    parts: list[str] = []
     for number, (case, modes) in enumerate(cases.items()):
         place = f"translate({number % _COLUMNS * _WIDTH} {number // _COLUMNS * _HEIGHT})"
         parts += [f'<g transform="{place}">', *_panel(case, modes), "</g>"]
-    return "\n".join([*parts, "</svg>", ""])
+    return svg.page(width, height, parts)
 
 
 def _median(samples: Sequence[Sample]) -> float:
@@ -92,7 +81,7 @@ class _Frame:
     def axes(self, *, is_pair: bool) -> list[str]:
         base, right = self.y(0), self.x(self._most)
         parts = []
-        step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 1e9) if self._top / s <= 8)
+        step = svg.tick(self._top)
         for i in range(int(self._top / step) + 1):
             y = self.y(i * step)
             parts.append(f'<path class="grid" d="M{_LEFT} {y}H{right}"/>')
@@ -120,7 +109,7 @@ def _line(
     frame: _Frame,
     number: int,
 ) -> list[str]:
-    colour = _COLOURS[number % len(_COLOURS)]
+    colour = svg.COLOURS[number % len(svg.COLOURS)]
     row, column = divmod(number, _KEY_COLUMNS)
     x = _LEFT + column * (_WIDTH - _LEFT) // _KEY_COLUMNS
     label = f'<text x="{x}" y="{_KEY_TOP + row * _KEY_HEIGHT}" style="fill:{colour}">'

@@ -15,6 +15,18 @@ FLOPS_CEILING = "bf16_product_flops_per_s"
 COPY_CEILING = "copy_bytes_per_s"
 READ_CEILING = "read_bytes_per_s"
 
+# One problem of each kernel that the README shows, at the largest size.
+HEADLINES = (
+    "llama-3-8b/gate_up/4096",
+    "llama-3-8b/down/4096",
+    "llama-3-8b/decode/256x1024",
+    "llama-3-8b/prefill/1x8192+0",
+    "llama-3-8b/decode+gate_up/1024",
+    "mixtral-8x7b/gate_up/4096",
+)
+# The share of the SMs that decode attention has beside products.
+_DECODE_SHARE = 48
+
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Some calls of one way to do a problem, or why there are none.
@@ -185,6 +197,15 @@ def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
     return found
 
 
+def _is_headline(run: manifest.Run, figure: figures.Figure) -> bool:
+    """Whether it is our kernel's speed on all SMs or on decode's share, or against another way."""
+    case, _, what = figure.name.partition(": ")
+    if case not in HEADLINES:
+        return False
+    shown = {mode(OURS, num_ctas, None) for num_ctas in (run.setting.get("num_sms"), _DECODE_SHARE)}
+    return what in shown or " over " in what
+
+
 def _complaints(evidence: kind.Evidence) -> list[str]:
     # What failed stands in the samples and takes nothing from the rest.
     return [] if by_mode(evidence.samples) else ["nothing was timed"]
@@ -207,4 +228,5 @@ KIND = kind.Kind(
     level=_level,
     figures=_figures,
     complaints=_complaints,
+    is_headline=_is_headline,
 )

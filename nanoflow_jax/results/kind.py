@@ -70,21 +70,21 @@ class Kind:
 
     Attributes:
         name: As manifests say it.
-        sample: A msgspec.Struct; fields `case`, `mode`, `round` and `step`, where it has them, are
-            checked for gaps.
+        sample: A msgspec.Struct, or a union of tagged ones; fields `case`, `mode`, `round` and
+            `step`, where it has them, are checked for gaps.
         files: Names of files that a finished run must have, of `manifest.FILES`.
         needs_ceilings: Whether ceilings must have been measured before and after.
         level: What a single finished run is worth.
         figures: What samples come to. The only place where that is computed.
         complaints: What is wrong beyond what holds for all kinds; empty if nothing.
-        is_headline: Whether the README shows a figure.
+        is_headline: Whether the README shows a figure of a run.
     """
 
     name: str
-    sample: type
+    sample: Any
     files: Callable[[Run], frozenset[str]]
     needs_ceilings: Callable[[Run], bool]
     level: Callable[[Run], Level]
     figures: Callable[[Evidence], list[Figure]]
     complaints: Callable[[Evidence], list[str]] = lambda evidence: []
-    is_headline: Callable[[Figure], bool] = lambda figure: True
+    is_headline: Callable[[Run, Figure], bool] = lambda run, figure: True

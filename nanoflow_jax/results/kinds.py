@@ -1,9 +1,11 @@
 """All kinds of results."""
 
-from nanoflow_jax.results import invariance, kernels, throughput
+from nanoflow_jax.results import ablation, invariance, kernels, throughput
 from nanoflow_jax.results.kind import Kind
 
-KINDS = {kind.name: kind for kind in (throughput.KIND, invariance.KIND, kernels.KIND)}
+KINDS = {
+    kind.name: kind for kind in (throughput.KIND, invariance.KIND, kernels.KIND, ablation.KIND)
+}
 
 
 def find(name: str) -> Kind:

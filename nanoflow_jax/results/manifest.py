@@ -224,7 +224,7 @@ def read_bytes(path: Path) -> bytes:
         raise ResultError(f"{path}: it cannot be read: {error.strerror}") from error
 
 
-def decode(data: bytes, kind: type, *, path: Path) -> Any:
+def decode(data: bytes, kind: Any, *, path: Path) -> Any:
     """Typed JSON of a file.
 
     Raises:

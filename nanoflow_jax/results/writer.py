@@ -208,8 +208,11 @@ def _same(found: Manifest, wanted: Manifest, path: Path) -> Manifest:
     """The manifest of a run to go on with, if that is what is wanted; commands may differ."""
     if found.status != "running":
         raise ValueError(f"{path}: the run has ended: its status is {found.status}")
+    # As JSON has them, in which tuples are lists.
     sides = [
-        msgspec.to_builtins(one.run) | msgspec.to_builtins(one.origin) for one in (found, wanted)
+        msgspec.json.decode(msgspec.json.encode(one.run))
+        | msgspec.json.decode(msgspec.json.encode(one.origin))
+        for one in (found, wanted)
     ]
     changed = [name for name in sides[0] if sides[0][name] != sides[1][name]]
     if changed := sorted(set(changed) - {"command"}):

@@ -109,13 +109,13 @@ def router(service: service_lib.Service, *, needs_key: bool = False) -> fastapi.
         """The state of the engine, as the page at / shows it."""
         return JsonResponse({**_stats(service), "needs_key": needs_key})
 
-    if service.section.profile_dir:
+    if service.client.config.profile.dir:
         _add_profile_routes(made, service)
     return made
 
 
 def _add_profile_routes(made: fastapi.APIRouter, service: service_lib.Service) -> None:
-    folder = pathlib.Path(service.section.profile_dir)
+    folder = pathlib.Path(service.client.config.profile.dir)
 
     @made.post("/start_profile", **schemas.profile())
     async def start_profile() -> Response:

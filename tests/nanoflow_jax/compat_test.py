@@ -62,3 +62,31 @@ def test_a_jax_without_the_triton_backend_is_told_of(monkeypatch):
         compat.triton_call(
             print, out_shape=(), grid=(1,), num_warps=4, num_stages=1, interpret=True
         )
+
+
+def test_a_function_on_a_stream_is_the_function_and_has_no_calls_within():
+    @jax.jit
+    def inner(x):
+        return x + 1
+
+    def outer(x, pair):
+        y, factor = pair
+        return {"sum": inner(x) * factor, "closed": shift + y}
+
+    def run(x, y):
+        return compat.start_on_stream(outer, [x, (y, 3)], stream=0)
+
+    shift, x, y = jnp.arange(3.0), jnp.ones(3), 2 * jnp.ones(3)
+    found, read = run(x, y)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, outer(x, (y, 3))))
+    assert len(read) == 3
+    text = jax.jit(run).lower(x, y).as_text()
+    assert '_xla_stream_annotation = "0"' in text
+    assert text.count(" = call @") == 1
+
+
+def test_a_function_without_results_is_not_started():
+    assert compat.start_on_stream(lambda x: (None, None), [jnp.ones(3)], stream=0) == (
+        (None, None),
+        [],
+    )

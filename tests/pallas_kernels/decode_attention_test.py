@@ -115,7 +115,13 @@ def test_with_a_split_a_request_has_the_same_bits_alone_and_in_any_batch():
 
 
 @pytest.mark.parametrize(
-    "name", ["lengths around a page", "a window inside pages", "soft-cap", "shared pages"]
+    "name",
+    [
+        "lengths around a page",
+        "large pages, a soft-cap",
+        "wide heads, a window in small pages",
+        "groups of five on three heads, shared pages",
+    ],
 )
 def test_the_reference_is_the_attention_of_the_plain_path(name):
     case = decode_runs.CASES[name]

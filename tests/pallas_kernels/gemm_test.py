@@ -41,12 +41,10 @@ def _operands(num_rows, depth, num_columns, *, parts="", dtype=jnp.bfloat16, out
 @pytest.mark.parametrize(
     ("sizes", "num_ctas", "more"),
     [
-        ((128, 128, 128), 1, {}),
         ((200, 192, 256), 3, {}),
         ((1, 8, 8), 132, {}),
         ((13, 72, 100), 132, {"parts": "residual"}),
         ((130, 64, 200), 2, {"parts": "gate bias residual"}),
-        ((50, 64, 200), 1, {"parts": "gate bias residual"}),
         ((130, 64, 200), 1, {"parts": "residual", "out_dtype": jnp.float32}),
         ((130, 96, 40), 2, {"parts": "gate", "dtype": jnp.float32}),
         ((70, 130, 131), 1, {"parts": "bias", "dtype": jnp.float16}),
@@ -102,11 +100,8 @@ def _stacked(operands, *names):
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    ("sizes", "parts"), [((130, 64, 200), "gate"), ((9, 64, 24), "gate bias residual")]
-)
-def test_two_factors_of_one_array_are_two_arrays(sizes, parts):
-    operands = _operands(*sizes, parts=parts)
+def test_two_factors_of_one_array_are_two_arrays():
+    operands = _operands(130, 64, 200, parts="gate bias residual")
     with kernel_runs.interpreting() as interpret:
         found = gemm(**_stacked(operands, "w"), gated=True, num_ctas=2, interpret=interpret)
         apart = gemm(**operands, num_ctas=2, interpret=interpret)
@@ -146,9 +141,9 @@ def test_a_wide_tile_leaves_in_slices():
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
 def test_the_token_is_read_by_nobody():
-    operands = _operands(64, 64, 64)
+    operands = _operands(128, 128, 128)
     with kernel_runs.interpreting() as interpret:
-        found = gemm(**operands, token=jnp.full((3,), jnp.nan), interpret=interpret)
+        found = gemm(**operands, num_ctas=1, token=jnp.full((3,), jnp.nan), interpret=interpret)
     kernel_runs.check_close(found, gemm_reference(**operands), relative=2e-3)
 
 

@@ -57,7 +57,7 @@ def _prepared(name, operands, work, *, interpret):
         return prepare_gemm(x, w, residual=residual)
     if name == "decode":
         return prepare_decode(*operands, work, scale=_SCALE, interpret=interpret)
-    return prepare_prefill(*operands, scale=_SCALE, interpreted=interpret is not None)
+    return prepare_prefill(*operands, scale=_SCALE, interpret=interpret)
 
 
 def _reference(name, operands):

@@ -19,7 +19,7 @@ _WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
             ["speed"],
             2,
             "error: name one benchmark: throughput, invariance, serving, overhead, soak, "
-            "gpu_check, kernels\n",
+            "gpu_check, kernels, ablation\n",
         ),
         (
             ["serving", "--workload=w.json", "--json=none/rows.json"],

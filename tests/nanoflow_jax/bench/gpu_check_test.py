@@ -77,6 +77,18 @@ def test_a_kernel_that_the_device_fails_is_an_outcome():
     assert found[0].detail.startswith("failed: ")
 
 
+@pytest.mark.parametrize("fault", [ValueError("no such layout\nat 3"), NotImplementedError()])
+def test_a_kernel_that_cannot_be_lowered_is_an_outcome_and_the_next_one_is_checked(fault):
+    def kernel(x, *, num_ctas, interpret):
+        if num_ctas == 1:
+            raise fault
+        return (x * 2,)
+
+    wrong, right = _outcomes(kernel=kernel)
+    assert (wrong.ok, right.ok) == (False, True)
+    assert wrong.detail in ("failed: no such layout", "failed: NotImplementedError")
+
+
 def test_the_same_seed_draws_the_same_operands_and_another_one_does_not():
     drawn = [
         [

@@ -14,7 +14,7 @@ import toy_kernels
 from toy_kernels import double, task, variant
 
 from nanoflow_jax.bench import clock as clock_lib
-from nanoflow_jax.bench import kernel_bench, kernel_tasks, kernel_timing
+from nanoflow_jax.bench import kernel_bench, kernel_tasks, kernel_timing, measured
 from nanoflow_jax.results import folder, manifest
 from pallas_kernels import problem_shapes
 
@@ -199,7 +199,7 @@ def _toys(monkeypatch):
 def _run(root, **changes):
     said = []
     clock = changes.pop("clock", None)
-    reports = kernel_bench.Reports(
+    reports = measured.Reports(
         say=said.append, **({} if clock is None else {"clock": clock}), **changes.pop("more", {})
     )
     return kernel_bench.run(toy_kernels.options(root, **changes), reports), said
@@ -292,7 +292,7 @@ def test_operands_without_room_are_one_fault_of_a_run_that_is_gone_on_with(tmp_p
     real = kernel_bench.ResultWriter.finish
     monkeypatch.setattr(kernel_bench.ResultWriter, "finish", lambda self: os.close(self._samples))
     monkeypatch.setattr(kernel_bench.ResultWriter, "__exit__", lambda self, *error: None)
-    kernel_bench.run(options, kernel_bench.Reports(say=lambda line: None))
+    kernel_bench.run(options, measured.Reports(say=lambda line: None))
     monkeypatch.setattr(kernel_bench.ResultWriter, "finish", real)
     found, _ = _run(tmp_path, kernels=["gemm", "decode_attention"])
     assert (found.run.name, found.status, found.message) == ("kernels", "done", "")
@@ -303,12 +303,12 @@ def test_operands_without_room_are_one_fault_of_a_run_that_is_gone_on_with(tmp_p
 _KILLED = """
 import os, pathlib, signal, sys
 import toy_kernels
-from nanoflow_jax.bench import kernel_bench
+from nanoflow_jax.bench import kernel_bench, measured
 toy_kernels.replace(setattr)
 def progress(done, total, note):
     if done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-reports = kernel_bench.Reports(say=lambda line: None, progress=progress)
+reports = measured.Reports(say=lambda line: None, progress=progress)
 kernel_bench.run(toy_kernels.options(pathlib.Path(sys.argv[1])), reports)
 """
 
@@ -324,17 +324,17 @@ def test_a_killed_run_is_gone_on_with_and_measures_nothing_again(tmp_path, monke
     )
     assert done.returncode == -signal.SIGKILL
     monkeypatch.setattr(os, "environ", batch_runs.environment())
-    measured = []
+    cases = []
     real = kernel_timing.measure
 
     def measure(task, case, **how):
-        measured.append(case)
+        cases.append(case)
         return real(task, case, **how)
 
     monkeypatch.setattr(kernel_timing, "measure", measure)
     found, _ = _run(tmp_path)
     assert (found.run.name, found.status) == ("kernels", "done")
-    assert measured == toy_kernels.NAMES[2:]
+    assert cases == toy_kernels.NAMES[2:]
     assert len(folder.read(tmp_path / found.folder).samples) == 5 * 7
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from nanoflow_jax import compat
 from nanoflow_jax.deviceless import compiler, dumps
 from pallas_kernels.gemm import gemm
 
@@ -255,3 +256,26 @@ def test_logs_that_do_not_fit_the_launches_are_refused(tmp_path):
         dumps.DumpError, match=r"graphs of \[\] nodes, its list of launches of \[1\]"
     ):
         dumps.read_program(tmp_path, "")
+
+
+@pytest.mark.timeout(300)
+def test_what_is_started_on_a_stream_of_its_own_goes_on_beside_what_follows():
+    def run(x, w):
+        with jax.named_scope("aside"):
+            y, read = compat.start_on_stream(lambda x: (jax.nn.silu(x @ w),), [x], stream=1)
+        z, _ = jax.lax.optimization_barrier((w, read))
+        with jax.named_scope("main"):
+            z = jnp.sin(z @ z)
+        y, z = jax.lax.optimization_barrier((y[0], z))
+        with jax.named_scope("joined"):
+            return jnp.cos(y) + z
+
+    options = {"xla_gpu_enable_command_buffer": ""}
+    program = deviceless.program(run, _SQUARE, _SQUARE, options=options)
+    assert not program.graphs
+    order = program.order
+    aside, main = order.find("/aside"), order.find("/main")
+    assert aside and main
+    assert not any(order.are_ordered(one, other) for one in aside for other in main)
+    (last,) = order.find("/joined")
+    assert all(order.are_ordered(one, last) for one in (*aside, *main))

@@ -101,7 +101,7 @@ def test_more_ends_than_a_row_can_ban_are_refused(tmp_path):
 def test_the_run_dtype_follows_device_and_checkpoint_unless_it_is_named(
     choice, stored, platform, wanted
 ):
-    assert build._run_dtype(config.Dtype(choice), stored, platform) == wanted
+    assert build.run_dtype(config.Dtype(choice), stored, platform) == wanted
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def _layout(free, monkeypatch, *, page_major=False, num_devices=1, num_replicas=
     opened = _open(model=str(_CASE.path))
     placement = loading.place_model(opened.config, jax.devices()[:num_devices])
     share = loading.share_of_one_device(opened.config, placement)
-    return build._layout(
+    return build.make_layout(
         placement,
         config.CacheSection(**knobs),
         kernel_choice.Served(config=share, dtype=np.dtype(np.float32), page_size=16),
@@ -221,26 +221,26 @@ def no_cache_dir():
 
 def test_programs_are_kept_under_the_users_cache_folder(no_cache_dir, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build._use_compile_cache("auto")
+    build.use_compile_cache("auto")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "nanoflow_jax" / "programs")
     assert (tmp_path / "nanoflow_jax" / "programs").is_dir()
 
 
 def test_an_empty_folder_name_keeps_no_programs(no_cache_dir):
-    build._use_compile_cache("")
+    build.use_compile_cache("")
     assert jax.config.jax_compilation_cache_dir is None
 
 
 def test_somebody_elses_choice_of_a_cache_folder_stands(no_cache_dir, tmp_path):
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
-    build._use_compile_cache(str(tmp_path))
+    build.use_compile_cache(str(tmp_path))
     assert jax.config.jax_compilation_cache_dir == "/elsewhere"
 
 
 def test_f11_a_cache_folder_that_cannot_be_made_is_a_warning(no_cache_dir, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        build._use_compile_cache(str(tmp_path / "file" / "programs"))
+        build.use_compile_cache(str(tmp_path / "file" / "programs"))
     assert jax.config.jax_compilation_cache_dir is None
     assert "no compilation cache in" in caplog.text
     assert "every start will compile" in caplog.text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from nanoflow_jax import compat
 from nanoflow_jax.engine import compiler
 from nanoflow_jax.engine.compiler import CompileWatch, Job
 
@@ -223,3 +224,23 @@ def test_each_job_is_compiled_with_its_own_options():
     compiler.compile_all([good], threads=1, progress=lambda *_: None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         compiler.compile_all([good, bad], threads=1, progress=lambda *_: None)
+
+
+def test_options_that_jax_does_not_take_are_found():
+    refused = compiler.refused_options(
+        {
+            "xla_gpu_no_such_option": True,
+            "xla_gpu_command_buffer_scheduling_mode": "SOMEHOW",
+            "xla_gpu_graph_min_graph_size": 1,
+        }
+    )
+    assert refused.keys() == {"xla_gpu_no_such_option", "xla_gpu_command_buffer_scheduling_mode"}
+    assert "SOMEHOW" in refused["xla_gpu_command_buffer_scheduling_mode"]
+
+
+def test_this_jax_can_name_a_stream_and_one_that_cannot_says_why(monkeypatch):
+    assert compiler.why_no_streams() is None
+    monkeypatch.setattr(compat, "start_on_stream", lambda f, reads, stream: (f(*reads), reads))
+    assert "leaves no name of a stream" in compiler.why_no_streams()
+    monkeypatch.setattr(compat, "start_on_stream", lambda f, reads: None)
+    assert "compute_on cannot be used: " in compiler.why_no_streams()

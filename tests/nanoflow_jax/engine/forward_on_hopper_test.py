@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanoflow_jax import config
-from nanoflow_jax.engine import implementations, kernel_choice, programs
+from nanoflow_jax import compat, config
+from nanoflow_jax.engine import implementations, invariance, kernel_choice, programs
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.models import huggingface, loading, presets, transformer
 from nanoflow_jax.scheduler.buckets import Bucket
@@ -51,14 +51,16 @@ def _layout(model):
     )
 
 
-def _forward(preset, *asked, num_devices=1):
+def _forward(preset, *asked, num_devices=1, is_invariant=False):
     """The forward of a model of two layers, with what an H200 chooses unless something is asked.
 
     Returns:
         The program and the shapes of its arguments.
     """
     model = _model_config(preset)
-    placement = loading.place_model(model, jax.devices()[:num_devices])
+    placement = dataclasses.replace(
+        loading.place_model(model, jax.devices()[:num_devices]), adds_in_order=is_invariant
+    )
     share = loading.share_of_one_device(model, placement)
     knobs = {f"kernel_{operation}": "pallas" for operation in asked}
     choices = kernel_choice.choose(
@@ -80,6 +82,11 @@ def _forward(preset, *asked, num_devices=1):
             group=share.group_size,
             windows=share.distinct_windows,
             tile_len=128,
+            fixed_split=invariance.fixed_split(
+                num_tokens=_NUM_PAGES * _PAGE_SIZE, context_len=_MAX_PAGES * _PAGE_SIZE
+            )
+            if is_invariant
+            else None,
         ),
     )
 
@@ -115,11 +122,13 @@ def _forward(preset, *asked, num_devices=1):
 def _program(*case):
     """Compiled for an H200."""
     forward, shapes = _forward(*case)
+    if not compat.CAN_INTERPRET_MOSAIC:
+        pytest.skip("whole layers take minutes to compile: on the jax of GPU machines alone")
     return deviceless.program(jax.jit(forward, donate_argnums=0, keep_unused=True), *shapes)
 
 
-# Of decode attention the second merges parts.
-_ATTENTION = ("decode_attention", "decode_attention", "prefill_attention")
+# The second of each merges parts; 512 prompt tokens are too few for whole tiles on all SMs.
+_ATTENTION = ("decode_attention", "prefill_attention") * 2
 _KERNELS = {
     ("llama-3-8b",): _ATTENTION,
     ("llama-3-8b", "gemm"): ("norm_kqv", *_ATTENTION, "o", "up_gate", "down"),
@@ -171,3 +180,13 @@ def test_each_of_two_devices_runs_kernels_on_its_heads_and_widths():
     assert text.count('"stablehlo.all_reduce"') == 2 * _LAYERS + 1
     half_of_cache = f"tensor<{_NUM_PAGES}x2x4x{_PAGE_SIZE}x128xbf16>"
     assert half_of_cache in text
+
+
+def test_devices_that_add_in_order_reduce_nothing_by_themselves():
+    forward, shapes = _forward("llama-3-8b", "gemm", num_devices=2, is_invariant=True)
+    text = kernel_runs.lowered(forward, *shapes)
+    # Keys of chunks are not cut, so that no parts of theirs are merged.
+    assert text.count("@mosaic_gpu_v2") == _LAYERS * (len(_KERNELS["llama-3-8b", "gemm"]) - 1)
+    assert "all_reduce" not in text
+    # One for each sum, and one that makes rows of the logits.
+    assert text.count('"stablehlo.all_to_all"') == 2 * _LAYERS + 2

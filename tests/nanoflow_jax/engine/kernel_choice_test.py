@@ -1,6 +1,7 @@
 """What each operation is made of, on machines of every kind."""
 
 import dataclasses
+import os
 import re
 
 import jax
@@ -318,6 +319,13 @@ def test_the_machine_is_described_as_it_is(monkeypatch):
         can_interpret=compat.CAN_INTERPRET_MOSAIC,
         num_threads=5,
     )
+
+
+@pytest.mark.parametrize("text", ["", "all", "-3"])
+def test_what_is_no_number_of_threads_stops_no_start(monkeypatch, text):
+    monkeypatch.setenv("NPROC", text)
+    found = kernel_choice.machine_of(jax.devices("cpu")[0])
+    assert found.num_threads == os.cpu_count()
 
 
 @dataclasses.dataclass

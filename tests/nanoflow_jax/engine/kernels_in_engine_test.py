@@ -10,7 +10,8 @@ from engine_runs import ask, run
 
 from nanoflow_jax import compat, config
 from nanoflow_jax.engine import build
-from nanoflow_jax.models import architecture
+from nanoflow_jax.models import architecture, kernel_groups
+from pallas_kernels.side_by_side import side_by_side
 
 _LAYERS = 2
 # So many tokens that the log-probabilities of an output token are those of all tokens.
@@ -141,6 +142,35 @@ def test_kernels_on_two_halves_give_the_plain_paths_tokens():
     with _both(_MODEL, *kernels, plan="halves", plan_granule=12) as engines:
         num_ties = _compare(engines, prompts, [2] * len(prompts))
     assert num_ties <= 1
+
+
+@kernel_runs.needs_interpreter
+@pytest.mark.timeout(240)
+def test_products_and_attention_in_one_kernel_give_the_plain_paths_tokens(monkeypatch):
+    together = []
+    monkeypatch.setattr(kernel_groups, "side_by_side", _noting(together))
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, _VOCABULARY, size=n).tolist() for n in _PROMPT_LENS]
+    halves = {"plan": "halves", "plan_granule": 12, "executor": "fused"}
+    with _both(_MODEL, "gemm", "decode_attention", **halves) as engines:
+        assert together == [(1, 2)] * 2 * _LAYERS
+        num_ties = _compare(engines, prompts, [2] * len(prompts))
+    assert num_ties <= 1
+
+
+def _noting(together):
+    """Notes the shares of kernels that run as one."""
+
+    def run(kernels, shares, *, num_ctas, **how):
+        together.append((*shares, num_ctas - sum(shares)))
+        return side_by_side(kernels, shares, num_ctas=num_ctas, **how)
+
+    return run
+
+
+def test_kernels_in_one_are_refused_where_there_is_none():
+    with pytest.raises(ValueError, match=r"--executor=fused runs .* there is no GPU here"):
+        _engine(_MODEL, plan="halves", plan_granule=12, executor="fused")
 
 
 @kernel_runs.needs_interpreter

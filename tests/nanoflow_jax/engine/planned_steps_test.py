@@ -17,6 +17,7 @@ from plain_model import PlainModel
 from same_tokens import MIN_MARGIN
 
 from checkpoints.folder import ModelFolder
+from nanoflow_jax import compat
 from nanoflow_jax.engine import (
     attention_inputs,
     bucket_plan,
@@ -71,12 +72,14 @@ class _Steps:
         plan: How; None is the plain pass.
         keep_lanes: Passes tokens too.
         num_devices: Devices that share the model.
+        start_aside: For operations of the memory lane.
     """
 
     case: str
     plan: object = None
     keep_lanes: bool = False
     num_devices: int = 1
+    start_aside: object = None
 
     def __post_init__(self):
         self._placement = _place(self.case, self.plan, self.num_devices)
@@ -112,7 +115,7 @@ class _Steps:
             layout=self._layout,
             sizes=self._sizes,
             bucket=_BUCKET,
-            operations=PLAIN,
+            operations=dataclasses.replace(PLAIN, start_aside=self.start_aside),
             shares=programs.Shares(
                 placement=self._placement,
                 caches=[jax.tree.map(self._placement.spec, self._layout.axes)] * len(model.layers),
@@ -259,12 +262,19 @@ def test_random_plans_of_sums_and_gathers_give_the_logits_of_one_device(case, nu
     check()
 
 
-@pytest.mark.parametrize("keep_lanes", [False, True])
-def test_two_halves_give_the_logits_of_the_plain_pass(keep_lanes):
+_EXECUTORS = {
+    "sequential": {},
+    "graph": {"keep_lanes": True},
+    "streams": {"start_aside": functools.partial(compat.start_on_stream, stream=0)},
+}
+
+
+@pytest.mark.parametrize("executor", _EXECUTORS)
+def test_two_halves_give_the_logits_of_the_plain_pass(executor):
     device = builders.Device(granule=4)
     plan = builders.halves(LayerShape(), num_tokens=_BUCKET.tokens, first=8, device=device)
     requests = ([20, 3, 9, 1, 14, 7], [22, 8, 12, 6, 15, 12])
-    _check_as_plain("llama3", plan, requests, keep_lanes=keep_lanes)
+    _check_as_plain("llama3", plan, requests, **_EXECUTORS[executor])
 
 
 def test_a_chunk_that_goes_on_in_the_other_half_is_cut_where_the_first_ends():

@@ -59,7 +59,7 @@ def test_a_kind_says_which_figures_are_headlines(
     checkout: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = dataclasses.replace(
-        throughput.KIND, is_headline=lambda figure: figure.name == "mix: output"
+        throughput.KIND, is_headline=lambda run, figure: figure.name == "mix: output"
     )
     monkeypatch.setitem(kinds.KINDS, "throughput", chosen)
     result_folders.write(checkout)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import batch_runs
 import pytest
+import xplane
 from absl import flags
 
 from nanoflow_jax import console
@@ -290,6 +291,15 @@ def test_a_prompt_whose_bits_are_those_of_any_batch_gets_an_engine_for_any_batch
     arguments = [f"--model={batch_runs.FOLDER}", "--dense_batch=16", "--max_context_len=64"]
     assert _main([*arguments, "--prompt=ab", "--max_tokens=3", "--batch_invariant"]) == 0
     assert "of at most 16 requests; buckets: 16:16:16; batch invariant" in capfd.readouterr().err
+
+
+def test_steps_after_the_warm_up_are_recorded_for_xprof(tmp_path: pathlib.Path) -> None:
+    arguments = [f"--model={batch_runs.FOLDER}", "--dense_batch=16", "--max_context_len=64"]
+    arguments += ["--profile_steps=2", "--profile_after=3", f"--profile_dir={tmp_path}"]
+    assert _main([*arguments, "--prompt=ab", "--max_tokens=12", "--ignore_eos"]) == 0
+    events = [event for event in xplane.read(tmp_path) if event.module == "jit_forward"]
+    assert len({event.run_id for event in events}) == 2
+    assert any("/layer_0/norm_kqv.0/" in event.scope for event in events)
 
 
 def _main(arguments: list[str]) -> int:

@@ -1,12 +1,17 @@
 """One model in two processes with two devices each, as a user starts it."""
 
+import contextlib
 import pathlib
 import signal
+import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import batch_runs
 import process_runs
 import pytest
+
+from nanoflow_jax import console
 
 _LLAMA = batch_runs.FOLDER.parent / "llama"
 _ROWS = [
@@ -59,19 +64,26 @@ def test_two_processes_give_the_answers_of_one(tmp_path: pathlib.Path) -> None:
     assert found[1] == pytest.approx(wanted[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_f14_a_killed_process_ends_the_other_with_a_message(
-    victim: int, tmp_path: pathlib.Path
-) -> None:
+@contextlib.contextmanager
+def _long_job(tmp_path: pathlib.Path) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Both processes in the middle of a job that takes longer than any test."""
     rows = [{"prompt": f"row {i}", "max_tokens": 90, "ignore_eos": True} for i in range(3000)]
     source, output = batch_runs.write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    arguments = _flags(tensor_parallel=4, input=source, output=output)
-    other = 1 - victim
+    arguments = _flags(tensor_parallel=4, buckets="32:8:8", input=source, output=output)
     with process_runs.started(tmp_path, arguments) as processes:
         process_runs.wait_until(
             lambda: output.exists() and output.stat().st_size > 0,
             tell=lambda: process_runs.said(tmp_path, 0).read_text(),
         )
+        yield processes
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_f14_a_killed_process_ends_the_other_with_a_message(
+    victim: int, tmp_path: pathlib.Path
+) -> None:
+    other = 1 - victim
+    with _long_job(tmp_path) as processes:
         processes[victim].send_signal(signal.SIGKILL)
         code = processes[other].wait(60)
     text = process_runs.said(tmp_path, other).read_text()
@@ -80,6 +92,20 @@ def test_f14_a_killed_process_ends_the_other_with_a_message(
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
+def test_an_interrupt_of_both_lets_process_0_finish_its_rows(tmp_path: pathlib.Path) -> None:
+    with _long_job(tmp_path) as processes:
+        for process in reversed(processes):
+            process.send_signal(signal.SIGINT)
+        codes = [process.wait(process_runs.LIMIT_S) for process in processes]
+    texts = [process_runs.said(tmp_path, i).read_text() for i in range(2)]
+    assert codes == [console.INTERRUPTED, 0], texts
+    assert "run the same command again to go on" in texts[0]
+    assert "error" not in texts[0] + texts[1]
+    assert batch_runs.read(tmp_path / "out.jsonl")
+
+
+@pytest.mark.slow
 def test_what_keeps_one_process_from_starting_is_told_by_all(tmp_path: pathlib.Path) -> None:
     arguments = [*_flags(tensor_parallel=4), "--prompt=a"]
     other = str(batch_runs.FOLDER)

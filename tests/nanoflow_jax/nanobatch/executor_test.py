@@ -10,7 +10,13 @@ from hypothesis import given
 
 from nanoflow_jax.nanobatch import builders, executor
 from nanoflow_jax.nanobatch.dependencies import Dependencies
-from nanoflow_jax.nanobatch.operations import LayerShape, Resource, layer_graph
+from nanoflow_jax.nanobatch.operations import (
+    DECODED,
+    PREFILLED,
+    LayerShape,
+    Resource,
+    layer_graph,
+)
 
 _PRIME = 10007
 _REQUEST_LEN = 5
@@ -119,12 +125,28 @@ class _Numbers:
     o_gather, down_gather = o_reduce, down_reduce
 
 
-def _run(plan, *, num_layers=3, operations=None, keep_lanes=False):
+class _Together:
+    """Every attention and product is a kernel; groups run in the wrong order."""
+
+    def __init__(self):
+        self.groups = []
+
+    def work(self, operation, tokens):
+        is_attention = operation.writes in (DECODED, PREFILLED)
+        return float(tokens.length) if operation.has_weights or is_attention else None
+
+    def run(self, members, run_operation):
+        self.groups.append([member.call for member in members])
+        written = [run_operation(member.call, *member.reads) for member in reversed(members)]
+        return written[::-1]
+
+
+def _run(plan, *, num_layers=3, operations=None, **options):
     x = np.arange(plan.num_tokens) * 17 % _PRIME
     caches = [np.zeros(plan.num_tokens, int) for _ in range(num_layers)]
     operations = operations or _Numbers(plan)
     layers = [plan.graph] * num_layers
-    return executor.run(plan, layers, x, caches, operations, keep_lanes=keep_lanes)
+    return executor.run(plan, layers, x, caches, operations, **options)
 
 
 def _check_as_plain(plan, **options):
@@ -143,6 +165,62 @@ def test_any_legal_plan_gives_what_the_plain_pass_gives(plan):
 @given(random_plans.plans())
 def test_tokens_of_lanes_change_no_result(plan):
     _check_as_plain(plan, keep_lanes=True)
+
+
+@given(random_plans.plans())
+def test_kernels_that_run_as_one_change_no_result(plan):
+    _check_as_plain(plan, together=_Together())
+
+
+@given(random_plans.plans())
+def test_operations_that_are_started_aside_change_no_result(plan):
+    def start_aside(operate, reads):
+        aside.append(operate.args[0])
+        return operate(*reads), [jax.tree.leaves(reads)[0]]
+
+    aside = []
+    _check_as_plain(plan, start_aside=start_aside)
+    lanes = [plan.order[plan.keys.index(call.key)].lane for call in aside]
+    assert all(lane is Resource.MEMORY for lane in lanes)
+    assert len(lanes) == 3 * sum(nano.lane is Resource.MEMORY for nano in plan.order)
+
+
+def test_what_is_issued_next_in_another_lane_comes_after_the_start_and_before_the_end():
+    plan = builders.halves(LayerShape(), num_tokens=8, device=builders.Device(granule=4))
+
+    def start_aside(operate, reads):
+        begun = jnp.exp(reads[1])
+        return (jnp.log(reads[0][0]),), [begun]
+
+    names, before = _trace(plan, 2, start_aside=start_aside)
+    starts, ends = _places(names, "exp"), _places(names, "log")
+    products = _places(names, "sin")
+    assert starts[1] in before[products[0]], "up_gate of half A, layer 0, beside decode B"
+    assert ends[1] not in before[products[0]]
+    assert starts[2] in before[products[1]] and ends[2] not in before[products[1]]
+    assert ends[1] in before[products[1]], "which o of half B reads"
+
+
+def test_kernels_of_one_have_the_plans_shares_and_others_all_sms():
+    plan = builders.halves(LayerShape(), num_tokens=8, device=builders.Device(granule=4))
+    operations, together = _Numbers(plan), _Together()
+    _run(plan, operations=operations, together=together)
+    in_groups = [call for group in together.groups for call in group]
+    assert len(in_groups) == 12
+    assert all(sum(call.num_ctas for call in group) == 132 for group in together.groups)
+    alone = [call for call in operations.calls if call not in in_groups]
+    assert {call.num_ctas for call in alone} == {132}
+    assert all(call.token is None for call in operations.calls)
+
+
+def test_what_runs_alone_leaves_the_sms_of_collectives():
+    shape = LayerShape(num_devices=4)
+    plan = builders.tensor_parallel(shape, num_tokens=8, device=builders.Device(granule=1))
+    operations, together = _Numbers(plan), _Together()
+    _run(plan, operations=operations, together=together)
+    in_groups = [call for group in together.groups for call in group]
+    assert in_groups
+    assert {call.num_ctas for call in operations.calls if call not in in_groups} == {132 - 16}
 
 
 def test_an_append_that_is_left_out_is_seen_by_this_test():
@@ -190,12 +268,12 @@ class _Marked:
         return middle + hidden
 
 
-def _trace(plan, num_layers):
+def _trace(plan, num_layers, **options):
     """The equations of a traced run, each as its primitive's name and the equations before it."""
 
     def run(x):
         layers, caches = [plan.graph] * num_layers, [jnp.float32(0)] * num_layers
-        return executor.run(plan, layers, x, caches, _Marked())
+        return executor.run(plan, layers, x, caches, _Marked(), **options)
 
     jaxpr = jax.make_jaxpr(run)(jnp.zeros(plan.num_tokens)).jaxpr
     made_by, before, names = {}, [], []
@@ -294,6 +372,34 @@ def test_what_reads_nothing_from_idle_attention_waits_for_what_that_waited_for()
     _run(plan, num_layers=1, operations=operations, keep_lanes=True)
     (call,) = (c for c in operations.calls if c.key == "o.1")
     assert call.token is written["up_gate.0"]
+
+
+def test_products_keep_their_lane_around_idle_attention_to_prompts():
+    written = {}
+
+    class NoPrompts(_Numbers):
+        def __call__(self, call, *reads):
+            found = super().__call__(call, *reads)
+            written[call.layer, call.key] = found
+            return found
+
+        def _decode_tokens(self, tokens):
+            return [np.arange(*cell) for cell in self._cells if cell.overlaps(tokens)]
+
+        def prefill_attention(self, call, rotated, cache):
+            return None
+
+        def _joined(self, call, decoded, prefilled):
+            return np.concatenate(decoded)
+
+    plan = builders.halves(LayerShape(), num_tokens=8, device=builders.Device(granule=4))
+    operations = NoPrompts(plan)
+    _run(plan, num_layers=2, operations=operations, keep_lanes=True)
+    tokens = {(call.layer, call.key): call.token for call in operations.calls}
+    # Prompts' attention of the half before stands between the two in their lane.
+    assert tokens[0, "norm_kqv.0"] is None
+    assert tokens[0, "norm_kqv.1"] is written[0, "norm_kqv.0"][0]
+    assert written[1, "norm_kqv.1"][0][0] in np.asarray(tokens[1, "o.0"])  # among others
 
 
 def test_layers_of_two_kinds_run_in_one_plan():

@@ -36,7 +36,7 @@ def test_plans_of_several_sizes_share_a_file(tmp_path):
 def test_a_nano_operation_is_one_line():
     lines = plan_file.to_json([HALVES]).splitlines()
     wanted = (
-        '{"operation": "o", "tokens": [128, 256], "lane": "compute", "num_ctas": 84}',
+        '{"operation": "o", "tokens": [128, 256], "lane": "compute", "num_ctas": 100}',
         '{"operation": "norm", "tokens": [0, 128], "shift": 1}',
     )
     for line in wanted:

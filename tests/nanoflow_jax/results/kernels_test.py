@@ -10,6 +10,7 @@ from nanoflow_jax.results import figures, kernel_curves, kernel_table, kernels
 from nanoflow_jax.results.kernels import Sample
 from nanoflow_jax.results.kind import Evidence, Level
 from nanoflow_jax.results.manifest import Device
+from pallas_kernels import problem_shapes
 
 _CASE = "llama-3-8b/kqv/256"  # 2 x 256 x 4096 x 6144 operations
 _FLOPS = 2 * 256 * 4096 * 6144
@@ -101,6 +102,23 @@ def test_the_best_of_ours_stands_beside_each_other_way():
 
 def test_a_way_without_ours_beside_it_is_a_figure_all_the_same():
     assert list(_figures(_samples("xla", [1.0]))) == [f"{_CASE}: xla"]
+
+
+def test_the_readme_shows_ours_on_all_sms_and_on_decodes_share_and_beside_others():
+    case = "llama-3-8b/decode/256x1024"
+    samples = [
+        *(one for n in (40, 48, 132) for one in _samples("pallas", [2.0], num_ctas=n, case=case)),
+        *_samples("xla", [4.0], case=case),
+        *_CURVE,
+    ]
+    run = msgspec.structs.replace(_ON_GPU, setting={"num_sms": 132})
+    found = [one.name for one in _figures(samples).values() if kernels.KIND.is_headline(run, one)]
+    assert found == [f"{case}: pallas 48", f"{case}: pallas 132", f"{case}: pallas 132 over xla"]
+
+
+def test_the_readme_shows_problems_that_there_are_and_every_kernel():
+    shapes = [kernels.shape_of(case) for case in kernels.HEADLINES]
+    assert {shape.KERNEL for shape in shapes} == set(problem_shapes.KERNELS)
 
 
 def test_faults_take_nothing_from_the_rest_but_a_result_of_faults_is_none():

@@ -17,7 +17,8 @@ import result_folders
 from nanoflow_jax.results import writer
 checkout = pathlib.Path(sys.argv[1])
 root = checkout / "configs" / "results"
-result = writer.ResultWriter(root, result_folders.run(), project=checkout)
+run = result_folders.run(setting={'windows': (1, 2)})  # read again as a list
+result = writer.ResultWriter(root, run, project=checkout)
 result.add_sample(result_folders.sample(0))
 with open(result.path / "samples.jsonl", "a") as file:
     file.write('{"case": "mi')
@@ -41,7 +42,7 @@ def killed(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def _resume(checkout: pathlib.Path, **changes: Any) -> writer.ResultWriter:
-    run = result_folders.run(**changes)
+    run = result_folders.run(**{"setting": {"windows": (1, 2)}, **changes})
     root = checkout / "configs" / "results"
     return writer.ResultWriter(root, run, project=checkout, resume=True)
 
