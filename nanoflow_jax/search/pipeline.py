@@ -341,35 +341,45 @@ def _ordered(draft: Plan, problem: _Problem, shared: _Shared, *, num_sms: int, n
         return turn, round(start - turn, 9)
 
     last_turn = max(when(key)[0] for key in draft.keys)
+    shifts = {key: last_turn - when(key)[0] for key in draft.keys}
     keys = sorted(draft.keys, key=lambda key: (when(key)[1], place_of[key]))
     order = []
     for number, key in enumerate(keys):
-        nano = draft.order[place_of[key]]
         share = shared.shares.get(key)
+        before = [*keys[:number][::-1], *keys[number + 1 :][::-1]]
         order.append(
             dataclasses.replace(
-                nano,
-                shift=last_turn - when(key)[0],
+                draft.order[place_of[key]],
+                shift=shifts[key],
                 num_ctas=None if share is None else max(1, int(share * num_sms + 1e-6)),
-                after=_after(
-                    key, [*keys[:number][::-1], *keys[number + 1 :][::-1]], problem, shared
-                ),
+                after=_after(key, before, shifts, problem, shared),
             )
         )
     return dataclasses.replace(draft, name=name, num_sms=num_sms, order=tuple(order))
 
 
-def _after(key: str, before: Sequence[str], problem: _Problem, shared: _Shared) -> tuple[str, ...]:
-    """The last task of each other lane that a task must not run beside.
+def _after(
+    key: str,
+    before: Sequence[str],
+    shifts: Mapping[str, int],
+    problem: _Problem,
+    shared: _Shared,
+) -> tuple[str, ...]:
+    """The last tasks of each other lane that a task must not run beside.
+
+    One of each shift: in the first and last turns of a model those of some shifts are missing, and
+    waiting for one that is missing would not wait for those before it in its lane.
 
     Args:
         key: The task.
         before: All others, last first, those of the turn before at the end.
+        shifts: Of every task.
         problem: Its lanes.
         shared: What may run beside what.
     """
-    found: dict[Resource | None, str] = {}
+    found: dict[tuple[Resource | None, int], str] = {}
     for other in before:
-        if frozenset((key, other)) in shared.apart and problem.lanes[other] != problem.lanes[key]:
-            found.setdefault(problem.lanes[other], other)
+        lane = problem.lanes[other]
+        if frozenset((key, other)) in shared.apart and lane != problem.lanes[key]:
+            found.setdefault((lane, shifts[other]), other)
     return tuple(sorted(found.values()))
