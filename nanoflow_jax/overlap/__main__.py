@@ -17,7 +17,7 @@ import sys
 from absl import flags as absl_flags
 
 from nanoflow_jax import config, console, flags
-from nanoflow_jax.cost import datasheets, steady_state
+from nanoflow_jax.cost import datasheets, steady_state, timeline
 from nanoflow_jax.deviceless import compiler, devices
 from nanoflow_jax.engine import build, executors
 from nanoflow_jax.models import architecture
@@ -25,12 +25,11 @@ from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.overlap import (
     analysis,
     asked_plan,
-    drawing,
     report,
     step,
-    timeline,
     workload,
 )
+from nanoflow_jax.results import gantt, svg
 from nanoflow_jax.scheduler.buckets import Bucket
 
 _FLAGS = absl_flags.FLAGS
@@ -123,12 +122,11 @@ def _draw(
     if isinstance(prediction, str):
         raise ValueError(f"--html: no times can be predicted: {prediction}")
     middle = max(model.num_layers // 2 - 1, 0)
-    page = drawing.draw(
-        prediction.spans,
-        title=f"{plan.name}, {plan.num_tokens} tokens, {_FLAGS.device}: layers {middle} and on",
-        first_layer=middle,
-        num_layers=3,
+    title = f"{plan.name}, {plan.num_tokens} tokens, {_FLAGS.device}: layers {middle} and on"
+    picture = gantt.draw(
+        prediction.spans, title=title, first_layer=middle, num_layers=3, num_sms=plan.num_sms
     )
+    page = svg.document(picture, title=title)
     try:
         pathlib.Path(_FLAGS.html).write_text(page, encoding="utf-8")
     except OSError as error:

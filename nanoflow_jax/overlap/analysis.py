@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from nanoflow_jax.cost import timeline
 from nanoflow_jax.deviceless.devices import Device, find_device
 from nanoflow_jax.deviceless.program import Graph, Launch, Program
 from nanoflow_jax.nanobatch import operations
@@ -21,7 +22,6 @@ from nanoflow_jax.nanobatch.dependencies import Dependencies
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.pipeline import Node
 from nanoflow_jax.nanobatch.plan import Plan
-from nanoflow_jax.overlap import timeline
 from nanoflow_jax.overlap.step import Step
 
 _SCOPE = re.compile(r"layer_(\d+)/(\w+\.\d+)(?:/|$)")

@@ -4,10 +4,10 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from nanoflow_jax.cost.timeline import Prediction
 from nanoflow_jax.deviceless.program import Kernel, Program
 from nanoflow_jax.overlap.analysis import Analysis
 from nanoflow_jax.overlap.step import Step
-from nanoflow_jax.overlap.timeline import Prediction
 
 _MOST_NAMED = 3
 _SUMS = ("o_reduce", "down_reduce")

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanoflow_jax.cost.steady_state import Mix
+from nanoflow_jax.cost.timeline import Contexts
 from nanoflow_jax.deviceless.devices import Device
 from nanoflow_jax.models import architecture, loading
-from nanoflow_jax.overlap.timeline import Contexts
 from nanoflow_jax.scheduler.buckets import Bucket
 
 _DTYPE = np.dtype(jnp.bfloat16)

@@ -1,5 +1,6 @@
-"""What all pictures of results share."""
+"""What all pictures share."""
 
+import html
 from collections.abc import Iterable
 
 # Told apart by people who do not see all colours (Okabe and Ito).
@@ -26,6 +27,11 @@ def page(width: int, height: int, parts: Iterable[str]) -> str:
     )
     ground = f'<style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
     return "\n".join([head, ground, *parts, "</svg>", ""])
+
+
+def document(picture: str, *, title: str) -> str:
+    """A picture as an HTML page that needs nothing else."""
+    return f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>\n{picture}'
 
 
 def tick(top: float, *, most: int = 8) -> float:

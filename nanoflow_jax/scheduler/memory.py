@@ -24,12 +24,24 @@ def peak_pages(
     if not context_lens:
         return 0
     remaining = np.asarray(remaining_lens, np.int64)
-    contexts = np.asarray(context_lens, np.int64)
-    last_steps = np.unique(remaining)
-    alive = remaining[None, :] >= last_steps[:, None]
-    grown = contexts[None, :] + last_steps[:, None]
-    pages = -(-grown // page_size) * alive
-    return int(pages.sum(axis=1).max())
+    # The longest first: those alive at the last step of one are it and all before it, so that sums
+    # over them are running sums.
+    order = np.argsort(-remaining)
+    last_steps = remaining[order]
+    contexts = np.asarray(context_lens, np.int64)[order]
+    whole, part = np.divmod(contexts, page_size)
+    turns, extra = np.divmod(last_steps, page_size)
+    # Context and step together are whole + turns pages, and what is left of both fills 0 to 2 more.
+    with_part = np.cumsum(part[:, None] == np.arange(page_size), axis=0)
+    up_to_part = np.cumsum(with_part, axis=1)
+    alive = np.arange(1, len(order) + 1)
+    rows = np.arange(len(order))
+    is_none_left = (extra == 0) * with_part[:, 0]
+    more_than_one = alive - up_to_part[rows, page_size - np.maximum(extra, 1)]
+    more = alive - is_none_left + (extra > 0) * more_than_one
+    pages = np.cumsum(whole) + alive * turns + more
+    # Of requests that end together, only the last has all of them before it.
+    return int(pages.max())
 
 
 class OutputLengths:

@@ -4,13 +4,13 @@ import html
 from collections.abc import Mapping
 
 from nanoflow_jax.cost import serving
+from nanoflow_jax.results import svg
 
 _LEFT, _TOP, _SIZE, _RIGHT, _BOTTOM = 150, 70, 520, 60, 50
 _ROW, _BAR = 46, 15
-_INK, _GRID, _FAINT = "#222", "#ddd", 0.45
-# Told apart by people who do not see all colours (Okabe and Ito).
-_COLOURS = {"memory": "#0072b2", "network": "#e69f00"}
-_TICKS = 5
+_FAINT = 0.45
+_COLOURS = {"memory": svg.COLOURS[0], "network": svg.COLOURS[4]}
+_TICKS = 6
 
 
 def draw(costs: Mapping[str, serving.ServingCost], *, asked: str, title: str) -> str:
@@ -30,16 +30,13 @@ def draw(costs: Mapping[str, serving.ServingCost], *, asked: str, title: str) ->
     bottom = _TOP + _ROW * len(costs)
     width, height = _LEFT + _SIZE + _RIGHT, bottom + _BOTTOM
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="sans-serif">',
-        '<rect width="100%" height="100%" fill="#fff"/>',
-        _text(_LEFT, 22, title, size=14),
+        f'<text class="title" x="{_LEFT}" y="22">{html.escape(title)}</text>',
         *_key(),
         *_axis(end, bottom, scale),
     ]
     for row, (name, both) in enumerate(ratios.items()):
         parts += _bars(name, both, _TOP + _ROW * row, scale, is_asked=name == asked)
-    return "\n".join([*parts, "</svg>", ""])
+    return svg.page(width, height, parts)
 
 
 def _key() -> list[str]:
@@ -54,18 +51,18 @@ def _key() -> list[str]:
 
 
 def _axis(end: float, bottom: float, scale: float) -> list[str]:
-    step = next(one for one in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, end) if end / one <= _TICKS + 1)
+    step = svg.tick(end, most=_TICKS)
     parts = []
     for number in range(int(end / step) + 1):
         x = _LEFT + number * step * scale
         parts += [
-            f'<path d="M{x:.1f} {_TOP}V{bottom}" stroke="{_GRID}"/>',
+            f'<path class="grid" d="M{x:.1f} {_TOP}V{bottom}"/>',
             _text(x, bottom + 16, f"{number * step:g}", anchor="middle"),
         ]
     one = _LEFT + scale
     return [
         *parts,
-        f'<path d="M{one:.1f} {_TOP - 6}V{bottom}" stroke="{_INK}" stroke-dasharray="5 3"/>',
+        f'<path class="whisker" stroke-dasharray="5 3" d="M{one:.1f} {_TOP - 6}V{bottom}"/>',
         _text(one, _TOP - 10, "computing", anchor="middle"),
         _text(_LEFT + _SIZE / 2, bottom + 36, "time, over that of computing", anchor="middle"),
     ]
@@ -80,16 +77,13 @@ def _bars(
         parts += [
             f'<rect x="{_LEFT}" y="{y}" width="{ratio * scale:.1f}" height="{_BAR}" '
             f'fill="{_COLOURS[resource]}" opacity="{1.0 if is_asked else _FAINT}"/>',
-            _text(_LEFT + ratio * scale + 5, y + 12, f"{ratio:.2f}", size=11),
+            _text(_LEFT + ratio * scale + 5, y + 12, f"{ratio:.2f}"),
         ]
     return parts
 
 
-def _text(
-    x: float, y: float, text: str, *, size: int = 12, anchor: str = "start", is_bold: bool = False
-) -> str:
-    weight = ' font-weight="bold"' if is_bold else ""
+def _text(x: float, y: float, text: str, *, anchor: str = "start", is_bold: bool = False) -> str:
+    weight = ' class="title"' if is_bold else ""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{_INK}"'
-        f"{weight}>{html.escape(text)}</text>"
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{html.escape(text)}</text>'
     )

@@ -8,13 +8,13 @@ from planned_programs import EIGHT, HALVES
 
 from nanoflow_jax import config
 from nanoflow_jax.config import Executor
-from nanoflow_jax.cost import datasheets
+from nanoflow_jax.cost import datasheets, timeline
 from nanoflow_jax.deviceless.program import Instruction
 from nanoflow_jax.models import huggingface, presets
 from nanoflow_jax.nanobatch import builders, legality
 from nanoflow_jax.nanobatch.dependencies import Rule
 from nanoflow_jax.nanobatch.operations import Resource
-from nanoflow_jax.overlap import analysis, report, step, timeline
+from nanoflow_jax.overlap import analysis, report, step
 from nanoflow_jax.scheduler.buckets import Bucket
 
 _8B = huggingface.read_config(presets.load("llama-3-8b"))

@@ -10,12 +10,12 @@ import pytest
 
 from nanoflow_jax import compat, config
 from nanoflow_jax.config import Executor
-from nanoflow_jax.cost import datasheets
+from nanoflow_jax.cost import datasheets, timeline
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import huggingface, presets
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.operations import Resource
-from nanoflow_jax.overlap import analysis, report, step, timeline, workload
+from nanoflow_jax.overlap import analysis, report, step, workload
 from nanoflow_jax.scheduler.buckets import Bucket
 
 pytestmark = pytest.mark.timeout(900)

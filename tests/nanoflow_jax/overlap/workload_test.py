@@ -1,9 +1,9 @@
 import pytest
 
 from nanoflow_jax.cost.steady_state import Mix
+from nanoflow_jax.cost.timeline import Contexts
 from nanoflow_jax.deviceless.devices import find_device
 from nanoflow_jax.models import huggingface, presets
-from nanoflow_jax.overlap.timeline import Contexts
 from nanoflow_jax.overlap.workload import Workload
 from nanoflow_jax.scheduler.buckets import Bucket
 

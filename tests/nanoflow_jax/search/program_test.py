@@ -1,10 +1,9 @@
-import xml.etree.ElementTree
-
 import pytest
 from absl import flags as absl_flags
 
 from nanoflow_jax.engine import build
 from nanoflow_jax.search import __main__ as program
+from tests import pictures
 
 
 @pytest.fixture
@@ -63,15 +62,11 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
         "cost", "--model=llama-3-8b", "--input_len=100", "--output_len=2000", f"--plot={path}"
     )
     assert code == 0
-    picture = xml.etree.ElementTree.fromstring(path.read_text())
-    texts = [one.text for one in picture.iter("{http://www.w3.org/2000/svg}text")]
+    picture = pictures.parse(path.read_text())
+    texts = pictures.texts(picture)
     assert {"asked, 100/2000", "lmsys", "splitwise", "sharegpt", "512/512"} <= set(texts)
-    bold = [
-        one.text
-        for one in picture.iter("{http://www.w3.org/2000/svg}text")
-        if one.get("font-weight") == "bold"
-    ]
-    assert bold == ["asked, 100/2000"]
+    title = "llama-3-8b on 1 x H200 SXM"
+    assert pictures.titles(picture) == [title, "asked, 100/2000"]
 
 
 @pytest.mark.parametrize(

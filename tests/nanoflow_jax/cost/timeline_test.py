@@ -1,13 +1,11 @@
-import re
-
 import pytest
 
-from nanoflow_jax.cost import datasheets
+from nanoflow_jax.cost import datasheets, timeline
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import huggingface, presets
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.dependencies import Dependencies
-from nanoflow_jax.overlap import drawing, timeline, workload
+from nanoflow_jax.overlap import workload
 from nanoflow_jax.scheduler.buckets import Bucket
 
 _8B = huggingface.read_config(presets.load("llama-3-8b"))
@@ -48,12 +46,3 @@ def test_the_papers_requests_leave_a_chain_of_at_most_70_percent_at_2048_tokens(
     found = timeline.predict_step(_8B, plan, work.bucket, work.contexts, _H200)
     assert found.critical_fraction < 0.60
     assert found.period_s < 0.80 * found.plain_s
-
-
-def test_a_drawing_has_a_bar_for_each_nano_operation_that_is_shown():
-    plan = builders.halves(_8B.layer_shape, num_tokens=2048)
-    page = drawing.draw(_predict(plan).spans, title="a < b", first_layer=5, num_layers=2)
-    assert len(re.findall("<rect ", page)) == 2 * len(plan.order)
-    assert "a &lt; b" in page
-    assert "layer 5 up_gate.0:" in page
-    assert "layer 7 " not in page
