@@ -1,7 +1,10 @@
-"""What bounds a model on some devices, before anything is run; and made-up requests to run.
+"""What bounds a model on some devices, and its best plan, before anything is run; made-up requests.
 
 `python -m nanoflow_jax.search cost --model=llama-2-70b --device=a100-80g --devices=8
     --input_len=512 --output_len=512 [--plot=FILE.svg]`
+`python -m nanoflow_jax.search plan --model=llama-3-8b --device=h200 --input_len=512
+    --output_len=512 [--dense_batch=2048] [--time_limit_s=120] [--output=FILE.json]
+    [--plot=FILE.svg]`
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 
 Exit codes: 0 done, 2 wrong flags or files, 130 interrupted.
@@ -18,7 +21,8 @@ from nanoflow_jax import console
 from nanoflow_jax.cost import datasheets, serving
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture, huggingface, presets
-from nanoflow_jax.search import cost_plot, cost_report
+from nanoflow_jax.nanobatch import plan_file
+from nanoflow_jax.search import cost_plot, cost_report, plan_question, plan_report
 from nanoflow_jax.workload import traces
 
 _FLAGS = absl_flags.FLAGS
@@ -76,17 +80,27 @@ def define(values: absl_flags.FlagValues) -> None:
     )
     absl_flags.DEFINE_integer("seed", 0, "Of what is made up.", lower_bound=0, flag_values=values)
     absl_flags.DEFINE_string(
-        "output", None, "Made-up requests go into this CSV file.", flag_values=values
+        "output", None, "Made-up requests (CSV) or a plan (JSON) go here.", flag_values=values
     )
     absl_flags.DEFINE_float(
         "dense_batch",
         None,
-        "Tokens of a step; unset: the most that memory allows.",
+        "Tokens of a step; unset: the most that memory allows, of a plan at most 2,048.",
         lower_bound=1,
         flag_values=values,
     )
     absl_flags.DEFINE_string(
-        "plot", None, "Also draw where the workload sits, in this SVG file.", flag_values=values
+        "plot",
+        None,
+        "Also draw where the workload sits, or the plan in time, in this SVG file.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_float(
+        "time_limit_s",
+        120.0,
+        "Time to search for a plan; then the best so far is taken.",
+        lower_bound=1.0,
+        flag_values=values,
     )
 
 
@@ -156,10 +170,33 @@ def _draw(asked: cost_report.Question, found: cost_report.Answer) -> None:
     cluster = asked.cluster
     title = f"{asked.model_name} on {cluster.num_devices} x {cluster.accelerator.name}"
     picture = cost_plot.draw({name: found.cost, **costs}, asked=name, title=title)
+    _write("plot", picture)
+
+
+def _write(flag: str, content: str) -> None:
+    path = str(_FLAGS[flag].value)
     try:
-        pathlib.Path(_FLAGS.plot).write_text(picture, encoding="utf-8")
+        pathlib.Path(path).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--plot={_FLAGS.plot} cannot be written: {error.strerror}") from error
+        raise ValueError(f"--{flag}={path} cannot be written: {error.strerror}") from error
+
+
+def _plan() -> int:
+    name, config = _model(_FLAGS.model)
+    asked = plan_question.Question(
+        config=config, cluster=_cluster(), mix=_mix(), dense_batch=_FLAGS.dense_batch
+    )
+    profile, speeds = plan_question.profile(asked), plan_question.speeds(asked)
+    outcome = plan_question.answer(asked, profile, speeds, seconds=_FLAGS.time_limit_s)
+    cluster = asked.cluster
+    where = f"{name} on {cluster.num_devices} x {cluster.accelerator.name}"
+    if _FLAGS.output:
+        _write("output", plan_file.to_json([outcome.plan]))
+    if _FLAGS.plot:
+        _write("plot", plan_report.draw(outcome.plan, profile, speeds, title=where))
+    print(f"{where}, {asked.mix}, {asked.tokens:,} tokens a step, {asked.decode_rows:,} decoded")
+    print(plan_report.text(outcome, profile, speeds))
+    return 0
 
 
 def _trace() -> int:
@@ -181,7 +218,7 @@ def _trace() -> int:
     return 0
 
 
-_COMMANDS = {"cost": _cost, "trace": _trace}
+_COMMANDS = {"cost": _cost, "plan": _plan, "trace": _trace}
 
 
 def _run(arguments: list[str]) -> int:

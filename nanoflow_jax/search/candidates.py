@@ -12,7 +12,7 @@ _FIRST = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 
 
 def splits(
-    shape: operations.LayerShape, *, num_tokens: int, granule: int
+    shape: operations.LayerShape, *, num_tokens: int, granule: int, mixes_ways: bool = False
 ) -> Iterator[tuple[str, Split]]:
     """Each way, with a name: two nano-batches, of which attention may be cut once more.
 
@@ -20,6 +20,8 @@ def splits(
         shape: Of a layer.
         num_tokens: Of the dense batch.
         granule: Ranges begin at its multiples.
+        mixes_ways: Also those in which o is summed for some tokens and gathered for others, as in
+            the paper; its weight is then held in two layouts.
     """
     firsts = sorted({round(share * num_tokens / granule) * granule for share in _FIRST})
     for first in firsts:
@@ -30,7 +32,7 @@ def splits(
             fine = halves if parts == len(halves) else _cut_each(halves, granule)
             if fine is None:
                 continue
-            for way, chosen in _ways(shape, halves):
+            for way, chosen in _ways(shape, halves, mixes_ways=mixes_ways):
                 ranges = {
                     **dict.fromkeys(("norm_kqv", "rope", "append", "decode_attention"), fine),
                     **dict.fromkeys(("prefill_attention", "norm", "route", "up_gate"), halves),
@@ -57,18 +59,18 @@ def _cut_each(halves: tuple[TokenRange, ...], granule: int) -> tuple[TokenRange,
 
 
 def _ways(
-    shape: operations.LayerShape, halves: tuple[TokenRange, ...]
+    shape: operations.LayerShape, halves: tuple[TokenRange, ...], *, mixes_ways: bool
 ) -> Iterator[tuple[str, dict[str, tuple[TokenRange, ...]]]]:
-    """How o and down go over several devices; for each half, by sum or by columns."""
+    """How o and down go over several devices: by sum or by columns."""
     down = {"down": halves}
     if shape.num_devices == 1:
         yield "", {"o": halves, **down}
         return
     down["down_reduce"] = halves
     first, second = halves[:1], halves[1:]
-    yield ", o reduced", {"o": halves, "o_reduce": halves, **down}
     gathers = ("attention_gather", "o_columns", "o_gather")
-    yield (
-        ", o of the first gathered",
-        {**dict.fromkeys(gathers, first), "o": second, "o_reduce": second, **down},
-    )
+    yield ", o reduced", {"o": halves, "o_reduce": halves, **down}
+    yield ", o gathered", {**dict.fromkeys(gathers, halves), **down}
+    if mixes_ways:
+        mixed = {**dict.fromkeys(gathers, first), "o": second, "o_reduce": second}
+        yield ", o of the first gathered", {**mixed, **down}

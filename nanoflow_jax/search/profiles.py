@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Protocol
 
-from nanoflow_jax.cost import layer_work
+from nanoflow_jax.cost import iteration, layer_work
 from nanoflow_jax.cost.datasheets import Datasheet
 from nanoflow_jax.models import architecture
 
@@ -68,7 +68,22 @@ class Roofline:
             decode_rows=round(self.load.decode_rows * tokens / self.load.tokens),
         )
         name = operation.removesuffix("_columns")
+        moe = self.config.moe
+        if moe is not None and name in ("route", "up_gate", "down"):
+            return self._sparse(name, moe, tokens).seconds(self.sheet)
         return layer_work.work(self._own_part, name, load).seconds(self.sheet)
+
+    def _sparse(self, operation: str, moe: architecture.MoeConfig, tokens: int) -> layer_work.Work:
+        """Of a mixture of experts: products with all experts that some token is sent to."""
+        width, hidden = self.config.hidden_size, -(-moe.intermediate_size // self.num_devices)
+        if operation == "route":
+            rows, experts, depth, columns = float(tokens), 1.0, width, moe.num_experts
+        else:
+            rows = float(tokens * moe.num_active)
+            experts = iteration.touched_experts(moe, tokens)
+            depth, columns = (width, 2 * hidden) if operation == "up_gate" else (hidden, width)
+        moved = experts * depth * columns + rows * (depth + columns)
+        return layer_work.Work(flops=2.0 * rows * depth * columns, num_bytes=_BYTES * moved)
 
     @property
     def _own_part(self) -> architecture.ModelConfig:

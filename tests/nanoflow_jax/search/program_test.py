@@ -2,6 +2,7 @@ import pytest
 from absl import flags as absl_flags
 
 from nanoflow_jax.engine import build
+from nanoflow_jax.nanobatch import plan_file
 from nanoflow_jax.search import __main__ as program
 from tests import pictures
 
@@ -72,11 +73,24 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do: one of cost, trace; got nothing"),
-        (["price"], "say what to do: one of cost, trace; got price"),
+        ([], "say what to do: one of cost, plan, trace; got nothing"),
+        (["price"], "say what to do: one of cost, plan, trace; got price"),
         (["trace"], "--output names the CSV file that the requests go into"),
         (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
         (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),
+        (["plan"], "--model names the model to work it out for"),
+        (
+            ["plan", "--model=llama-3-8b", "--device=paper:h200"],
+            "--device=paper:h200 does not say how many SMs it has",
+        ),
+        (
+            ["plan", "--model=llama-3-8b", "--dense_batch=1000"],
+            "--dense_batch=1000 cannot be split: give a multiple of 128, from 256 on",
+        ),
+        (
+            ["plan", "--model=llama-3-8b", "--dense_batch=128000"],
+            "--dense_batch=128000 is more than memory can feed, which is 2,482",
+        ),
         (["cost"], "--model names the model to work it out for"),
         (["cost", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
         (["cost", "--model=llama-3-8b", "--device=tpu"], "accelerator 'tpu' is not known; take"),
@@ -128,3 +142,26 @@ def test_made_up_requests_are_written_and_summed_up(ask, tmp_path):
     assert path.read_text() == written
     ask(*arguments, "--seed=1")
     assert path.read_text() != written
+
+
+def test_a_plan_is_found_told_of_drawn_and_written_as_engines_load_it(ask, tmp_path):
+    path, plot = tmp_path / "plan.json", tmp_path / "plan.svg"
+    arguments = ("--model=qwen3-8b", "--device=h200", "--dense_batch=1024", "--time_limit_s=5")
+    code, text, _ = ask("plan", *arguments, f"--output={path}", f"--plot={plot}")
+    assert code == 0
+    assert "nothing was measured" in text
+    for start in ("best plan: ", "nothing split, ", "split alike, ", "  lanes are busy: "):
+        assert _line(text, start)
+    (plan,) = plan_file.read(path)
+    assert plan.num_tokens == 1024
+    assert plan.name in text
+    assert pictures.titles(pictures.parse(plot.read_text())) == ["qwen3-8b on 1 x H200 SXM"]
+
+
+def test_where_splitting_gains_nothing_the_plan_splits_nothing(ask):
+    """Prompts alone keep products busy all the time: there is nothing to run beside them."""
+    arguments = ("--model=mixtral-8x7b", "--devices=1", "--device=h200", "--output_len=0")
+    code, text, _ = ask("plan", *arguments, "--dense_batch=256", "--time_limit_s=5")
+    assert code == 0
+    assert "best plan: one, " in text
+    assert "splitting does not pay here" in text
