@@ -5,6 +5,7 @@
 `python -m nanoflow_jax.search plan --model=llama-3-8b --device=h200 --input_len=512
     --output_len=512 [--dense_batch=2048] [--time_limit_s=120] [--output=FILE.json]
     [--plot=FILE.svg]`
+`python -m nanoflow_jax.search paper`: NanoFlow's ablation, predicted beside what it printed
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 
 Exit codes: 0 done, 2 wrong flags or files, 130 interrupted.
@@ -22,7 +23,7 @@ from nanoflow_jax.cost import datasheets, serving
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture, huggingface, presets
 from nanoflow_jax.nanobatch import plan_file
-from nanoflow_jax.search import cost_plot, cost_report, plan_question, plan_report
+from nanoflow_jax.search import cost_plot, cost_report, paper, plan_question, plan_report, profiles
 from nanoflow_jax.workload import traces
 
 _FLAGS = absl_flags.FLAGS
@@ -93,6 +94,14 @@ def define(values: absl_flags.FlagValues) -> None:
         "plot",
         None,
         "Also draw where the workload sits, or the plan in time, in this SVG file.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_enum(
+        "profile",
+        "datasheet",
+        ["datasheet", "paper"],
+        "Times of operations: the least by the device's datasheet, or what NanoFlow's authors "
+        "measured of llama-2-70b on 8 A100s.",
         flag_values=values,
     )
     absl_flags.DEFINE_float(
@@ -181,12 +190,16 @@ def _write(flag: str, content: str) -> None:
         raise ValueError(f"--{flag}={path} cannot be written: {error.strerror}") from error
 
 
+def _profile(asked: plan_question.Question) -> profiles.Profile:
+    return plan_question.profile(asked, from_paper=_FLAGS.profile == "paper")
+
+
 def _plan() -> int:
     name, config = _model(_FLAGS.model)
     asked = plan_question.Question(
         config=config, cluster=_cluster(), mix=_mix(), dense_batch=_FLAGS.dense_batch
     )
-    profile, speeds = plan_question.profile(asked), plan_question.speeds(asked)
+    profile, speeds = _profile(asked), plan_question.speeds(asked)
     outcome = plan_question.answer(asked, profile, speeds, seconds=_FLAGS.time_limit_s)
     cluster = asked.cluster
     where = f"{name} on {cluster.num_devices} x {cluster.accelerator.name}"
@@ -218,7 +231,12 @@ def _trace() -> int:
     return 0
 
 
-_COMMANDS = {"cost": _cost, "plan": _plan, "trace": _trace}
+def _paper() -> int:
+    print(paper.text())
+    return 0
+
+
+_COMMANDS = {"cost": _cost, "paper": _paper, "plan": _plan, "trace": _trace}
 
 
 def _run(arguments: list[str]) -> int:

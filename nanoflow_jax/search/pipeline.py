@@ -119,11 +119,12 @@ def find(
         if number and left <= _LEAST_S:
             break
         each = left / 4  # two stages now, and another round
-        slowed = problem.slowed(speeds, shares)
-        order = periodic.best_schedule(slowed, problem.waits, apart=problem.apart, seconds=each)
-        found = _share_out(
-            problem, order, {task.name: task.seconds for task in slowed}, speeds, seconds=each
-        )
+        try:
+            found = _round(problem, shares, speeds, seconds=each)
+        except periodic.ProgramError:
+            if best is None:
+                raise
+            break
         if best is not None and found.period_s > best.period_s * (1 - _SAME):
             break
         best, shares = found, found.shares
@@ -131,6 +132,16 @@ def find(
     plan = _ordered(draft, problem, best, num_sms=num_sms, name=name)
     legality.check(plan)
     return Pipeline(plan=plan, period_s=best.period_s, shares=best.shares, starts=best.starts)
+
+
+def _round(
+    problem: "_Problem", shares: Mapping[str, float], speeds: Speeds, *, seconds: float
+) -> "_Shared":
+    """Stage I with tasks as long as some shares make them, then stage II."""
+    slowed = problem.slowed(speeds, shares)
+    order = periodic.best_schedule(slowed, problem.waits, apart=problem.apart, seconds=seconds)
+    lengths = {task.name: task.seconds for task in slowed}
+    return _share_out(problem, order, lengths, speeds, seconds=seconds)
 
 
 class _Problem:
@@ -252,6 +263,8 @@ def _share_out(
             apart.add(frozenset((one, other)))
     _add_triples(program, [task.name for task in in_lanes], together)
     values, _, _ = program.solve(seconds=seconds)
+    if values["rate"] < 1e-9:  # that nothing ever runs is a solution too
+        raise periodic.ProgramError(f"no shares were found: {seconds:.0f} s were too few")
     return _Shared(
         period_s=scale / values["rate"],
         shares={task.name: round(values["share", task.name], 3) for task in in_lanes},

@@ -5,7 +5,7 @@ import dataclasses
 from nanoflow_jax.cost import layer_work, serving
 from nanoflow_jax.cost.datasheets import Datasheet
 from nanoflow_jax.cost.steady_state import Mix
-from nanoflow_jax.models import architecture
+from nanoflow_jax.models import architecture, huggingface, presets
 from nanoflow_jax.nanobatch.operations import LayerShape
 from nanoflow_jax.nanobatch.plan import GRANULE
 from nanoflow_jax.search import candidates, interference, plan_search, profiles
@@ -79,12 +79,21 @@ class Question:
         return dataclasses.replace(self.config.layer_shape, num_devices=self.cluster.group_size)
 
 
-def profile(asked: Question) -> profiles.Profile:
-    """Times of operations: of datasheets.
+def profile(asked: Question, *, from_paper: bool = False) -> profiles.Profile:
+    """Times of operations: of datasheets, or as NanoFlow's authors measured them.
 
     Raises:
-        ValueError: See `Question`.
+        ValueError: See `Question`; or the paper has no such times.
     """
+    if from_paper:
+        paper = huggingface.read_config(presets.load("llama-2-70b"))
+        known = (paper, 8, "A100 SXM 80 GB", profiles.PAPER_70B.tokens)
+        if known != (asked.config, asked.cluster.group_size, asked.sheet.name, asked.tokens):
+            raise ValueError(
+                "--profile=paper has times of llama-2-70b on 8 of a100-80g with 2048 tokens alone; "
+                "ask for these, or take --profile=datasheet"
+            )
+        return profiles.PAPER_70B
     load = layer_work.Load(
         tokens=asked.tokens,
         decode_rows=asked.decode_rows,

@@ -122,3 +122,30 @@ class Measured:
         """See `Profile`; operations that were not measured take no time."""
         whole = self.whole_s.get(operation.removesuffix("_columns"), 0.0)
         return whole * (self.fixed + (1 - self.fixed) * tokens / self.tokens)
+
+
+_LAYERS_70B = 80
+_TABLE_2_MS = {
+    "norm_kqv": 16.08,
+    "o": 16.01,
+    "up_gate": 69.92,
+    "down": 34.96,
+    "decode_attention": 35.60,
+    "prefill_attention": 4.56,
+    # Two gathers move what one all-reduce moves, and a layer has two such pairs.
+    "attention_gather": 47.92 / 4,
+    "o_gather": 47.92 / 4,
+    "o_reduce": 47.92 / 2,
+    "hidden_gather": 47.92 / 4,
+    "down_gather": 47.92 / 4,
+    "down_reduce": 47.92 / 2,
+}
+# The fixed part is such that the paper's split runs 1106 / 982 times as long as nothing split, one
+# after another, as its Figure 9 says of 512/512.
+PAPER_70B = Measured(
+    whole_s={name: ms * 1e-3 / _LAYERS_70B for name, ms in _TABLE_2_MS.items()},
+    tokens=2048,
+    fixed=0.0806,
+    source="NanoFlow (arXiv 2408.12757v2), Table 2, measured on 8 A100; what splitting costs from "
+    "its Figure 9",
+)

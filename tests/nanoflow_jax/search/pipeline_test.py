@@ -6,7 +6,7 @@ import pytest
 from nanoflow_jax.cost import timeline
 from nanoflow_jax.nanobatch import legality, operations
 from nanoflow_jax.nanobatch.operations import Resource
-from nanoflow_jax.search import candidates, interference, pipeline, plan_search
+from nanoflow_jax.search import candidates, interference, periodic, pipeline, plan_search
 
 _SHAPE = operations.LayerShape()
 
@@ -85,3 +85,35 @@ def test_a_task_waits_for_the_last_of_every_shift_that_it_must_not_run_beside():
         types.SimpleNamespace(apart=apart),
     )
     assert after == ("late",)
+
+
+def test_a_round_that_time_cuts_off_leaves_the_plan_of_the_round_before(monkeypatch):
+    rounds = []
+    whole = pipeline._round
+
+    def cut_off(*args, **kwargs):
+        if rounds:
+            raise periodic.ProgramError("too few seconds")
+        rounds.append(whole(*args, **kwargs))
+        return rounds[0]
+
+    monkeypatch.setattr(pipeline, "_round", cut_off)
+    found = _find(2)
+    legality.check(found.plan)
+    assert found.period_s == rounds[0].period_s
+    with pytest.raises(periodic.ProgramError, match="too few seconds"):
+        _find(2)  # and in the first round there is none yet
+
+
+def test_shares_with_which_nothing_ever_runs_are_none(monkeypatch):
+    solve = periodic.Program.solve
+
+    def stand_still(self, *, seconds):
+        values, bound, is_best = solve(self, seconds=seconds)
+        if any(name[0] == "share" for name in values):
+            values["rate"] = 0.0
+        return values, bound, is_best
+
+    monkeypatch.setattr(periodic.Program, "solve", stand_still)
+    with pytest.raises(periodic.ProgramError, match="no shares were found"):
+        _find(2)

@@ -39,7 +39,7 @@ def _search(profile, seconds):
 
 
 def test_overlap_beats_the_plan_that_splits_nothing_where_splitting_is_cheap():
-    outcome = _search(_measured(0.0), 20)
+    outcome = _search(_measured(0.0), 600)
     legality.check(outcome.plan)
     assert outcome.sequential_s == pytest.approx(25e-4)
     assert outcome.bound_s == pytest.approx(16e-4)  # all products, one after another
@@ -49,7 +49,7 @@ def test_overlap_beats_the_plan_that_splits_nothing_where_splitting_is_cheap():
 
 
 def test_nothing_is_split_where_each_part_takes_as_long_as_the_whole():
-    outcome = _search(_measured(1.0), 20)
+    outcome = _search(_measured(1.0), 600)
     assert outcome.plan.name == "one"
     assert outcome.period_s == outcome.sequential_s == outcome.bound_s
     assert all(candidate.plan is None for candidate in outcome.candidates)  # by their bounds

@@ -73,8 +73,8 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do: one of cost, plan, trace; got nothing"),
-        (["price"], "say what to do: one of cost, plan, trace; got price"),
+        ([], "say what to do: one of cost, paper, plan, trace; got nothing"),
+        (["price"], "say what to do: one of cost, paper, plan, trace; got price"),
         (["trace"], "--output names the CSV file that the requests go into"),
         (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
         (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),
@@ -90,6 +90,10 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
         (
             ["plan", "--model=llama-3-8b", "--dense_batch=128000"],
             "--dense_batch=128000 is more than memory can feed, which is 2,482",
+        ),
+        (
+            ["plan", "--model=llama-3-8b", "--profile=paper"],
+            "--profile=paper has times of llama-2-70b on 8 of a100-80g with 2048 tokens alone",
         ),
         (["cost"], "--model names the model to work it out for"),
         (["cost", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
@@ -150,7 +154,7 @@ def test_a_plan_is_found_told_of_drawn_and_written_as_engines_load_it(ask, tmp_p
     code, text, _ = ask("plan", *arguments, f"--output={path}", f"--plot={plot}")
     assert code == 0
     assert "nothing was measured" in text
-    for start in ("best plan: ", "nothing split, ", "split alike, ", "  lanes are busy: "):
+    for start in ("best plan: ", "nothing split, "):
         assert _line(text, start)
     (plan,) = plan_file.read(path)
     assert plan.num_tokens == 1024
@@ -165,3 +169,17 @@ def test_where_splitting_gains_nothing_the_plan_splits_nothing(ask):
     assert code == 0
     assert "best plan: one, " in text
     assert "splitting does not pay here" in text
+
+
+def test_the_papers_ablation_is_told_beside_its_prediction(ask):
+    code, text, _ = ask("paper")
+    assert code == 0
+    assert "982 of 982 -0.0 %" in " ".join(_line(text, "split"))
+
+
+def test_the_papers_times_are_taken_where_they_are_asked_for(ask):
+    arguments = ("--model=llama-2-70b", "--device=a100-80g", "--devices=8", "--output_len=1024")
+    code, text, _ = ask("plan", *arguments, "--profile=paper", "--time_limit_s=1")
+    assert code == 0
+    assert "Table 2, measured on 8 A100" in text
+    assert "nothing split, one after another: 2,81" in text
