@@ -124,7 +124,12 @@ class BatchSection:
 
     PREFIX = ""
 
-    max_requests: int = knob(0, "Most requests in one step. 0: 64 on CPU, 256 on GPU.", low=0)
+    max_requests: int = knob(
+        0,
+        "Most requests in one step. 0: 64 on CPU; on GPU as many as decode at once in a dense "
+        "batch of requests of 512/512 tokens, if memory holds them.",
+        low=0,
+    )
     dense_batch: int = knob(
         0, "Tokens in a full step, decode rows and chunks together. 0: by device.", low=0
     )
@@ -251,6 +256,10 @@ class ProcessesSection:
         return host.strip("[]"), int(port)
 
 
+# Plans that need no file.
+NAMED_PLANS = ("one", "halves")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanSection:
     """How the layers of a step are cut into nano-batches and ordered."""
@@ -263,8 +272,16 @@ class PlanSection:
         "attention and collectives of one half beside products of the other; or a JSON file of "
         "plans, one for each size of bucket, other buckets running as with one.",
     )
+    plan_watch: bool = knob(
+        False,
+        "Read the file of plans again when it changes: its plans are compiled while steps go on, "
+        "and run from the next step after that.",
+    )
     plan_min_tokens: int = knob(
-        0, "Smallest bucket that --plan=halves cuts. 0: any that has tokens enough.", low=0
+        0,
+        "Smallest bucket that --plan=halves cuts; bench ablation finds from where on it pays. 0: "
+        "any that has tokens enough.",
+        low=0,
     )
     plan_granule: int = knob(
         128, "Tokens of which nano-batches of --plan=halves are multiples.", low=1
@@ -333,6 +350,21 @@ class EngineConfig:
     plans: PlanSection = dataclasses.field(default_factory=PlanSection)
     compile: CompileSection = dataclasses.field(default_factory=CompileSection)
     profile: ProfileSection = dataclasses.field(default_factory=ProfileSection)
+
+    def __post_init__(self) -> None:
+        size, count = self.parallel.tensor_parallel, self.processes.num_processes
+        if count == 1 or self.processes.process_id:  # what process 0 says is what counts
+            return
+        if self.parallel.data_parallel > 1:
+            raise ValueError(
+                f"--data_parallel={self.parallel.data_parallel} and --num_processes={count}: "
+                "replicas are of one process; start a job for each, which --process_count can "
+                "share out"
+            )
+        if size % count:
+            raise ValueError(
+                f"--tensor_parallel={size} cannot be shared out evenly over --num_processes={count}"
+            )
 
     @classmethod
     def from_knobs(cls, **knobs: Any) -> "EngineConfig":

@@ -28,9 +28,14 @@ def main_module() -> str:
     return sys.argv[0]
 
 
+def of_program(values: flags.FlagValues) -> dict[str, Any]:
+    """What a definition of a flag takes besides, so that the running program's --help lists it."""
+    return {"flag_values": values, "module_name": main_module()}
+
+
 def _define(name: str, field: Any, values: flags.FlagValues) -> None:
     text = field.metadata["help"]
-    common: dict[str, Any] = {"flag_values": values, "module_name": main_module()}
+    common = of_program(values)
     default = field.default
     low, high = field.metadata["low"], field.metadata["high"]
     if isinstance(default, enum.StrEnum):

@@ -17,7 +17,7 @@ import numpy as np
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import generator
-from nanoflow_jax.engine import build, interface
+from nanoflow_jax.engine import build, interface, model_source
 from nanoflow_jax.parallel import peers
 from nanoflow_jax.request import Choice, Completion, FinishReason, SamplingParams, TokenLogprobs
 from nanoflow_jax.tokenizer import tokenizer, tool_formats
@@ -115,7 +115,7 @@ class LLM:
         reports: build.Reports | None,
         group: peers.Group | None = None,
     ) -> None:
-        self._source = build.open_model(config.model)
+        self._source = model_source.open_model(config.model)
         self.words = self._load_words(config.model.tool_format)
         self.engine: interface.TokenEngine = build.build_engine(
             config, self._source, reports, group
@@ -133,7 +133,7 @@ class LLM:
         return words
 
     @property
-    def source(self) -> build.ModelSource:
+    def source(self) -> model_source.ModelSource:
         """The model's files."""
         return self._source
 

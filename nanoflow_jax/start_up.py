@@ -1,7 +1,7 @@
 """What programs say while an engine starts: loading, the settings chosen, compiling."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from nanoflow_jax.engine import build, compiler
 from nanoflow_jax.meter import bytes_text
@@ -40,7 +40,7 @@ def reports(
 
     def program(compiled: compiler.Compiled, total: int) -> None:
         nonlocal num_compiled
-        num_compiled += 1
+        num_compiled = num_compiled % total + 1  # each replica has programs of its own
         say(f"compiled {num_compiled} of {total}: {compiled.name}, {compiled.seconds:.1f} s")
 
     return build.Reports(weights=weights, settings=settings, program=program)
@@ -48,14 +48,25 @@ def reports(
 
 def describe(chosen: build.Settings) -> str:
     """The settings of an engine in a few lines."""
+    reason = f" ({chosen.max_requests_reason})" if chosen.max_requests_reason else ""
     return "\n".join(
         [
             f"device: {chosen.device}; model: {chosen.dtype}, {bytes_text(chosen.model_bytes)}",
             f"cache: {chosen.num_pages} pages of {chosen.page_size} tokens, "
             f"{bytes_text(chosen.cache_bytes)}; context: {chosen.max_context_len} tokens",
-            f"dense batch: {chosen.dense_batch} tokens of at most {chosen.max_requests} requests; "
-            f"buckets: {', '.join(chosen.buckets)}"
+            f"dense batch: {chosen.dense_batch} tokens of at most {chosen.max_requests} "
+            f"requests{reason}; buckets: {', '.join(chosen.plans)}"
             + ("; batch invariant" if chosen.batch_invariant else ""),
+            f"plan: {_plans(chosen.plans)}; executor: {chosen.executor}",
             f"kernels: {chosen.kernels}",
         ]
     )
+
+
+def _plans(by_bucket: Mapping[str, str]) -> str:
+    """Which buckets run by which plan; the plan alone if all run by one."""
+    names = [*dict.fromkeys(by_bucket.values())]
+    if len(names) == 1:
+        return names[0]
+    buckets = {name: [b for b, plan in by_bucket.items() if plan == name] for name in names}
+    return ", ".join(f"{name} ({' '.join(found)})" for name, found in buckets.items())

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 from pallas_kernels.decode_role import DecodeOptions, DecodeRefs, decode_role
 from pallas_kernels.merge_parts import COLUMN_MULTIPLE, merge_runs
 from pallas_kernels.work_list import PARTS_PER_GROUP, TILE_LEN, WORKERS_PER_CTA, WorkList
@@ -213,6 +213,9 @@ def check_batch(
         dtypes: That q and the cache may have.
         most_group: Query heads that a kv head may have.
     """
+    fields = {f"work.{name}": field for name, field in work._asdict().items()}
+    tables = {"page_table": page_table, "context_lens": context_lens}
+    checks.check_arrays(q=q, cache=cache, **tables, **fields)
     if q.ndim != 3 or cache.ndim != 5 or cache.shape[1] != 2 or q.shape[2] != cache.shape[4]:
         raise ValueError(f"q{q.shape} and cache{cache.shape} are not [R, N, H] and [P, 2, K, S, H]")
     if 0 in (*q.shape, *cache.shape, *page_table.shape):
@@ -227,10 +230,7 @@ def check_batch(
     group, rest = divmod(N, K)
     if rest or group > most_group:
         raise ValueError(f"N={N} query heads are not 1 to {most_group} for each of K={K} kv heads")
-    for name, table, axes in (
-        ("page_table", page_table, "R M"),
-        ("context_lens", context_lens, "R"),
-    ):
+    for (name, table), axes in zip(tables.items(), ("R M", "R"), strict=True):
         if table.shape[:1] != (R,) or table.ndim != len(axes.split()) or table.dtype != jnp.int32:
             raise ValueError(
                 f"{name} is {table.dtype}{table.shape}, not int32 [{axes.replace(' ', ', ')}] with "

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import compat
-from pallas_kernels import mosaic, triton_pages
+from pallas_kernels import checks, triton_pages
 from pallas_kernels.decode_attention import check_batch, finish_decode
 from pallas_kernels.decode_role import DecodeOptions
 from pallas_kernels.decode_walk import Item, Walk
@@ -72,7 +72,8 @@ def decode_attention_triton(
         ValueError: Shapes, dtypes or numbers do not fit each other or the kernel, or this jax has
             no such backend.
     """
-    mosaic.check_num_ctas(num_ctas)
+    checks.check_count("num_ctas", num_ctas)
+    checks.check_arrays(**checks.given(token=token))
     check_batch(
         q,
         cache,

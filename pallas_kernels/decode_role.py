@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nanoflow_jax import compat
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 from pallas_kernels.decode_walk import Item, Place, Walk
 from pallas_kernels.scores import powers
 from pallas_kernels.work_list import TILE_LEN, WORKERS_PER_CTA
@@ -56,10 +56,7 @@ class DecodeOptions:
     interpreted: bool
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} is not at least 1; None sees all tokens")
-        if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"softcap={self.softcap} is not above 0; None leaves scores alone")
+        checks.check_scores(scale=self.scale, window=self.window, softcap=self.softcap)
 
     def powers(self, products: Any) -> Any:
         """Scores of products of queries and keys, as powers of 2."""

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels import mosaic
-from pallas_kernels.gemm_role import Factor, GemmRefs, GemmTile, default_tile, gemm_role
+from pallas_kernels import checks, mosaic
+from pallas_kernels.gemm_role import Factor, GemmRefs, GemmTile, default_tile, gemm_role, up
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn)
 
@@ -59,7 +59,8 @@ def gemm(
         w_up_scale: The same of w_up.
         bias: Any float dtype.
         residual: Of the output's dtype.
-        out_dtype: x's unless given; bfloat16 where that is float8_e4m3fn.
+        out_dtype: bfloat16, float16 or float32; x's unless given, or bfloat16 where that is
+            float8_e4m3fn.
         num_ctas: Most SMs to use.
         tile: How the product is cut; `default_tile` unless given.
         token: Read by nobody; orders this kernel after the one that makes it.
@@ -99,18 +100,20 @@ def prepare_gemm(
     tile: GemmTile | None = None,
 ) -> mosaic.Kernel:
     """The kernel of `gemm`, to run on a share of a grid; takes and refuses the same."""
-    out_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
+    scales = checks.given(x_scale=x_scale, w_scale=w_scale, w_up_scale=w_up_scale)
+    checks.check_arrays(x=x, w=w, **checks.given(w_up=w_up, bias=bias, residual=residual), **scales)
+    _check(x, w, gated=gated, w_up=w_up)
+    out_dtype = checks.check_out_dtype(out_dtype or default_out_dtype(x.dtype))
     num_factors = 1 if w_up is None and not gated else 2
     tile = tile or default_tile(x.dtype, x.shape[0], num_factors=num_factors, out_dtype=out_dtype)
     num_rows, num_columns = x.shape[0], w.shape[0] // 2 if gated else w.shape[0]
-    _check(x, w, gated=gated, w_up=w_up)
     _check_epilogue((num_rows, num_columns), out_dtype, bias=bias, residual=residual)
     _check_scales(x, w, x_scale=x_scale, w_scale=w_scale, w_up=w_up, w_up_scale=w_up_scale)
     x = padded(x, mosaic.TILE_ROWS, tile.depth)
     weights = [padded(one, mosaic.TILE_ROWS, tile.depth) for one in (w, w_up) if one is not None]
-    shape = (x.shape[0], _up(num_columns, mosaic.TILE_ROWS))
+    shape = (x.shape[0], tile.out_columns(num_columns, out_dtype))
     operands = [x, *weights]
-    height, width = _up(num_rows, tile.rows), _up(num_columns, tile.columns)
+    height, width = up(num_rows, tile.rows), up(num_columns, tile.columns)
     vectors = (
         (w_scale, w.shape[0], w.shape[0] - num_columns + width),
         (w_up_scale, num_columns, width),
@@ -214,10 +217,6 @@ def default_out_dtype(dtype: Any) -> Any:
     return jnp.bfloat16 if dtype == jnp.float8_e4m3fn else dtype
 
 
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
 def padded(x: Float[Array, "M N"], rows: int, columns: int) -> Float[Array, "M2 N2"]:
     """Zeros up to multiples of rows and columns; nothing is copied where there are none to add."""
     widths = [(0, -x.shape[0] % rows), (0, -x.shape[1] % columns)]
@@ -267,6 +266,8 @@ def _check(x: Any, w: Any, *, gated: bool, w_up: Any) -> None:
 def _check_epilogue(expected: tuple[int, int], out_dtype: Any, *, bias: Any, residual: Any) -> None:
     if bias is not None and bias.shape != expected[1:]:
         raise ValueError(f"bias{bias.shape} is not [F] = {expected[1:]}")
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(f"bias is {bias.dtype}, not of a float dtype")
     if residual is not None and (residual.shape != expected or residual.dtype != out_dtype):
         raise ValueError(
             f"residual is {residual.dtype}{residual.shape}, not {out_dtype}{expected} as the output"

@@ -59,6 +59,14 @@ class GemmTile:
                 f"multiple of slice_columns, and columns at most {_MOST_COLUMNS}"
             )
 
+    def out_columns(self, num_columns: int, dtype: Any) -> int:
+        """Columns of the array that a result of so many is written to: slices are stored swizzled.
+
+        Raises:
+            ValueError: A slice is no multiple of 32 bytes.
+        """
+        return up(num_columns, mosaic.swizzled_columns(self.slice_columns, dtype))
+
     @property
     def warpgroup_rows(self) -> int:
         """Rows that one warpgroup multiplies."""
@@ -69,6 +77,11 @@ class GemmTile:
         """Columns that one warpgroup multiplies."""
         shared_by = self.rows // self.warpgroup_rows
         return self.columns * shared_by // mosaic.COMPUTE_WARPGROUPS
+
+
+def up(size: int, multiple: int) -> int:
+    """The least multiple that is no smaller."""
+    return -(-size // multiple) * multiple
 
 
 def default_rows(num_rows: int) -> int:

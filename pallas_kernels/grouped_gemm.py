@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 from pallas_kernels.gemm import check_dtypes, check_scale, default_out_dtype, filled, padded
 from pallas_kernels.gemm_role import (
     Factor,
@@ -139,7 +139,8 @@ def grouped_gemm(
         gated: Whether w holds gate and up.
         x_scale: float32, what x is to be multiplied by: one number, or one for each row.
         w_scale: The same of w: one number, one for each expert, or [E, F2] of output channels.
-        out_dtype: x's unless given; bfloat16 where that is float8_e4m3fn.
+        out_dtype: bfloat16, float16 or float32; x's unless given, or bfloat16 where that is
+            float8_e4m3fn.
         num_ctas: Most SMs to use.
         tile: How the product is cut; `default_tile` for the rows of the plan unless given.
         token: Read by nobody; orders this kernel after the one that makes it.
@@ -176,10 +177,13 @@ def prepare_grouped_gemm(
     tile: GemmTile | None = None,
 ) -> mosaic.Kernel:
     """The kernel of `grouped_gemm`, to run on a share of a grid; takes and refuses the same."""
+    checks.check_arrays(x=x, w=w, **checks.given(x_scale=x_scale, w_scale=w_scale))
     if 0 in (*x.shape, *w.shape):
         raise ValueError(f"x{x.shape} and w{w.shape} must not be empty")
+    check_dtypes(x, w)
+    _check_groups(groups)
     num_tiles = groups.tile_expert.shape[0]
-    result_dtype = jnp.dtype(out_dtype or default_out_dtype(x.dtype))
+    result_dtype = checks.check_out_dtype(out_dtype or default_out_dtype(x.dtype))
     chosen = tile or default_tile(
         x.dtype,
         groups.sources.shape[0] // num_tiles,
@@ -221,9 +225,13 @@ def prepare_grouped_gemm(
 
     return mosaic.Kernel(
         operands=operands,
-        results=(jax.ShapeDtypeStruct((x.shape[0], num_columns), result_dtype),),
+        results=(
+            jax.ShapeDtypeStruct(
+                (x.shape[0], chosen.out_columns(num_columns, result_dtype)), result_dtype
+            ),
+        ),
         role=role,
-        finish=lambda out: out,
+        finish=lambda out: out[:, :num_columns],
         most_ctas=num_tiles * pl.cdiv(num_columns, chosen.columns),
     )
 
@@ -266,10 +274,24 @@ def _by_channel(scale: Float[Array, "*EF2"], shape: tuple[int, ...]) -> Float[Ar
     return jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (2 - scale.ndim)), shape)
 
 
+def _check_groups(groups: Groups) -> None:
+    read = {name: getattr(groups, name) for name in ("sources", "tile_expert", "num_tiles")}
+    checks.check_arrays(**{f"groups.{name}": array for name, array in read.items()})
+    sources, tile_expert, num_tiles = read.values()
+    is_planned = sources.ndim == tile_expert.ndim == 1 and tile_expert.size > 0
+    if not is_planned or num_tiles.shape != (1,):
+        raise ValueError(
+            f"groups.sources{sources.shape}, tile_expert{tile_expert.shape} and "
+            f"num_tiles{num_tiles.shape} are not [R], [C] and [1]"
+        )
+    dtypes = [str(array.dtype) for array in read.values()]
+    if dtypes != ["int32"] * len(dtypes):
+        raise ValueError(f"groups are {dtypes}, not int32; take them from plan_groups")
+
+
 def _check(x: Any, w: Any, groups: Groups, *, gated: bool, tile: GemmTile) -> None:
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2]:
         raise ValueError(f"x{x.shape} and w{w.shape} are not [R, D] and [E, F, D]")
-    check_dtypes(x, w)
     multiple = mosaic.TILE_ROWS * (2 if gated else 1)
     if w.shape[1] % multiple:
         raise ValueError(f"{w.shape[1]} weight rows of an expert are no multiple of {multiple}")

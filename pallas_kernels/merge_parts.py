@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import compat
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 
 # Stands for minus infinity where a difference is taken: -inf - -inf would be NaN.
 _LOWEST = -1e30
@@ -49,7 +49,7 @@ def merge_runs(
         weights: float32, logarithm to the base 2 of the sum of exponentials of each.
         groups: [first, end) of the parts of each group.
         num_rows: The first so many rows of each part are merged.
-        dtype: Of the result.
+        dtype: Of the result: bfloat16, float16 or float32.
         num_ctas: Most SMs to use.
         interpret: None on a GPU, or InterpretGPUParams.
 
@@ -60,10 +60,12 @@ def merge_runs(
     Raises:
         ValueError: Shapes or dtypes do not fit each other or the kernel, or there is no CTA.
     """
-    mosaic.check_num_ctas(num_ctas)
+    checks.check_count("num_ctas", num_ctas)
+    checks.check_count("num_rows", num_rows)
     _check_runs(parts, weights, groups)
+    dtype = checks.check_out_dtype(dtype)
     num_groups, num_columns = groups.shape[0], parts.shape[2]
-    if num_columns % COLUMN_MULTIPLE or not 1 <= num_rows <= parts.shape[1]:
+    if num_columns % COLUMN_MULTIPLE or num_rows > parts.shape[1]:
         raise ValueError(
             f"parts{parts.shape} have no multiple of {COLUMN_MULTIPLE} columns, or not "
             f"num_rows={num_rows} rows"
@@ -135,6 +137,7 @@ def merge_parts(
 
 
 def _check_runs(parts: Any, weights: Any, groups: Any) -> None:
+    checks.check_arrays(parts=parts, weights=weights, groups=groups)
     if parts.ndim != 3 or weights.shape != parts.shape[:2] or groups.shape[1:] != (2,):
         raise ValueError(
             f"parts{parts.shape}, weights{weights.shape} and groups{groups.shape} are not "

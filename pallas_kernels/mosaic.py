@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nanoflow_jax import compat
+from pallas_kernels import checks
 
 COMPUTE_WARPGROUPS = 2
 # One that moves memory, beside those that compute.
@@ -73,12 +74,6 @@ def row_multiple(dtype: Any) -> int:
     return _ROW_BYTES // jnp.dtype(dtype).itemsize
 
 
-def check_num_ctas(num_ctas: int) -> None:
-    """Raises ValueError unless there is a CTA."""
-    if num_ctas < 1:
-        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
-
-
 def call(
     body: Callable[..., None],
     *,
@@ -101,7 +96,11 @@ def call(
         scratch: Shared memory and barriers by name.
         approx_math: Whether exp2 and the like may take the fast hardware path.
         interpret: None to run on a GPU, or InterpretGPUParams.
+
+    Raises:
+        ValueError: The token is no array of numbers.
     """
+    checks.check_arrays(**checks.given(token=token))
     compat.name_kernels()
     given = list(operands)
     if token is not None:
@@ -155,9 +154,9 @@ def run(kernel: Kernel, *, num_ctas: int, token: jax.Array | None, interpret: An
     """Answer of a kernel that has a grid to itself, of at most so many CTAs; see `call`.
 
     Raises:
-        ValueError: There is no CTA.
+        ValueError: There is no CTA, or the token is no array of numbers.
     """
-    check_num_ctas(num_ctas)
+    checks.check_count("num_ctas", num_ctas)
     num_ctas = min(num_ctas, kernel.most_ctas)
     results = call(
         lambda *refs: kernel.role(lax.axis_index("cta"), num_ctas, *refs),

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 from pallas_kernels.merge_parts import COLUMN_MULTIPLE, merge_runs
 from pallas_kernels.prefill_role import PrefillForm, PrefillRefs, prefill_role
 from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, PrefillTiles, tile_len
@@ -105,7 +105,8 @@ def prepare_prefill(
     It is to be run with the same `interpret`, by any number of CTAs. A merge on at most merge_ctas
     CTAs follows where the tiles have room for parts.
     """
-    _check(q, cache, page_table, tiles, window=window, softcap=softcap)
+    checks.check_scores(scale=scale, window=window, softcap=softcap)
+    _check(q, cache, page_table, tiles)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = cache.shape[2:4]
     capacity, num_parts = tiles.starts.shape[0], 2 * tiles.groups.shape[0]
@@ -259,6 +260,8 @@ def check_chunks(
         tiles: What to do.
         dtypes: That q and the cache may have.
     """
+    fields = {f"tiles.{name}": field for name, field in tiles._asdict().items()}
+    checks.check_arrays(q=q, cache=cache, page_table=page_table, **fields)
     if q.ndim != 3 or cache.ndim != 5 or cache.shape[1] != 2 or q.shape[2] != cache.shape[4]:
         raise ValueError(f"q{q.shape} and cache{cache.shape} are not [T, N, H] and [P, 2, K, S, H]")
     if 0 in (*q.shape, *cache.shape):
@@ -271,6 +274,8 @@ def check_chunks(
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {cache.shape[2]} KV heads")
     if page_table.ndim != 2 or page_table.dtype != jnp.int32:
         raise ValueError(f"page_table is {page_table.dtype}{page_table.shape}, not int32 [R, M]")
+    if 0 in page_table.shape:
+        raise ValueError(f"page_table{page_table.shape} must not be empty")
     shapes = [field.shape for field in tiles]
     capacity, num_groups = tiles.starts.shape, tiles.group_items.shape
     wanted = [capacity] * 4 + [(1,), q.shape[:1], (*capacity, 3), (*num_groups, 2), num_groups]
@@ -283,14 +288,9 @@ def check_chunks(
         raise ValueError(f"tiles are {[str(field.dtype) for field in tiles]}, not int32")
 
 
-def _check(
-    q: Any, cache: Any, page_table: Any, tiles: PrefillTiles, *, window: Any, softcap: Any
-) -> None:
+def _check(q: Any, cache: Any, page_table: Any, tiles: PrefillTiles) -> None:
     check_chunks(q, cache, page_table, tiles, dtypes=_DTYPES)
     if q.shape[2] not in _HEAD_DIMS:
         raise ValueError(f"head width {q.shape[2]} is none of {_HEAD_DIMS}; use the plain path")
     if cache.shape[3] not in _PAGE_SIZES:
         raise ValueError(f"page size {cache.shape[3]} is none of {_PAGE_SIZES}")
-    for name, value in (("window", window), ("softcap", softcap)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value} is not above 0; None does without")

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax import compat
-from pallas_kernels import triton_pages
+from pallas_kernels import checks, triton_pages
 from pallas_kernels.decode_role import DecodeOptions
 from pallas_kernels.prefill_attention import check_chunks, gather_results
 from pallas_kernels.prefill_tiles import GRANULE, TILE_GRANULES, PrefillTiles, tile_len
@@ -73,8 +73,8 @@ def prefill_attention_triton(
     """
     check_chunks(q, cache, page_table, tiles, dtypes=triton_pages.DTYPES)
     (_, N, H), K = q.shape, cache.shape[2]
-    if num_ctas < 1:
-        raise ValueError(f"num_ctas={num_ctas} is not at least 1")
+    checks.check_count("num_ctas", num_ctas)
+    checks.check_arrays(**checks.given(token=token))
     tile = tile or _default_tile(H, q.dtype)
     if tiles.groups.size:
         raise ValueError("the tiles have parts, which this kernel cannot merge; build them unsplit")

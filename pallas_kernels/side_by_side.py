@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 
 
 def side_by_side(
@@ -106,7 +106,7 @@ def on_share(
         ValueError: There is no CTA, or the share is no part of the grid. One in an array of jax's,
             which the device may know alone, is not looked at.
     """
-    mosaic.check_num_ctas(num_ctas)
+    checks.check_count("num_ctas", num_ctas)
     if not isinstance(share, jax.Array) and share not in range(1, num_ctas + 1):
         raise ValueError(f"share={share} is outside [1, num_ctas={num_ctas}]")
     num_operands = len(kernel.operands)
@@ -144,6 +144,7 @@ def _cut(items: Sequence[Any], like: Sequence[Sequence[Any]]) -> list[Sequence[A
 
 
 def _check(kernels: Sequence[mosaic.Kernel], shares: Any, num_ctas: int) -> None:
+    checks.check_count("num_ctas", num_ctas)
     if num_ctas < len(kernels):
         raise ValueError(f"num_ctas={num_ctas} is not at least {len(kernels)}, one for each kernel")
     num_shares = len(shares)

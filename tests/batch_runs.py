@@ -3,6 +3,9 @@
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +42,31 @@ def environment(**more: str) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         **more,
     }
+
+
+def bench(folder: pathlib.Path, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    """A benchmark's program, started in a folder; `more` is of its environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "nanoflow_jax.bench", *arguments],
+        env=environment(**more),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def run_until_killed(script: str, *arguments: object, also: Sequence[pathlib.Path] = ()) -> None:
+    """Python that must end by SIGKILL; it imports what tests do, and from folders of `also`."""
+    tests = pathlib.Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=environment(PYTHONPATH=":".join(map(str, (*also, tests, tests.parent)))),
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
 
 
 def batch_row(custom_id: str, **body: Any) -> dict[str, Any]:

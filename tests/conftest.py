@@ -20,6 +20,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import hypothesis
 import jax
+import kernel_runs
+import pytest
 
 # Compilation dominates these tests: workers and later runs share what was compiled once.
 _CACHE = pathlib.Path(
@@ -38,3 +40,15 @@ hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=25, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ends a run with more interpreted kernels than CI has time for."""
+    wanted = kernel_runs.needs_interpreter.mark
+    interpreted = [item for item in items if wanted in item.iter_markers("skipif")]
+    short = [item for item in interpreted if not item.get_closest_marker("slow")]
+    if len(short) > kernel_runs.MOST_INTERPRETED:
+        raise pytest.UsageError(
+            f"{len(short)} tests interpret kernels, more than {kernel_runs.MOST_INTERPRETED}: let "
+            "one case show several things, as the table in tests/kernel_runs.py says"
+        )

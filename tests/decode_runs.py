@@ -60,22 +60,21 @@ class Case:
 
 
 CASES = {
-    "lengths around a page": Case(lens=(0, 1, 63, 64, 65, 200)),
     "small pages, one query head": Case(lens=(0, 1, 15, 16, 17, 100), N=2, K=2, S=16, num_ctas=2),
-    "more workers than tiles": Case(lens=(31, 33, 130), N=16, S=32, H=128, num_ctas=5),
-    "large pages, a soft-cap": Case(
-        lens=(127, 129, 250), N=3, S=128, H=80, num_ctas=2, options={"softcap": 1.5}
+    "groups of five on three heads, large shared pages, a soft-cap, float16": Case(
+        lens=(250, 127, 129, 7),
+        N=15,
+        K=3,
+        S=128,
+        H=80,
+        num_ctas=2,
+        dtype="float16",
+        shared_pages=1,
+        options={"softcap": 1.5},
     ),
-    "a window over a long context": Case(lens=(5000, 3), K=2, num_ctas=2, options={"window": 100}),
-    "wide heads, float16": Case(lens=(32, 100), N=2, H=256, dtype="float16"),
-    "wide heads, a window in small pages": Case(
-        lens=(97, 0, 64, 1), N=6, K=2, S=16, H=256, num_ctas=2, options={"window": 30}
+    "wide heads, a window over a long context": Case(
+        lens=(1000, 0, 64, 1), N=6, K=2, S=16, H=256, num_ctas=2, options={"window": 30}
     ),
-    "groups of five on three heads, shared pages": Case(
-        lens=(65, 7, 40), N=15, K=3, S=32, num_ctas=2, shared_pages=1
-    ),
-    "one context on many": Case(lens=(700,), N=8, num_ctas=3),
-    "no tokens at all": Case(lens=(0, 0), num_ctas=2),
 }
 
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from nanoflow_jax import config, request
-from nanoflow_jax.engine import build, engine
+from nanoflow_jax.engine import build, engine, model_source
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,7 +40,7 @@ def build_small(folder: pathlib.Path, **knobs: Any) -> engine.Engine:
     """An engine in float32; the knobs are named as on the command line."""
     merged = {"penalty_requests": 2, "dtype": "float32", **knobs}
     section = config.EngineConfig.from_knobs(model=str(folder), **merged)
-    return build.build_engine(section, build.open_model(section.model))
+    return build.build_engine(section, model_source.open_model(section.model))
 
 
 def ask(request_id: str, prompt: Sequence[int], **params: Any) -> request.Request:

@@ -64,11 +64,7 @@ def operands(
 
 
 CASES = [
-    ({}, 2),
-    ({"chunks": [(0, 30, 237, 0)], "page_size": 32, "heads": (5, 1), "window": 70}, 1),
     ({"chunks": [(2, 9, 0, 0)], "page_size": 16, "heads": (3, 1), "window": 4}, 2),
-    ({"page_size": 128, "head_dim": 128, "heads": (7, 1), "softcap": 3.0}, 2),
-    ({"chunks": [(1, 20, 60, 0)], "head_dim": 256, "heads": (6, 2)}, 1),
     ({"chunks": [(0, 9, 130, 0)], "page_size": 128, "head_dim": 256, "heads": (16, 1)}, 1),
     (
         {

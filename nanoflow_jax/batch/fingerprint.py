@@ -8,10 +8,12 @@ import jax
 from checkpoints import text_files
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.batch import record
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import model_source
 
 
-def of_model(section: config_lib.ModelSection, model: build.ModelSource) -> record.ModelIdentity:
+def of_model(
+    section: config_lib.ModelSection, model: model_source.ModelSource
+) -> record.ModelIdentity:
     """All of a model that the answers of a job depend on.
 
     Args:
@@ -37,7 +39,7 @@ def model_name(section: config_lib.ModelSection) -> str:
     return Path(section.model).resolve().name
 
 
-def _model(section: config_lib.ModelSection, model: build.ModelSource) -> str:
+def _model(section: config_lib.ModelSection, model: model_source.ModelSource) -> str:
     if section.random_weights or model.folder is None:
         digest = hashlib.sha256(repr(model.config).encode()).hexdigest()
         return f"random weights with seed {section.weight_seed} for config {digest[:16]}"
@@ -45,7 +47,7 @@ def _model(section: config_lib.ModelSection, model: build.ModelSource) -> str:
     return f"{num_bytes} bytes of weights with fingerprint {model.folder.fingerprint()[:32]}"
 
 
-def _texts(model: build.ModelSource) -> str:
+def _texts(model: model_source.ModelSource) -> str:
     if model.folder is None:
         return "none"
     digest = hashlib.sha256()

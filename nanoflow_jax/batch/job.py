@@ -7,7 +7,7 @@ import grain
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.batch import fingerprint, resume, source
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import model_source
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def open_job(options: resume.Options, section: config_lib.ModelSection) -> Itera
     """
     with resume.open_job(
         options,
-        identify=lambda: fingerprint.of_model(section, build.open_model(section)),
+        identify=lambda: fingerprint.of_model(section, model_source.open_model(section)),
         shard_of=_grain_shard,
     ) as opened:
         yield opened

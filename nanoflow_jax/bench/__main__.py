@@ -37,13 +37,14 @@ from nanoflow_jax.bench import (
     http_client,
     invariance,
     kernel_command,
+    measured,
     overhead,
     serving,
     soak,
     throughput,
     throughput_result,
 )
-from nanoflow_jax.engine import build, interface
+from nanoflow_jax.engine import build, interface, model_source
 from nanoflow_jax.results import provenance
 from nanoflow_jax.results.kind import Tokens
 from nanoflow_jax.results.writer import ResultWriter
@@ -74,6 +75,13 @@ def _define() -> None:
         "result_name", None, "Also write a result folder of this name; throughput and invariance."
     )
     absl_flags.DEFINE_string("results", provenance.RESULTS, "Folder of all results.")
+    absl_flags.DEFINE_float(
+        "budget_seconds",
+        480.0,
+        "After which kernels begins no problem and ablation no workload; those that tell most come "
+        "first.",
+        lower_bound=0.0,
+    )
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
     kernel_command.define(_FLAGS)
     ablation_command.define(_FLAGS)
@@ -104,7 +112,7 @@ def _rows() -> Iterator[Callable[[dict[str, Any]], None]]:
 
 @contextlib.contextmanager
 def _result(
-    model: build.ModelSource, mixes: Iterable[str], **more: Any
+    model: model_source.ModelSource, mixes: Iterable[str], **more: Any
 ) -> Iterator[ResultWriter | None]:
     """The result folder of --result_name, None without one; `more` is what `Asked` takes."""
     if not _FLAGS.result_name:
@@ -137,7 +145,7 @@ def _tell(text: str) -> None:
 def _throughput() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
-    model = build.open_model(engine_config.model)
+    model = model_source.open_model(engine_config.model)
     with _rows() as write, _result(model, mixes) as result:
         say = _saying(result)
 
@@ -179,14 +187,14 @@ def _saying(result: ResultWriter | None) -> Callable[[str], None]:
 
 
 def _measure_ceilings(result: ResultWriter | None, when: str) -> None:
-    if result is not None and jax.devices()[0].platform == "gpu":
+    if result is not None and measured.is_on_gpu():
         result.set_ceilings(**{when: ceilings.measure(clock.Clock())})
 
 
 def _invariance() -> int:
     mixes = _mixes()
     engine_config = flags.engine_config(_FLAGS)
-    model = build.open_model(engine_config.model)
+    model = model_source.open_model(engine_config.model)
     configs = invariance.configs(engine_config)
     asked = {"kind": "invariance", "num_modes": len(configs)}
     with _rows() as write, _result(model, mixes, **asked) as result:

@@ -20,7 +20,7 @@ from nanoflow_jax.bench.ablation_device import Stage
 from nanoflow_jax.bench.ablation_ground import Ground
 from nanoflow_jax.bench.ablation_scale import Case, Scale
 from nanoflow_jax.bench.ablation_turn import Prepared
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import build, model_source
 from nanoflow_jax.models import architecture, transformer
 from nanoflow_jax.results import ablation, ablation_chart, manifest
 
@@ -61,7 +61,7 @@ def run(options: Options, reports: measured.Reports) -> manifest.Manifest:
     end = reports.clock() + options.budget_s - _END_S
     ground = Ground(
         config=options.engine,
-        source=build.open_model(options.engine.model),
+        source=model_source.open_model(options.engine.model),
         device=jax.devices()[0],
     )
     build.use_compile_cache(options.engine.compile.cache_dir)

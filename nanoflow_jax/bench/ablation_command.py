@@ -8,7 +8,6 @@ from typing import Any, TextIO
 
 from absl import flags
 
-from nanoflow_jax import console
 from nanoflow_jax import flags as flags_lib
 from nanoflow_jax.bench import ablation_bench, ablation_scale, measured
 from nanoflow_jax.bench.ablation_scale import Scale
@@ -104,8 +103,4 @@ def run(
         say(line)
     for line in ablation_table.goals(found.run, result.samples, made):
         say(line)
-    if found.run.device.platform != "gpu":
-        say("on a CPU nothing overlaps: these times say nothing about a GPU")
-    if found.status != "done":
-        say(f"FAILED: nothing may be claimed from {result.path}: {found.message}")
-    return console.FAILED if found.status != "done" else 0
+    return measured.conclude(result, say=say, on_cpu="on a CPU nothing overlaps")

@@ -14,7 +14,13 @@ from jaxtyping import Array, Float, Int32
 from nanoflow_jax.bench import steady_state
 from nanoflow_jax.bench.ablation_ground import Ground
 from nanoflow_jax.bench.ablation_programs import Programs, Workshop, random_numbers
-from nanoflow_jax.engine import build, implementations, kernel_choice, sampling
+from nanoflow_jax.engine import (
+    cache_memory,
+    implementations,
+    kernel_choice,
+    model_source,
+    sampling,
+)
 from nanoflow_jax.models import loading
 
 # Of a cache, that are not copies of each other.
@@ -47,8 +53,10 @@ class Stage:
         config, source = ground.config, ground.source
         placement = loading.place_model(source.config, [ground.device])
         choices = kernel_choice.choose(config.kernels, ground.machine, ground.served)
-        model = build.load_weights(config.model, source, ground.dtype, placement, build.Reports())
-        layout = build.make_layout(
+        model = model_source.load_weights(
+            config.model, source, ground.dtype, placement, progress=lambda _: None
+        )
+        layout = cache_memory.make_layout(
             placement,
             config.cache,
             ground.served,

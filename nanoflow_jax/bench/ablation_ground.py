@@ -8,7 +8,7 @@ import numpy as np
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.bench.ablation_modes import Mode
-from nanoflow_jax.engine import build, executors, kernel_choice
+from nanoflow_jax.engine import build, executors, kernel_choice, model_source
 from nanoflow_jax.models import operations as operation_lib
 
 
@@ -23,7 +23,7 @@ class Ground:
     """
 
     config: config_lib.EngineConfig
-    source: build.ModelSource
+    source: model_source.ModelSource
     device: jax.Device
 
     def __post_init__(self) -> None:
@@ -32,6 +32,16 @@ class Ground:
             raise ValueError(
                 "ablation compares modes on one device; leave out --tensor_parallel, "
                 "--data_parallel and --num_processes"
+            )
+        if self.config.plans.executor is not config_lib.Executor.AUTO:
+            raise ValueError(
+                f"--executor={self.config.plans.executor}: ablation compares all executors that "
+                "run here; leave it out"
+            )
+        if self.config.batch.batch_invariant:
+            raise ValueError(
+                "ablation compares modes that change last bits; leave out --batch_invariant, whose "
+                "cost python -m nanoflow_jax.bench invariance measures"
             )
 
     @property
@@ -47,7 +57,7 @@ class Ground:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the model as it will run."""
-        return build.run_dtype(
+        return model_source.run_dtype(
             self.config.model.dtype, self.source.stored_dtype, self.device.platform
         )
 

@@ -11,6 +11,8 @@ from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.results.ablation import Role
 
 _SCHEDULING = "xla_gpu_command_buffer_scheduling_mode"
+# XLA leaves graphs out while a trace is made, and with them what it is made to show.
+_GRAPHS_IN_TRACES = {"xla_enable_command_buffers_during_profiling": True}
 _MERGER = "xla_gpu_dot_merger_threshold_mb"
 
 
@@ -44,7 +46,8 @@ class Mode:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """All that XLA is told."""
-        merged = {**executors.compiler_options(self.executor), **self.options}
+        traced = _GRAPHS_IN_TRACES if self.executor is Executor.GRAPH else {}
+        merged = {**executors.compiler_options(self.executor), **traced, **self.options}
         return {name: value for name, value in merged.items() if value is not None}
 
 

@@ -27,7 +27,7 @@ from nanoflow_jax.nanobatch.executor import Call
 from nanoflow_jax.nanobatch.plan import TokenRange
 from nanoflow_jax.parallel import placement as placement_lib
 
-_ALONE = "decode attention alone"
+ALONE = "decode attention alone"  # the mode
 # Of keys and values, and of queries of attention alone: of variance 1.
 _SPREAD = 3.0**0.5
 
@@ -150,7 +150,7 @@ class Workshop:
             forwards={name: compiled[of].call for name, of in own.items()},
             sample=compiled["sample"].call,
             judge=compiled["judge"].call,
-            alone=compiled[_ALONE].call if _ALONE in compiled else None,
+            alone=compiled[ALONE].call if ALONE in compiled else None,
             max_requests=load.bucket.decode_rows,
         )
 
@@ -236,7 +236,7 @@ class Workshop:
             q = random_numbers(jax.random.key(self.seed), shape, self.ground.dtype)
             return _attend(attend, q, caches, self.specs)
 
-        return compiler.Job(name=_ALONE, function=alone, arguments=(self.caches, _int32(pack.size)))
+        return compiler.Job(name=ALONE, function=alone, arguments=(self.caches, _int32(pack.size)))
 
 
 def _two_best(

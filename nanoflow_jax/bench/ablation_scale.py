@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from nanoflow_jax.bench import steady_state
 from nanoflow_jax.bench.steady_state import Lengths, Load
+from nanoflow_jax.results import ablation_sweep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Scale:
         steps: That count in a round.
         control_rounds: Of controls, and of the sweep.
         judged_steps: In which tokens and logits of modes are compared one by one.
+        traced_steps: In which operations are timed, of the workload that has controls; 0 for none.
     """
 
     lengths: tuple[Lengths, ...]
@@ -30,6 +32,7 @@ class Scale:
     steps: int
     control_rounds: int
     judged_steps: int
+    traced_steps: int
 
 
 def _lengths(*pairs: tuple[int, int]) -> tuple[Lengths, ...]:
@@ -46,6 +49,7 @@ GPU = Scale(
     steps=60,
     control_rounds=3,
     judged_steps=8,
+    traced_steps=20,
 )
 # The same code in seconds; nothing overlaps on a CPU.
 CPU = Scale(
@@ -57,6 +61,7 @@ CPU = Scale(
     steps=4,
     control_rounds=2,
     judged_steps=4,
+    traced_steps=2,
 )
 
 
@@ -67,8 +72,8 @@ class Case:
     Attributes:
         name: In results.
         load: What is kept up.
-        is_sweep: Whether only two modes are compared.
-        has_controls: Whether controls are measured too.
+        is_sweep: Whether at most two modes are compared: where nothing is cut there is but one.
+        has_controls: Whether controls are measured too, and operations timed.
     """
 
     name: str
@@ -85,7 +90,7 @@ def cases(scale: Scale) -> Iterator[Case]:
         yield Case(name=str(one), load=load, has_controls=one is controlled)
     for tokens in scale.sweep:
         load = Load(lengths=scale.sweep_lengths, dense_batch=tokens)
-        yield Case(name=f"batch {tokens}", load=load, is_sweep=True)
+        yield Case(name=ablation_sweep.case_name(tokens), load=load, is_sweep=True)
 
 
 def read_lengths(texts: list[str]) -> tuple[Lengths, ...]:

@@ -9,6 +9,7 @@ import jax
 from nanoflow_jax.bench import (
     ablation_compare,
     ablation_modes,
+    ablation_trace,
     clock,
     measured,
     steady_state,
@@ -16,18 +17,18 @@ from nanoflow_jax.bench import (
 from nanoflow_jax.bench.ablation_device import Stage
 from nanoflow_jax.bench.ablation_ground import Ground
 from nanoflow_jax.bench.ablation_modes import Mode, Plans, Ways
-from nanoflow_jax.bench.ablation_programs import Programs
+from nanoflow_jax.bench.ablation_programs import ALONE, Programs
 from nanoflow_jax.bench.ablation_scale import Case, Scale, cases
 from nanoflow_jax.config import Executor, PlanSection
-from nanoflow_jax.engine import executors, inputs, kernel_choice, plan_choice
+from nanoflow_jax.engine import executors, inputs, kernel_choice, plan_choice, step_trace
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.results import ablation
 from nanoflow_jax.results.ablation import Role
 
 # Launched before the first step that counts, so that the device does not wait for the host.
 _LEAD = 2
-_ALONE = "decode attention alone"
 _CONTROLS = (Role.CONTROL, Role.AGAIN)
+_TRACED = (Role.SEQUENTIAL, Role.SPLIT, Role.OVERLAPPED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,12 @@ def prepare(ground: Ground, case: Case, load: steady_state.Load, scale: Scale) -
         cut = find_plans(ground, whole, scale).cut
         executor = executors.choose(Executor.AUTO, [cut], on_gpu=on_gpu)
         plain = ablation_modes.sequential(plans, kernels)
-        beside = ablation_modes.run_by(executor, plans, kernels, on_gpu=on_gpu)
-        ways = Ways(modes=(plain, beside), missing={})
+        modes = [plain]
+        if executors.cuts(plans.cut):  # an engine runs what is not cut in the plain way
+            modes.append(ablation_modes.run_by(executor, plans, kernels, on_gpu=on_gpu))
+        ways = Ways(modes=tuple(modes), missing={})
     else:
-        if len(plans.cut.cells) < 2:
+        if not executors.cuts(plans.cut):
             raise ValueError(
                 f"--plan={ground.config.plans.plan} does not cut a dense batch of "
                 f"{load.dense_batch} tokens; raise --dense_batch or lower --plan_granule"
@@ -146,11 +149,14 @@ class Turn:
         self._done = self._total = 0
         self._steps: set[tuple[str, str, int, int]] = set()
         self._told: set[tuple[str, str]] = set()
+        self._traced: set[tuple[str, str]] = set()
         for sample in run.result.samples():
             if isinstance(sample, ablation.Step):
                 self._steps.add((sample.case, sample.mode, sample.round, sample.step))
             else:
-                self._told.add((sample.case, sample.mode))
+                is_traced = isinstance(sample, ablation.Traced)
+                told = self._traced if is_traced else self._told
+                told.add((sample.case, sample.mode))
 
     def all(self, prepared: Sequence[Prepared]) -> list[str]:
         """Measures what there is time for; names of the rest."""
@@ -173,7 +179,7 @@ class Turn:
         left = [unit for unit in units if not self._has(case, *unit)]
         compared = all((case, mode.name) in self._told for mode in prepared.modes)
         self._done += len(units) - len(left)
-        if not left and compared:
+        if not left and compared and not self._untraced(prepared):
             return
         prepared, programs = self._compile(prepared)
         there = {*self._units(prepared)}
@@ -192,6 +198,38 @@ class Turn:
                     self._add(sample)
             self._done += 1
             self._reports.progress(self._done, self._total, f"{case}: {mode}")
+        self._trace(prepared, programs, steps[: self._scale.traced_steps])
+
+    def _is_traced(self, case: Case) -> bool:
+        return case.has_controls and self._scale.traced_steps > 0
+
+    def _untraced(self, prepared: Prepared) -> list[str]:
+        """Modes of which it is to be found, and is not known, how long each operation takes."""
+        case = prepared.case
+        if not self._is_traced(case):
+            return []
+        names = [one.name for one in prepared.modes if one.role in _TRACED]
+        return [name for name in names if (case.name, name) not in self._traced]
+
+    def _trace(
+        self, prepared: Prepared, programs: Programs, steps: Sequence[steady_state.Step]
+    ) -> None:
+        """Times operations, each mode in a run of its own; what cannot be had is noted."""
+        case = prepared.case.name
+        for mode in self._untraced(prepared):
+            if self._reports.clock() > self._end:
+                self._run.note(f"{case}: operations of {mode} not timed, for want of time")
+                continue
+            try:
+                found = ablation_trace.operation_seconds(self._stage, programs, mode, steps)
+            except ablation_trace.TraceError as error:
+                self._run.note(f"{case}: operations of {mode} not timed: {error}")
+                continue
+            if not found:
+                self._run.note(f"{case}: no operation of {mode} has its name in a trace")
+                continue
+            fields = {"case": case, "mode": mode, "steps": len(steps), "operation_s": found}
+            self._add({"type": "traced", **fields})
 
     def _miss(self, case: str, mode: str, reason: str) -> None:
         if (case, mode) not in self._told:
@@ -205,7 +243,7 @@ class Turn:
             is_short = prepared.case.is_sweep or mode.role in _CONTROLS
             rounds[mode.name] = scale.control_rounds if is_short else scale.rounds
         if prepared.load.decode_rows and not prepared.case.is_sweep:
-            rounds[_ALONE] = scale.rounds
+            rounds[ALONE] = scale.rounds
         return [
             (mode, number)
             for number in range(max(rounds.values()))
@@ -233,9 +271,10 @@ class Turn:
         return prepared, programs
 
     def _compile_modes(self, prepared: Prepared) -> Programs:
-        return self._stage.workshop.compile(
-            prepared.modes, prepared.load, has_alone=not prepared.case.is_sweep
-        )
+        with step_trace.programs_that_traces_know(self._is_traced(prepared.case)):
+            return self._stage.workshop.compile(
+                prepared.modes, prepared.load, has_alone=not prepared.case.is_sweep
+            )
 
     def _that_compile(self, prepared: Prepared, first_error: Exception) -> Prepared:
         """The case with the modes that compile.
@@ -302,7 +341,7 @@ class Turn:
         number: int,
     ) -> Iterator[dict[str, Any]]:
         roles = {one.name: one.role for one in prepared.modes}
-        if mode == _ALONE:
+        if mode == ALONE:
             seconds = self._stage.run_alone(programs, prepared.modes[0].name, steps)
             ran = [(one, "") for one in seconds]
         else:

@@ -53,9 +53,9 @@ class Checked:
     driver: str
 
     @property
-    def is_fit(self) -> bool:
-        """Whether nothing speaks against measuring."""
-        return all(finding.ok is not False for finding in self.findings)
+    def unfit(self) -> tuple[str, ...]:
+        """What speaks against measuring; empty if nothing."""
+        return tuple(f"{one.name}: {one.detail}" for one in self.findings if one.ok is False)
 
 
 def check(clock: clock_lib.Clock, sizes: ceilings.Sizes | None = None) -> Checked:

@@ -94,7 +94,7 @@ def run(options: Options, reports: measured.Reports) -> manifest.Manifest:
     problems = select(options.layers, options.kernels, on_gpu=on_gpu)
     setting = _setting(device)
     clock = clock_lib.Clock()
-    planned = _planned(options, device, setting=setting, clock=clock)
+    planned = _planned(options, problems, device, setting=setting, clock=clock)
     with measured.begin(options.root, planned, reports, clock) as run:
         turn = _Turn(run.result, setting, clock, reports, end=begin + options.budget_s - _END_S)
         for name in turn.all(problems):
@@ -119,7 +119,12 @@ def _effort(setting: Setting) -> kernel_timing.Effort:
 
 
 def _planned(
-    options: Options, device: Any, *, setting: Setting, clock: clock_lib.Clock
+    options: Options,
+    problems: Sequence[problem_shapes.Problem],
+    device: Any,
+    *,
+    setting: Setting,
+    clock: clock_lib.Clock,
 ) -> manifest.Run:
     effort = _effort(setting)
     gpu = manifest.Device(platform="gpu", name=device.device_kind)
@@ -131,6 +136,7 @@ def _planned(
         setting={
             "layers": list(options.layers),
             "kernels": list(options.kernels),
+            "problems": kernels.setting_of(problems),
             "num_sms": setting.num_sms,
             "rounds": effort.rounds,
             "sample_s": effort.sample_s,

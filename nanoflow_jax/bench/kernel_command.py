@@ -30,14 +30,6 @@ def define(values: flags.FlagValues) -> None:
         f"What kernels times, of {', '.join(problem_shapes.KERNELS)}; all if empty.",
         **module,
     )
-    flags.DEFINE_float(
-        "budget_seconds",
-        480.0,
-        "After which kernels begins no problem and ablation no workload; those that tell most come "
-        "first.",
-        lower_bound=0.0,
-        **module,
-    )
     flags.DEFINE_boolean(
         "device_check", False, "Only look whether the device is fit to be measured.", **module
     )
@@ -53,7 +45,7 @@ def run(
     """Measures, or only checks the device.
 
     Args:
-        values: With the flags of `define`, and `results`.
+        values: With the flags of `define`, `results` and `budget_seconds`.
         say: Takes a line of the answer.
         stream: Where progress goes.
         command: As it was given.
@@ -65,7 +57,7 @@ def run(
         checked = device_check.check(clock_lib.Clock())
         for finding in checked.findings:
             say(finding.line)
-        return 0 if checked.is_fit else console.FAILED
+        return console.FAILED if checked.unfit else 0
     options = kernel_bench.Options(
         layers=values.shapes,
         kernels=values.kernels,
@@ -77,11 +69,7 @@ def run(
         bar = measured.Bar(stack, stream, unit="problem")
         found = kernel_bench.run(options, measured.Reports(say=say, progress=bar))
     result = folder.read(options.root / found.folder)
-    for line in kernel_table.table(result.samples, found.ceilings):
+    for line in kernel_table.table(result.samples, kernels.works(found.run), found.ceilings):
         say(line)
-    if found.run.device.platform != "gpu":
-        say("interpreted on a CPU: these times say nothing about a GPU")
-    if found.status != "done":
-        say(f"FAILED: nothing may be claimed from {result.path}: {found.message}")
     is_wrong = any(kernels.is_our_fault(sample) for sample in result.samples)
-    return console.FAILED if is_wrong or found.status != "done" else 0
+    return measured.conclude(result, say=say, on_cpu="interpreted on a CPU", is_wrong=is_wrong)

@@ -10,10 +10,10 @@ from typing import TextIO
 import jax
 import msgspec
 
-from nanoflow_jax import meter
+from nanoflow_jax import console, meter
 from nanoflow_jax.bench import ceilings, device_check
 from nanoflow_jax.bench import clock as clock_lib
-from nanoflow_jax.results import manifest, writer
+from nanoflow_jax.results import folder, kind, manifest, writer
 from nanoflow_jax.results.writer import ResultWriter
 
 _MOST_FOLDERS = 1000
@@ -95,6 +95,7 @@ def begin(
         made = Measured(result, reports, clock, checked)
         for finding in checked.findings:
             made.note(finding.line)
+        result.add_unfit(checked.unfit)
         if checked.ceilings:
             result.set_ceilings(before=checked.ceilings)
         try:
@@ -128,6 +129,28 @@ def open_result(root: Path, planned: manifest.Run, *, say: Callable[[str], None]
         except ValueError as error:
             say(f"not gone on with: {error}")
     raise ValueError(f"there are {_MOST_FOLDERS} results of today in {root}; move some away")
+
+
+def conclude(
+    result: folder.Result, *, say: Callable[[str], None], on_cpu: str, is_wrong: bool = False
+) -> int:
+    """Says last what may not be claimed.
+
+    Args:
+        result: That has ended.
+        say: Takes a line.
+        on_cpu: What to say of a run without a GPU.
+        is_wrong: Whether something else failed that the result does not know of.
+
+    Returns:
+        The exit code: failed if so, or if nothing may be claimed of the result.
+    """
+    found = result.manifest
+    if not kind.is_gpu(found.run):
+        say(f"{on_cpu}: these times say nothing about a GPU")
+    if found.status != "done":
+        say(f"FAILED: nothing may be claimed from {result.path}: {found.message}")
+    return console.FAILED if is_wrong or found.status != "done" else 0
 
 
 def is_on_gpu() -> bool:

@@ -10,12 +10,12 @@ import jax
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.bench import throughput
-from nanoflow_jax.engine import build, kernel_choice
+from nanoflow_jax.engine import build, kernel_choice, model_source
 from nanoflow_jax.results import manifest, provenance
 from nanoflow_jax.workload import file as workload_file
 
 # Not known before the memory is: it may differ from day to day with the same work done.
-_NOT_PLANNED = ("device", "model_bytes", "cache_bytes", "num_pages")
+_NOT_PLANNED = ("device", "model_bytes", "cache_bytes", "num_pages", "max_requests_reason")
 # Ends of the names of kernels' modules.
 _MODULES = {kernel_choice.Maker.MOSAIC: "", kernel_choice.Maker.TRITON: "_triton"}
 _PLACES = ("model", "cache_dir", "dir")
@@ -46,7 +46,7 @@ class Asked:
     num_modes: int = 1
 
 
-def planned(asked: Asked, model: build.ModelSource) -> manifest.Run:
+def planned(asked: Asked, model: model_source.ModelSource) -> manifest.Run:
     """What the benchmark sets out to do, for its manifest."""
     return manifest.Run(
         kind=asked.kind,

@@ -141,14 +141,14 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """The device of a name such as H200.
+    """The device of a name such as H200, in letters of either case.
 
     Raises:
         ValueError: There is none of that name.
     """
-    if name not in DEVICES:
+    if name.upper() not in DEVICES:
         raise ValueError(f"device {name!r} is none of {', '.join(DEVICES)}")
-    return DEVICES[name]
+    return DEVICES[name.upper()]
 
 
 def target_config(device: Device) -> str:

@@ -48,13 +48,21 @@ class Compiled:
     seconds: float
 
 
+def compile_one(job: Job) -> Compiled:
+    """Compiles a job, most of it outside Python's lock."""
+    start = time.monotonic()
+    jitted = jax.jit(job.function, donate_argnums=job.donated, keep_unused=True)
+    call = jitted.lower(*job.arguments).compile(compiler_options=dict(job.options) or None)
+    return Compiled(name=job.name, call=call, seconds=time.monotonic() - start)
+
+
 def compile_all(
     jobs: Sequence[Job],
     *,
     threads: int,
     progress: Callable[[Compiled, int], None],
 ) -> dict[str, Compiled]:
-    """Compiles every job; most of the work happens outside Python's lock.
+    """Compiles every job, several at once.
 
     Args:
         jobs: What to compile; names are unique.
@@ -62,12 +70,6 @@ def compile_all(
         progress: Called as each one is ready, with the number of jobs.
     """
     count = threads or min(8, os.cpu_count() or 1)
-
-    def compile_one(job: Job) -> Compiled:
-        start = time.monotonic()
-        jitted = jax.jit(job.function, donate_argnums=job.donated, keep_unused=True)
-        call = jitted.lower(*job.arguments).compile(compiler_options=dict(job.options) or None)
-        return Compiled(name=job.name, call=call, seconds=time.monotonic() - start)
 
     done = {}
     with _cache_trouble_told_once(), concurrent.futures.ThreadPoolExecutor(count) as pool:
@@ -92,6 +94,8 @@ def refused_options(options: Mapping[str, Any]) -> dict[str, str]:
     Args:
         options: By name, as in `Job`.
     """
+    if not options:
+        return {}
     nothing = jax.jit(lambda: 0).lower()
     refused = {}
     for name, value in options.items():

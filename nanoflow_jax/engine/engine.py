@@ -3,14 +3,15 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from nanoflow_jax import request as request_lib
-from nanoflow_jax.engine import inputs, recovery, runner, sequence, step_trace
+from nanoflow_jax.engine import fed as fed_lib
+from nanoflow_jax.engine import inputs, plan_swap, recovery, runner, sequence, step_trace
 from nanoflow_jax.grammar import grammars as grammars_lib
 from nanoflow_jax.grammar import matcher as matcher_lib
 from nanoflow_jax.scheduler import scheduler, step_plan
@@ -72,12 +73,13 @@ class Engine:
         self,
         step_runner: runner.StepRunner,
         step_scheduler: scheduler.Scheduler,
-        builder: inputs.InputBuilder,
+        builder: inputs.StepBuilder,
         limits: Limits,
         *,
         grammars: grammars_lib.Grammars | None,
         run_ahead: bool,
         trace: step_trace.StepTrace,
+        plans: plan_swap.PlanSwap | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = step_runner
@@ -87,19 +89,22 @@ class Engine:
         self._grammars = grammars
         self._run_ahead = run_ahead
         self._trace = trace
+        self._plans = plans
         self._clock = clock
         self._sequences: dict[str, sequence.Sequence] = {}
         self._keys: dict[str, str] = {}
         self._num_added = 0
         self._in_flight: _InFlight | None = None
         self._outbox: list[request_lib.RequestUpdate] = []
+        self._left: list[fed_lib.LeftRows] = []
         self._recovery = recovery.Recovery(max_requests=step_scheduler.limits.max_requests)
         self.counters = Counters()
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._sequences) or self._in_flight is not None
+        is_due = bool(self._outbox or self._left)
+        return is_due or self._in_flight is not None or self._scheduler.has_work
 
     @property
     def limits(self) -> Limits:
@@ -141,8 +146,12 @@ class Engine:
         """Time to make each program."""
         return self._runner.compile_seconds
 
-    def add(self, request: request_lib.Request) -> None:
+    def add(self, request: request_lib.Request, fed: fed_lib.Fed | None = None) -> None:
         """Takes a request in; its tokens come from later steps.
+
+        Args:
+            request: What is asked. Of one that is fed, the prompt says only how long it is.
+            fed: If it runs some layers only, and what it runs comes with `feed`.
 
         Raises:
             ValueError: This request cannot be served; others are not affected.
@@ -161,11 +170,14 @@ class Engine:
         self._scheduler.add(
             key,
             prompt_len=made.prompt_len,
-            limit=made.limit,
+            limit=made.limit if fed is None else fed.max_len,
             priority=request.priority,
             uses_penalties=made.params.uses_penalties,
             ends_at_limit=not made.ends and not made.params.stop and made.matcher is None,
+            is_fed=fed is not None,
+            draws=fed is None or not fed.leaves,
         )
+        made.wait_for(fed)
         self._num_added += 1
         self._keys[request.request_id] = key
         self._sequences[key] = made
@@ -179,6 +191,53 @@ class Engine:
                 "serve a folder with a tokenizer.json"
             )
         return self._grammars.matcher(grammar)
+
+    def feed(
+        self,
+        request_id: str,
+        *,
+        token_ids: Sequence[int] = (),
+        hidden: Float[np.ndarray, "n D"] | None = None,
+    ) -> None:
+        """Gives a request that is fed its next rows: token ids, or hidden states.
+
+        Args:
+            request_id: One that has not ended.
+            token_ids: Where it begins with the embedding.
+            hidden: Elsewhere. Of one that draws, rows after the prompt come one by one, when the
+                token of the one before was drawn.
+        """
+        key = self._keys[request_id]
+        self._scheduler.feed(key, self._sequences[key].feed(token_ids, hidden))
+
+    def truncate(self, request_id: str, position: int) -> None:
+        """Forgets the rows of a request that is fed at and after a position.
+
+        Nothing is reported of them any more, once this has returned; if it ended with one of them,
+        it has ended.
+        """
+        self._settle()
+        key = self._keys.get(request_id)
+        if key is None:
+            return  # it failed, or its last token was in flight
+        self._sequences[key].truncate(position)
+        self._scheduler.truncate(key, position)
+        self._outbox = [one for one in self._outbox if one.request_id != request_id]
+        self._left = [
+            left if left.request_id != request_id else left.before(position) for left in self._left
+        ]
+
+    def _settle(self) -> None:
+        """Waits for the step in flight, if any."""
+        try:
+            self._commit()
+        except jax.errors.JaxRuntimeError as error:
+            self._recover(error)
+
+    def take_left(self) -> list[fed_lib.LeftRows]:
+        """Hidden states that left since the last call, in order."""
+        left, self._left = self._left, []
+        return [one for one in left if len(one.hidden)]
 
     def abort(self, request_id: str, *, output_len: int | None = None) -> None:
         """Ends a request; nothing more is reported of it.
@@ -227,6 +286,8 @@ class Engine:
         while self._trace.is_due(self.counters.steps):
             self._commit()
             self._trace.turn()
+        if self._plans is not None:
+            self._inputs = self._plans.turn(self._inputs)
         if self._recovery.is_active and self._recovery.take_step(self._counts()):
             self._let_run()
         return self._scheduler.plan()
@@ -238,6 +299,7 @@ class Engine:
         """After a failed step: computes its requests again, without the one that is to blame."""
         self.counters.failed_steps += 1
         self._in_flight = None
+        self._fail_fed(error)
         counts = self._counts()
         ran = {key: counts[key] for key in self._start_over()}
         _LOG.error("a step of %d requests failed: %s", len(ran), error)
@@ -248,6 +310,13 @@ class Engine:
             message = f"the device failed on this request, also when it ran alone: {error}"
             self._fail(guilty, message)
         self._let_run()
+
+    def _fail_fed(self, error: Exception) -> None:
+        """Ends those whose cached rows went with the step, as they cannot be computed again."""
+        message = f"the device failed, and with it went what was cached of this session: {error}"
+        for key, made in list(self._sequences.items()):
+            if made.fed is not None and made.fed.has_run:
+                self._fail(key, message)
 
     def _let_run(self) -> None:
         """Lets those run whose turn it is, with nobody beside them that it is not."""
@@ -294,6 +363,7 @@ class Engine:
             return
         collected = self._runner.collect(flight.launched)
         self._tell_prompts(collected)
+        self._tell_left(collected)
         sampling_rows = [row for row in flight.plan.rows if row.samples]
         self._scheduler.commit(flight.plan)
         for i, row in enumerate(sampling_rows):
@@ -366,6 +436,13 @@ class Engine:
                 )
             )
 
+    def _tell_left(self, collected: runner.Collected) -> None:
+        for who, hidden in collected.left:
+            made = self._sequences.get(who.request_id)
+            if made is not None:
+                name = made.request.request_id
+                self._left.append(fed_lib.LeftRows(request_id=name, start=who.start, hidden=hidden))
+
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken."""
         self._scheduler.check()
@@ -378,6 +455,8 @@ class Engine:
         """
         self._commit()
         self._trace.close()
+        if self._plans is not None:
+            self._plans.close()
         self._runner.close()
         if self._grammars is not None:
             self._grammars.close()

@@ -81,7 +81,7 @@ def choose(
         )
     chosen = asked
     if asked is Executor.AUTO:
-        chosen = Executor.GRAPH if on_gpu and any(map(_cuts, plans)) else Executor.SEQUENTIAL
+        chosen = Executor.GRAPH if on_gpu and any(map(cuts, plans)) else Executor.SEQUENTIAL
     refused = [*refused_options(compiler_options(chosen)).values()]
     if chosen is Executor.STREAMS and (reason := why_no_streams()) is not None:
         refused.append(reason)
@@ -96,7 +96,8 @@ def choose(
     return Executor.SEQUENTIAL
 
 
-def _cuts(plan: Plan) -> bool:
+def cuts(plan: Plan) -> bool:
+    """Whether a plan has anything to run at once."""
     return len(plan.cells) > 1
 
 

@@ -2,14 +2,26 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int32
 
 from nanoflow_jax.engine import programs, runner, sampling
 from nanoflow_jax.engine.sequence import Sequence as TokenSequence
 from nanoflow_jax.kv_cache import tiles
 from nanoflow_jax.nanobatch import dealing
 from nanoflow_jax.scheduler import step_plan
+
+
+class StepBuilder(Protocol):
+    """What an engine asks of whoever writes its steps; `InputBuilder` says what they mean."""
+
+    def build(self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]) -> Any: ...
+
+    def build_sample(
+        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
+    ) -> runner.SampleInputs | None: ...
 
 
 class InputBuilder:
@@ -23,6 +35,10 @@ class InputBuilder:
         self._forward_packing = functools.cache(functools.partial(programs.forward_packing, sizes))
         self._sample_packing = functools.cache(functools.partial(programs.sample_packing, sizes))
 
+    def with_sizes(self, sizes: programs.Sizes) -> "InputBuilder":
+        """The builder of an engine whose buckets run by other plans."""
+        return InputBuilder(sizes, page_size=self._page_size, max_context_len=self._max_context_len)
+
     def build(
         self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
     ) -> runner.ForwardInputs:
@@ -32,9 +48,7 @@ class InputBuilder:
             plan: What to run.
             sequences: The requests in it, by the scheduler's id.
         """
-        placement = self._bucket_plan(plan.bucket).dealer.place(
-            len(plan.decode), [row.length for row in plan.chunks]
-        )
+        placement = self._place(plan)
         return runner.ForwardInputs(
             bucket=plan.bucket,
             vector=self._forward(plan, placement, sequences),
@@ -44,6 +58,23 @@ class InputBuilder:
                 if row.is_first and row.penalty_slot is not None
             ],
             prompt_slices=self._prompt_slices(plan, placement, sequences),
+        )
+
+    def vector(
+        self, plan: step_plan.StepPlan, sequences: Mapping[str, TokenSequence]
+    ) -> programs.Vector:
+        """What a forward of layers without a head reads; see `build`."""
+        return self._forward(plan, self._place(plan), sequences)
+
+    def places(self, plan: step_plan.StepPlan) -> Int32[np.ndarray, "n"]:
+        """Where in the dense batch the tokens of a plan's rows are, row after row."""
+        placement = self._place(plan)
+        chunks = [placement.chunk_tokens(i) for i in range(len(plan.chunks))]
+        return np.concatenate([placement.decode_tokens, *chunks])
+
+    def _place(self, plan: step_plan.StepPlan) -> dealing.Placement:
+        return self._bucket_plan(plan.bucket).dealer.place(
+            len(plan.decode), [row.length for row in plan.chunks]
         )
 
     def build_sample(
@@ -73,7 +104,7 @@ class InputBuilder:
         plan: step_plan.StepPlan,
         placement: dealing.Placement,
         sequences: Mapping[str, TokenSequence],
-    ) -> runner.Vector:
+    ) -> programs.Vector:
         vector, views = self._forward_packing(plan.bucket).new()
         count, places = len(plan.decode), placement.decode_tokens
         starts = np.fromiter((row.start for row in plan.decode), np.int32, count)
@@ -129,7 +160,7 @@ class InputBuilder:
         rows: Sequence[tuple[int, step_plan.Row]],
         sequences: Mapping[str, TokenSequence],
         variant: sampling.SamplerVariant,
-    ) -> runner.Vector:
+    ) -> programs.Vector:
         size = self._sizes.padded_rows(plan.bucket)
         vector, views = self._sample_packing(rows=size, variant=variant).new()
         for i, row in rows:
@@ -173,7 +204,7 @@ class InputBuilder:
         if p.logprobs is not None:
             views["wants_logprobs"][...] = 1
 
-    def _reset(self, row: step_plan.Row, sequence: TokenSequence) -> runner.Vector:
+    def _reset(self, row: step_plan.Row, sequence: TokenSequence) -> programs.Vector:
         most = self._max_context_len
         vector = np.full(1 + 2 * most, self._sizes.vocab_size, np.int32)
         prompt_len = sequence.prompt_len

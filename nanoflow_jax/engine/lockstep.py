@@ -11,7 +11,7 @@ import numpy as np
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import console
-from nanoflow_jax.engine import compiler, runner
+from nanoflow_jax.engine import compiler, programs, runner
 from nanoflow_jax.engine.sampling import SamplerVariant
 from nanoflow_jax.parallel import peers
 from nanoflow_jax.scheduler.buckets import Bucket
@@ -172,5 +172,5 @@ def _sample_inputs(message: Sample) -> runner.SampleInputs | None:
     return runner.SampleInputs(variant=message.variant, vector=_vector(message.vector))
 
 
-def _vector(data: bytes) -> runner.Vector:
+def _vector(data: bytes) -> programs.Vector:
     return np.frombuffer(data, np.int32)

@@ -36,6 +36,12 @@ def choose(
     num_sms = max(num_sms, len(Resource))
     if section.plan == "halves":
         chosen = {b: plan for b in buckets if (plan := _try_halve(section, b, shape, num_sms))}
+        if not chosen:
+            _LOG.warning(
+                "--plan=halves cuts none of the buckets %s, and all run as with one; raise "
+                "--dense_batch, or lower --plan_granule or --plan_min_tokens",
+                ", ".join(map(str, buckets)),
+            )
     elif section.plan != "one":
         chosen = _from_file(Path(section.plan), buckets, shape)
     for bucket in buckets:

@@ -31,6 +31,8 @@ from nanoflow_jax.scheduler import buckets
 # Rows whose logits are computed at once for prompt_logprobs: bounds the [rows, V] array.
 PROMPT_LOGPROB_ROWS = 64
 MAX_EOS_IDS = 84
+# What the host sends to a program.
+Vector = Int32[np.ndarray, "X"]
 # Bias entries of one row: logit_bias and banned end-of-text or stop tokens.
 MAX_BIAS = request.MAX_LOGIT_BIAS + request.MAX_STOP_TOKEN_IDS + MAX_EOS_IDS
 
@@ -192,11 +194,8 @@ def build_forward(
     ) -> ForwardResult:
         model: transformer.Transformer = nnx.merge(graph, jax.tree.unflatten(treedef, weights))
         inputs = pack.unpack(vector)
-        slots = inputs["token_slots"]
-        sampled = last_tokens.at[slots].get(mode="clip")
-        token_ids = jnp.where(slots < sizes.max_requests, sampled, inputs["token_ids"])
         x, new_caches = model.run_layers(
-            model.embed(token_ids, group),
+            embedded(model, inputs, last_tokens, sizes, group),
             inputs["positions"],
             caches,
             planned.read(inputs, layout),
@@ -204,17 +203,13 @@ def build_forward(
             plan=planned.plan,
             keep_lanes=keep_lanes,
         )
-        tokens, spare = inputs["logit_tokens"], sizes.padded_rows(bucket)
-        if group.num_devices > 1:  # each draws for equally many rows
-            tokens = jnp.pad(tokens, (0, spare - tokens.shape[0]))
-        logits = model.head(x.at[tokens].get(mode="clip"), group)
-        spare -= tokens.shape[0]
+        logits = padded_logits(
+            model, x, inputs["logit_tokens"], group, num_rows=sizes.padded_rows(bucket)
+        )
         hidden = None
         if bucket.prefill_rows:
             hidden = jnp.pad(x, ((0, sizes.dense_batch - x.shape[0]), (0, 0)))
-        return ForwardResult(
-            caches=new_caches, logits=jnp.pad(logits, ((0, spare), (0, 0))), hidden=hidden
-        )
+        return ForwardResult(caches=new_caches, logits=logits, hidden=hidden)
 
     whole = PartitionSpec()
     return collectives.on_each(
@@ -223,6 +218,35 @@ def build_forward(
         in_specs=(shares.caches, whole, shares.weights, whole),
         out_specs=_partitions(shares, has_hidden=bucket.prefill_rows > 0),
     )
+
+
+def embedded(
+    model: transformer.Transformer,
+    inputs: Mapping[str, Array],
+    last_tokens: Int32[Array, "R"],
+    sizes: Sizes,
+    group: collectives.Group,
+) -> Float[Array, "T D"]:
+    """What enters the first layer: of tokens that the host sent, and of those drawn last."""
+    slots = inputs["token_slots"]
+    sampled = last_tokens.at[slots].get(mode="clip")
+    token_ids = jnp.where(slots < sizes.max_requests, sampled, inputs["token_ids"])
+    return model.embed(token_ids, group)
+
+
+def padded_logits(
+    model: transformer.Transformer,
+    x: Float[Array, "T D"],
+    tokens: Int32[Array, "R"],
+    group: collectives.Group,
+    *,
+    num_rows: int,
+) -> Float[Array, "r V"]:
+    """Logits of some tokens, in as many rows as the sample program that follows reads."""
+    if group.num_devices > 1:  # each draws for equally many rows
+        tokens = jnp.pad(tokens, (0, num_rows - tokens.shape[0]))
+    logits = model.head(x.at[tokens].get(mode="clip"), group)
+    return jnp.pad(logits, ((0, num_rows - tokens.shape[0]), (0, 0)))
 
 
 def _partitions(shares: Shares, *, has_hidden: bool) -> Any:

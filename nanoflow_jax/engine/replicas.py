@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.engine import engine, interface
 from nanoflow_jax.grammar import grammars as grammars_lib
+from nanoflow_jax.scheduler import sharing
 
 
 class Replicas:
@@ -14,14 +15,12 @@ class Replicas:
     One turn steps every engine that has work. Each has a step on its device while the host waits
     for that of another, so that none stands still for long.
 
-    Invariant: `_owners` has every request that an engine still reports on, and no other.
+    Invariant: `_sharing` has every request that an engine still reports on, and no other.
     """
 
     def __init__(self, engines: Sequence[interface.TokenEngine]) -> None:
         self._engines = engines
-        self._owners: dict[str, int] = {}
-        self._tokens_left = [0] * len(engines)
-        self._sizes: dict[str, int] = {}
+        self._sharing = sharing.Sharing(len(engines))
 
     @property
     def has_work(self) -> bool:
@@ -87,15 +86,13 @@ class Replicas:
             ValueError: This request cannot be served; others are not affected.
         """
         name = request.request_id
-        if name in self._owners:
+        if self._sharing.owner(name) is not None:
             raise ValueError(f"request id {name!r} is already in use")
-        chosen = min(range(len(self._engines)), key=lambda i: self._tokens_left[i])
+        chosen = self._sharing.choose()
         self._engines[chosen].add(request)
-        self._owners[name] = chosen
         most = self.limits.max_context_len
         size = len(request.prompt_ids) + (request.params.max_tokens or most)
-        self._sizes[name] = min(size, most)
-        self._tokens_left[chosen] += self._sizes[name]
+        self._sharing.take(name, min(size, most), by=chosen)
 
     def abort(self, request_id: str, *, output_len: int | None = None) -> None:
         """Ends a request; nothing more is reported of it.
@@ -104,12 +101,10 @@ class Replicas:
             request_id: Which; one that has already ended is ignored.
             output_len: Its length, if it ended at a stop string rather than being dropped.
         """
-        if request_id in self._owners:
-            self._engines[self._owners[request_id]].abort(request_id, output_len=output_len)
-            self._forget(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        self._tokens_left[self._owners.pop(request_id)] -= self._sizes.pop(request_id)
+        owner = self._sharing.owner(request_id)
+        if owner is not None:
+            self._engines[owner].abort(request_id, output_len=output_len)
+            self._sharing.give_back(request_id)
 
     def step(self) -> list[request_lib.RequestUpdate]:
         """One turn of every engine that has work.
@@ -120,17 +115,14 @@ class Replicas:
         updates = [update for one in self._engines if one.has_work for update in one.step()]
         for update in updates:
             if update.finish_reason is not None:
-                self._forget(update.request_id)
+                self._sharing.give_back(update.request_id)
         return updates
 
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken."""
         for one in self._engines:
             one.check()
-        assert self._owners.keys() == self._sizes.keys()
-        for i, left in enumerate(self._tokens_left):
-            own = [self._sizes[name] for name, owner in self._owners.items() if owner == i]
-            assert left == sum(own), f"replica {i} is thought to have {left} tokens to do"
+        self._sharing.check()
 
     def close(self) -> None:
         """Waits for the steps in flight and frees the devices' memory."""

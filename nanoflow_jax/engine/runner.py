@@ -5,22 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
-from nanoflow_jax import config as config_lib
-from nanoflow_jax.engine import compiler, executors, programs, sampling
+from nanoflow_jax.engine import compiler, drawing, executors, programs, sampling
+from nanoflow_jax.engine import ways as ways_lib
 from nanoflow_jax.kv_cache import layout
-from nanoflow_jax.models import operations as operation_lib
 from nanoflow_jax.models import transformer
-from nanoflow_jax.parallel import mesh
+from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.parallel import placement as placement_lib
 from nanoflow_jax.scheduler import buckets
-
-Vector = Int32[np.ndarray, "X"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +30,7 @@ class PromptSlice:
 
     request_id: str
     count: int
-    vector: Vector
+    vector: programs.Vector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +45,8 @@ class ForwardInputs:
     """
 
     bucket: buckets.Bucket
-    vector: Vector
-    resets: Sequence[Vector]
+    vector: programs.Vector
+    resets: Sequence[programs.Vector]
     prompt_slices: Sequence[PromptSlice]
 
 
@@ -65,16 +60,46 @@ class SampleInputs:
     """
 
     variant: sampling.SamplerVariant
-    vector: Vector
+    vector: programs.Vector
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaver:
+    """Tokens [start, start + count) of a request, which leave before the model's end."""
+
+    request_id: str
+    start: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Left:
+    """Hidden states on their way to the host.
+
+    Attributes:
+        who: Whose they are, in order.
+        hidden: Their rows, and padding.
+    """
+
+    who: Sequence[Leaver]
+    hidden: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forwarded:
-    """A forward on the device, of which nothing has been sampled yet."""
+    """A forward on the device, of which nothing has been sampled yet.
 
-    logits: jax.Array
+    Attributes:
+        logits: None if no request reached the head.
+        hidden: What prompt_logprobs reads; None if no prompt was run.
+        prompt_slices: Prompt positions to report on.
+        left: What leaves before the head, if anything does.
+    """
+
+    logits: jax.Array | None
     hidden: jax.Array | None
     prompt_slices: Sequence[PromptSlice]
+    left: Left | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +108,7 @@ class Launched:
 
     sampled: jax.Array | None
     prompt_rows: Sequence[tuple[PromptSlice, jax.Array]]
+    left: Left | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,14 +118,34 @@ class Collected:
     Attributes:
         rows: One int32 row per logit row, as `programs.SampleResult.out`; None if none sampled.
         prompt_rows: Per slice, logprob columns of its positions.
+        left: Hidden states that left before the model's end, and whose they are.
     """
 
     rows: Int32[np.ndarray, "R X"] | None
     prompt_rows: Sequence[tuple[PromptSlice, Int32[np.ndarray, "C X"]]]
+    left: Sequence[tuple[Leaver, Float[np.ndarray, "n D"]]] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forwards:
+    """Forwards of other plans, compiled.
+
+    Attributes:
+        plans: Of the buckets that run by another plan than before.
+        sizes: With the plans of all.
+        programs: By name.
+    """
+
+    plans: Mapping[buckets.Bucket, Plan]
+    sizes: programs.Sizes
+    programs: Mapping[str, compiler.Compiled]
 
 
 class StepRunner(Protocol):
-    """What an engine asks of its devices; `Runner` says what each member means."""
+    """What an engine asks of its devices; `Runner` says what each member means.
+
+    What a forward reads is of the kind that the engine's builder builds.
+    """
 
     @property
     def watch(self) -> compiler.CompileWatch: ...
@@ -107,7 +153,7 @@ class StepRunner(Protocol):
     @property
     def compile_seconds(self) -> Mapping[str, float]: ...
 
-    def forward(self, inputs: ForwardInputs) -> Forwarded: ...
+    def forward(self, inputs: Any) -> Forwarded: ...
 
     def sample(self, forwarded: Forwarded, inputs: SampleInputs | None) -> Launched: ...
 
@@ -135,39 +181,46 @@ class Runner:
         max_context_len: int,
         placement: placement_lib.Placement,
         threads: int,
-        executor: config_lib.Executor,
-        options: Mapping[buckets.Bucket, Mapping[str, Any]],
-        operations: operation_lib.Operations,
+        ways: Mapping[buckets.Bucket, ways_lib.Way],
         watch: compiler.CompileWatch,
         progress: Callable[[compiler.Compiled, int], None],
     ) -> None:
         self._sizes = sizes
         graph, state = nnx.split(model)
         self._weights, treedef = jax.tree.flatten(state)
+        self._model_form = (graph, treedef)
         self._layout, self._num_layers = kv_layout, len(model.layers)
-        self._placement, self._everywhere = placement, placement.sharding("")
+        self._placement = placement
         self._smallest = min(bucket_list, key=lambda bucket: bucket.tokens)
+        self._drawer = drawing.Drawer(sizes, placement, max_context_len=max_context_len)
         self._allocate()
-        forwards = [
-            self._forward_job(graph, treedef, bucket, operations, executor, options[bucket])
-            for bucket in bucket_list
-        ]
-        others = self._other_jobs(graph, treedef, bucket_list, max_context_len, model)
-        self._programs = compiler.compile_all(forwards + others, threads=threads, progress=progress)
+        forwards = [self._forward_job(sizes, bucket, ways[bucket]) for bucket in bucket_list]
+        draws = self._drawer.jobs(
+            graph,
+            treedef,
+            bucket_list=bucket_list,
+            weights=self._weights,
+            hidden_size=model.config.hidden_size,
+            shares=self._shares,
+        )
+        self._programs = dict(
+            compiler.compile_all(forwards + draws, threads=threads, progress=progress)
+        )
+        self._drawer.use(self._programs)
         self.watch = watch
 
     def _allocate(self) -> None:
-        """Makes the state that steps hand on: caches, last tokens, penalty table."""
-        sizes, place = self._sizes, self._everywhere
+        """Makes empty caches."""
         share = jax.eval_shape(self._layout.allocate)
         self._caches = [
             jax.tree.map(self._placement.zeros, share, self._layout.axes)
             for _ in range(self._num_layers)
         ]
-        self._last_tokens = jax.device_put(np.zeros((sizes.max_requests,), np.int32), place)
-        self._table = jax.device_put(
-            sampling.empty_table(sizes.penalty_requests, sizes.vocab_size), place
-        )
+
+    @property
+    def state(self) -> Any:
+        """All arrays that steps hand on: caches, last tokens, penalty table."""
+        return self._caches, self._drawer.state
 
     @property
     def _shares(self) -> programs.Shares:
@@ -179,88 +232,58 @@ class Runner:
         )
 
     def _forward_job(
-        self,
-        graph: Any,
-        treedef: Any,
-        bucket: buckets.Bucket,
-        operations: operation_lib.Operations,
-        executor: config_lib.Executor,
-        options: Mapping[str, Any],
+        self, sizes: programs.Sizes, bucket: buckets.Bucket, way: ways_lib.Way
     ) -> compiler.Job:
-        size = programs.forward_packing(self._sizes, bucket).size
+        size = programs.forward_packing(sizes, bucket).size
         return compiler.Job(
             name=f"forward {bucket}",
             function=programs.build_forward(
-                graph,
-                treedef,
+                *self._model_form,
                 layout=self._layout,
-                sizes=self._sizes,
+                sizes=sizes,
                 bucket=bucket,
-                operations=operations,
+                operations=way.operations,
                 shares=self._shares,
-                keep_lanes=executors.keeps_lanes(executor),
+                keep_lanes=executors.keeps_lanes(way.executor),
             ),
             arguments=(
-                _abstract(self._caches),
-                _abstract(self._last_tokens),
-                _abstract(self._weights),
-                _vector(size),
+                drawing.abstract(self._caches),
+                drawing.abstract(self._drawer.last_tokens),
+                drawing.abstract(self._weights),
+                drawing.int32_vector(size),
             ),
             donated=(0,),
-            options={**executors.compiler_options(executor), **options},
+            options=way.compiler_options,
         )
 
-    def _other_jobs(
+    def compile_forwards(
         self,
-        graph: Any,
-        treedef: Any,
-        bucket_list: Sequence[buckets.Bucket],
-        max_context_len: int,
-        model: transformer.Transformer,
-    ) -> list[compiler.Job]:
-        sizes, placement = self._sizes, self._placement
-        weights = _abstract(self._weights)
-        last_tokens, table = _abstract(self._last_tokens), _abstract(self._table)
-        by_row = jax.sharding.NamedSharding(placement.mesh, PartitionSpec(mesh.AXIS))
+        plans: Mapping[buckets.Bucket, Plan],
+        ways: Mapping[buckets.Bucket, ways_lib.Way],
+        *,
+        gives_up: Callable[[], bool],
+    ) -> Forwards | None:
+        """Compiles forwards of other plans; nothing that runs is touched, from any thread.
 
-        jobs = []
-        for rows in sorted({sizes.padded_rows(bucket) for bucket in bucket_list}):
-            for variant in sizes.samplers:
-                pack = programs.sample_packing(sizes, rows=rows, variant=variant)
-                logits = jax.ShapeDtypeStruct(
-                    (rows, sizes.vocab_size), jnp.float32, sharding=by_row
-                )
-                jobs.append(
-                    compiler.Job(
-                        name=f"sample {rows} {variant.value}",
-                        function=programs.build_sample(
-                            sizes=sizes, rows=rows, variant=variant, placement=placement
-                        ),
-                        arguments=(last_tokens, table, logits, _vector(pack.size)),
-                        donated=(0, 1),
-                    )
-                )
-        hidden = jax.ShapeDtypeStruct(
-            (sizes.dense_batch, model.config.hidden_size),
-            model.embedding[...].dtype,
-            sharding=self._everywhere,
-        )
-        jobs.append(
-            compiler.Job(
-                name="prompt_logprobs",
-                function=programs.build_prompt_logprobs(graph, treedef, self._shares),
-                arguments=(weights, hidden, _vector(2 * programs.PROMPT_LOGPROB_ROWS)),
-            )
-        )
-        jobs.append(
-            compiler.Job(
-                name="reset_penalties",
-                function=programs.build_reset(sizes=sizes, max_context_len=max_context_len),
-                arguments=(table, _vector(1 + 2 * max_context_len)),
-                donated=(0,),
-            )
-        )
-        return jobs
+        Args:
+            plans: Of all buckets; what runs by its plan already is not compiled again.
+            ways: How each bucket runs.
+            gives_up: Asked before each program; None is returned once it says so.
+        """
+        sizes = dataclasses.replace(self._sizes, plans=plans)
+        changed = {b: plan for b, plan in plans.items() if plan != self._sizes.plans.get(b)}
+        done = {}
+        for bucket in changed:
+            if gives_up():
+                return None
+            job = self._forward_job(sizes, bucket, ways[bucket])
+            done[job.name] = compiler.compile_one(job)
+        return Forwards(plans=changed, sizes=sizes, programs=done)
+
+    def take(self, forwards: Forwards) -> None:
+        """Runs other plans from the next forward on."""
+        self._programs |= forwards.programs
+        self._sizes = forwards.sizes
 
     @property
     def compile_seconds(self) -> dict[str, float]:
@@ -269,10 +292,9 @@ class Runner:
 
     def forward(self, inputs: ForwardInputs) -> Forwarded:
         """Hands a forward to the device and returns at once."""
-        for vector in inputs.resets:
-            self._table = self._programs["reset_penalties"].call(self._table, vector)
+        self._drawer.reset_penalties(inputs.resets)
         result = self._programs[f"forward {inputs.bucket}"].call(
-            self._caches, self._last_tokens, self._weights, inputs.vector
+            self._caches, self._drawer.last_tokens, self._weights, inputs.vector
         )
         self._caches = result.caches
         return Forwarded(
@@ -286,28 +308,11 @@ class Runner:
             forwarded: The newest forward.
             inputs: None when no row samples.
         """
-        sampled = None if inputs is None else self._launch_sample(inputs, forwarded.logits)
-        prompt_rows = []
-        for part in forwarded.prompt_slices:
-            rows = self._programs["prompt_logprobs"].call(
-                self._weights, forwarded.hidden, part.vector
-            )
-            rows.copy_to_host_async()
-            prompt_rows.append((part, rows))
-        return Launched(sampled=sampled, prompt_rows=prompt_rows)
-
-    def _launch_sample(self, inputs: SampleInputs, logits: jax.Array) -> jax.Array:
-        name = f"sample {logits.shape[0]} {inputs.variant.value}"
-        result = self._programs[name].call(self._last_tokens, self._table, logits, inputs.vector)
-        self._last_tokens, self._table = result.last_tokens, result.table
-        result.out.copy_to_host_async()
-        return result.out
+        return launch_draws(self._drawer, self._weights, forwarded, inputs)
 
     def collect(self, launched: Launched) -> Collected:
         """Waits for a step and brings its one array to the host."""
-        rows = None if launched.sampled is None else np.asarray(launched.sampled)
-        prompt_rows = [(part, np.asarray(array)) for part, array in launched.prompt_rows]
-        return Collected(rows=rows, prompt_rows=prompt_rows)
+        return collect(launched)
 
     def reset(self) -> None:
         """Starts over with an empty state, after a step failed and perhaps took it along.
@@ -315,9 +320,10 @@ class Runner:
         Raises:
             JaxRuntimeError: The device fails on a step without requests too.
         """
-        for array in jax.tree.leaves((self._caches, self._last_tokens, self._table)):
+        for array in jax.tree.leaves(self.state):
             array.delete()  # there may be no room for both
         self._allocate()
+        self._drawer.allocate()
         forwarded = self.forward(
             ForwardInputs(
                 bucket=self._smallest,
@@ -334,14 +340,44 @@ class Runner:
     def close(self) -> None:
         """Frees the device's memory; nothing can be run afterwards."""
         self.watch.close()
-        state = (self._weights, self._caches, self._last_tokens, self._table)
-        for array in jax.tree.leaves(state):
+        for array in jax.tree.leaves((self._weights, self.state)):
             array.delete()
 
 
-def _vector(size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size,), jnp.int32)
+def launch_draws(
+    drawer: drawing.Drawer,
+    weights: Sequence[jax.Array],
+    forwarded: Forwarded,
+    inputs: SampleInputs | None,
+) -> Launched:
+    """Hands what follows a forward to the device.
+
+    Args:
+        drawer: Of the runner.
+        weights: Of the model, or of its part with the head.
+        forwarded: The newest forward.
+        inputs: None when no row samples.
+    """
+    sampled = None
+    if inputs is not None:
+        assert forwarded.logits is not None
+        sampled = drawer.draw(forwarded.logits, inputs.variant, inputs.vector)
+    prompt_rows = []
+    for part in forwarded.prompt_slices:
+        assert forwarded.hidden is not None
+        rows = drawer.prompt_logprobs(weights, forwarded.hidden, part.vector)
+        prompt_rows.append((part, rows))
+    return Launched(sampled=sampled, prompt_rows=prompt_rows, left=forwarded.left)
 
 
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def collect(launched: Launched) -> Collected:
+    """Waits for a step and brings what it gave to the host."""
+    rows = None if launched.sampled is None else np.asarray(launched.sampled)
+    prompt_rows = [(part, np.asarray(array)) for part, array in launched.prompt_rows]
+    left = []
+    if launched.left is not None:
+        hidden, place = np.asarray(launched.left.hidden), 0
+        for who in launched.left.who:
+            left.append((who, hidden[place : place + who.count]))
+            place += who.count
+    return Collected(rows=rows, prompt_rows=prompt_rows, left=left)

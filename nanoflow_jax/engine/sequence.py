@@ -5,9 +5,10 @@ import hashlib
 from collections.abc import Collection
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32
 
 from nanoflow_jax import request as request_lib
+from nanoflow_jax.engine import fed as fed_lib
 from nanoflow_jax.engine import sampling
 from nanoflow_jax.grammar import matcher as matcher_lib
 
@@ -36,6 +37,7 @@ class Sequence:
         prompt_logprobs_done: Prompt positions already reported, or about to be by a step in flight.
         prompt_logprobs_told: Prompt positions already reported.
         started_s: When its prompt first began to run, once it has.
+        fed: What comes from outside, for a request that is a piece of a session.
     """
 
     request: request_lib.Request
@@ -51,6 +53,31 @@ class Sequence:
     prompt_logprobs_done: int = 0
     prompt_logprobs_told: int = 0
     started_s: float | None = None
+    fed: fed_lib.Fed | None = None
+
+    def wait_for(self, fed: fed_lib.Fed | None) -> None:
+        """Takes its rows from outside, if from anywhere; its tokens are those that come."""
+        self.fed = fed
+        if fed is not None and fed.leaves:
+            self.token_ids.clear()
+
+    def feed(self, token_ids: Collection[int], hidden: Float[np.ndarray, "n D"] | None) -> int:
+        """Takes rows from outside and says how many; see `Engine.feed`."""
+        assert self.fed is not None
+        ids = list(token_ids)
+        if hidden is not None:
+            self.fed.add(hidden)
+            ids = [0] * len(hidden)  # nobody here knows which they are
+        if self.fed.leaves:
+            self.token_ids += ids
+        return len(ids)
+
+    def truncate(self, position: int) -> None:
+        """Forgets rows at and after a position; a token drawn before it stays."""
+        assert self.fed is not None
+        self.fed.truncate(position)
+        kept = position if self.fed.leaves else max(self.prompt_len, position + 1)
+        del self.token_ids[kept:]
 
     @property
     def params(self) -> request_lib.SamplingParams:

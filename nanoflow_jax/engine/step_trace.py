@@ -17,13 +17,13 @@ _LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def programs_that_traces_know(section: config_lib.ProfileSection) -> Iterator[None]:
-    """Where a trace is asked for, compiles what is compiled inside anew.
+def programs_that_traces_know(is_wanted: bool) -> Iterator[None]:
+    """Where a trace is wanted, compiles what is compiled inside anew.
 
     jax's cache gives any program that computes the same, with the names of whoever made it; and a
     trace describes it by another number than the one in its events.
     """
-    if not section.steps:
+    if not is_wanted:
         yield
         return
     # Keys with names are nobody else's, and nothing is kept under them.

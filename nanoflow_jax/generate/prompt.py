@@ -8,7 +8,7 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax import generator
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.console import RunError
-from nanoflow_jax.engine import build, sequence
+from nanoflow_jax.engine import build, model_source, sequence
 from nanoflow_jax.parallel import peers
 from nanoflow_jax.request import SamplingParams
 from nanoflow_jax.tokenizer import tokenizer
@@ -53,7 +53,7 @@ def run(
         RunError: The request failed while it ran.
     """
     # Not llm.LLM: that comes with chat templates, and random weights need none of it.
-    source = build.open_model(config.model)
+    source = model_source.open_model(config.model)
     words = None
     if source.folder is not None:
         words = tokenizer.Tokenizer.load(source.folder.path)
@@ -81,7 +81,7 @@ def run(
 
 def _check(
     section: config_lib.ModelSection,
-    source: build.ModelSource,
+    source: model_source.ModelSource,
     prompt_ids: Sequence[int],
     params: SamplingParams,
 ) -> None:
@@ -89,7 +89,7 @@ def _check(
     sequence.make_sequence(
         request_lib.Request(request_id="prompt", prompt_ids=prompt_ids, params=one),
         vocab_size=source.config.vocab_size,
-        max_context_len=build.context_len(section, source.config),
+        max_context_len=model_source.context_len(section, source.config),
         eos_ids=source.eos_ids,
     )
 

@@ -2,10 +2,44 @@
 
 import dataclasses
 import enum
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from nanoflow_jax.nanobatch import operations
 
 DEFAULT_ROPE_THETA = 10000.0
+
+
+class Span(NamedTuple):
+    """Layers [start, stop) of a model; embedding and head belong to the first and the last."""
+
+    start: int
+    stop: int
+
+    def covers(self, other: "Span") -> bool:
+        """Whether all layers of another are among these."""
+        return self.start <= other.start and other.stop <= self.stop
+
+
+def cut(num_layers: int, borders: Iterable[int]) -> tuple[Span, ...]:
+    """The segments of a model that is cut at some borders.
+
+    Args:
+        num_layers: L.
+        borders: Where, ascending; border i is before layer i.
+
+    Raises:
+        ValueError: They do not ascend, or one is not between two layers.
+    """
+    edges = [0, *borders, num_layers]
+    spans = tuple(Span(a, b) for a, b in itertools.pairwise(edges))
+    if any(span.start >= span.stop for span in spans):
+        raise ValueError(
+            f"a grid of cuts at {', '.join(map(str, edges[1:-1]))} does not ascend between 0 and "
+            f"{num_layers}, the number of layers; give each border once, in order"
+        )
+    return spans
 
 
 class Activation(enum.StrEnum):
@@ -137,8 +171,13 @@ class ModelConfig:
         """Weights that one token meets: of the experts, those that it is sent to."""
         return self._num_parameters(0 if self.moe is None else self.moe.num_active)
 
+    @property
+    def num_attention_parameters(self) -> int:
+        """Weights of a layer's attention."""
+        return (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+
     def _num_parameters(self, experts_counted: int) -> int:
-        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+        attention = self.num_attention_parameters
         total = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         for layer in range(self.num_layers):
             total += attention

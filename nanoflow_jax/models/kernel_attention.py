@@ -1,7 +1,7 @@
 """Attention over pages by the kernels of `pallas_kernels`, and what they can do."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,11 +47,7 @@ class KernelDecode:
     ) -> Float[Array, "R N H"]:
         """See `DecodeAttention`; any cap gives the same result."""
         operands = (q, cache, page_table, context_lens, self.works[spec.window])
-        form = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
-        if place.run_kernel is not None and self.prepare is not None:
-            return place.run_kernel(self.prepare(*operands, **form, merge_ctas=self.num_ctas))
-        num_ctas = place.num_ctas or self.num_ctas
-        return self.attend(*operands, **form, num_ctas=num_ctas, token=place.token)
+        return _attend(self, operands, spec, place)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,12 +76,22 @@ class KernelPrefill:
         *,
         place: Place,
     ) -> Float[Array, "T N H"]:
-        operands = (q, cache, page_table, self.tiles[spec.window])
-        form = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
-        if place.run_kernel is not None and self.prepare is not None:
-            return place.run_kernel(self.prepare(*operands, **form))
-        num_ctas = place.num_ctas or self.num_ctas
-        return self.attend(*operands, **form, num_ctas=num_ctas, token=place.token)
+        """See `PrefillAttention`; any cap gives the same result."""
+        return _attend(self, (q, cache, page_table, self.tiles[spec.window]), spec, place)
+
+
+def _attend(
+    made: KernelDecode | KernelPrefill,
+    operands: Sequence[Any],
+    spec: transformer.AttentionSpec,
+    place: Place,
+) -> Array:
+    """By itself, or by who runs kernels here; parts are then merged on all SMs."""
+    form = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
+    if place.run_kernel is not None and made.prepare is not None:
+        return place.run_kernel(made.prepare(*operands, **form, merge_ctas=made.num_ctas))
+    num_ctas = place.num_ctas or made.num_ctas
+    return made.attend(*operands, **form, num_ctas=num_ctas, token=place.token)
 
 
 def check_decode(config: architecture.ModelConfig, dtype: np.dtype[Any], page_size: int) -> None:

@@ -72,22 +72,45 @@ def load_model(
     placement: placement_lib.Placement,
     progress: ProgressCall | None = None,
 ) -> transformer.Transformer:
-    """A model with the weights of a folder, read one at a time.
+    """A model with the weights of a folder, read one at a time; see `load_spans`."""
+    whole = [architecture.Span(0, config.num_layers)]
+    [model] = load_spans(source, config, whole, dtype=dtype, placement=placement, progress=progress)
+    return model
+
+
+def load_spans(
+    source: checkpoint_folder.ModelFolder,
+    config: architecture.ModelConfig,
+    spans: Sequence[architecture.Span],
+    *,
+    dtype: np.dtype[Any],
+    placement: placement_lib.Placement,
+    progress: ProgressCall | None = None,
+) -> list[transformer.Transformer]:
+    """Layers of a model with the weights of a folder, read one at a time; no others are read.
 
     Args:
         source: The opened folder.
         config: What its config.json describes.
+        spans: Which layers; one model is made of each, and they share an embedding.
         dtype: What the model runs in; stored weights are cast while they are read.
         placement: Where it lies.
         progress: Called after each weight.
 
     Raises:
-        ValueError: The folder does not hold exactly this model's weights.
+        ValueError: The folder does not hold exactly this model's weights; those of other layers
+            may be missing.
     """
     weights = huggingface.weights_of(config)
+    specs = _specs(config, spans)
     shapes = {name: tuple(info.shape) for name, info in source.tensors.items()}
-    weight_map.check_complete(shapes, weights, tied_embeddings=config.tied_embeddings)
-    meter = _Meter(config, dtype, progress)
+    weight_map.check_complete(
+        shapes,
+        {name: weights[name] for name in specs},
+        known=weights,
+        tied_embeddings=config.tied_embeddings,
+    )
+    meter = _Meter(specs, dtype, progress)
 
     def make(spec: layers.ParamSpec) -> jax.Array:
         entry = weights[spec.name]
@@ -100,7 +123,7 @@ def load_model(
         meter.add(spec)
         return array
 
-    return transformer.Transformer(make, config)
+    return _make_spans(make, config, spans)
 
 
 def random_model(
@@ -115,7 +138,24 @@ def random_model(
 
     Each weight's key is folded from its name, so it does not depend on the other weights.
     """
-    meter = _Meter(config, dtype, progress)
+    whole = [architecture.Span(0, config.num_layers)]
+    [model] = random_spans(
+        config, whole, seed=seed, dtype=dtype, placement=placement, progress=progress
+    )
+    return model
+
+
+def random_spans(
+    config: architecture.ModelConfig,
+    spans: Sequence[architecture.Span],
+    *,
+    seed: int,
+    dtype: np.dtype[Any],
+    placement: placement_lib.Placement,
+    progress: ProgressCall | None = None,
+) -> list[transformer.Transformer]:
+    """Layers of a model with the weights that `random_model` gives them; see `load_spans`."""
+    meter = _Meter(_specs(config, spans), dtype, progress)
     programs: dict[Any, Any] = {}
 
     def make(spec: layers.ParamSpec) -> jax.Array:
@@ -127,7 +167,27 @@ def random_model(
         meter.add(spec)
         return array
 
-    return transformer.Transformer(make, config)
+    return _make_spans(make, config, spans)
+
+
+def _specs(
+    config: architecture.ModelConfig, spans: Sequence[architecture.Span]
+) -> dict[str, layers.ParamSpec]:
+    """Every weight of some spans, once."""
+    return {spec.name: spec for span in spans for spec in transformer.parameter_specs(config, span)}
+
+
+def _make_spans(
+    make: layers.Maker, config: architecture.ModelConfig, spans: Sequence[architecture.Span]
+) -> list[transformer.Transformer]:
+    made: dict[str, Any] = {}
+
+    def make_once(spec: layers.ParamSpec) -> Any:
+        if spec.name not in made:
+            made[spec.name] = make(spec)
+        return made[spec.name]
+
+    return [transformer.Transformer(make_once, config, span) for span in spans]
 
 
 def _random_program(
@@ -146,12 +206,12 @@ class _Meter:
 
     def __init__(
         self,
-        config: architecture.ModelConfig,
+        specs: Mapping[str, layers.ParamSpec],
         dtype: np.dtype[Any],
         progress: ProgressCall | None,
     ) -> None:
         self._itemsize = np.dtype(dtype).itemsize
-        self._total = sum(self._size(spec) for spec in transformer.parameter_specs(config))
+        self._total = sum(map(self._size, specs.values()))
         self._done = 0
         self._start = time.monotonic()
         self._progress = progress
@@ -171,10 +231,14 @@ class _Meter:
             )
 
 
-def model_bytes(config: architecture.ModelConfig, dtype: np.dtype[Any]) -> int:
-    """Bytes of all weights in this dtype."""
-    specs = transformer.parameter_specs(config)
-    return sum(math.prod(spec.shape) for spec in specs) * np.dtype(dtype).itemsize
+def model_bytes(
+    config: architecture.ModelConfig,
+    dtype: np.dtype[Any],
+    spans: Sequence[architecture.Span] | None = None,
+) -> int:
+    """Bytes of all weights in this dtype, or of those of some layers."""
+    specs = _specs(config, spans or [architecture.Span(0, config.num_layers)])
+    return sum(math.prod(spec.shape) for spec in specs.values()) * np.dtype(dtype).itemsize
 
 
 def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> set[int]:

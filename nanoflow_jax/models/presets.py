@@ -4,6 +4,7 @@ import json
 from importlib import resources
 from typing import Any
 
+PREFIX = "preset:"
 _FOLDER = "preset_configs"
 
 
@@ -11,6 +12,12 @@ def names() -> list[str]:
     """Every preset's name."""
     files = resources.files("nanoflow_jax.models").joinpath(_FOLDER).iterdir()
     return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
+
+
+def try_find(name: str) -> str | None:
+    """The preset that is meant by its name, with `preset:` before it or without; None if none."""
+    short = name.removeprefix(PREFIX)
+    return short if short in names() else None
 
 
 def load(name: str) -> dict[str, Any]:

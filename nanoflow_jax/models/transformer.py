@@ -85,19 +85,31 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, layers, last norm and head of one model."""
+    """Embedding, layers, last norm and head of one model, or of some of its layers.
 
-    def __init__(self, make: layers.Maker, config: architecture.ModelConfig):
+    Attributes:
+        span: The layers that it holds. The embedding is there where the first one is, or where the
+            head is made of it; norm and head are there where the last one is.
+    """
+
+    def __init__(
+        self,
+        make: layers.Maker,
+        config: architecture.ModelConfig,
+        span: architecture.Span | None = None,
+    ):
+        """Makes the weights of a span; of the whole model where none is named."""
         c = config
+        start, stop = self.span = span or architecture.Span(0, c.num_layers)
         shape = (c.vocab_size, c.hidden_size)
-        self.embedding = nnx.Param(make(layers.ParamSpec(name="embedding", shape=shape, axes="VD")))
-        self.layers = nnx.List([Layer(make, i, c) for i in range(c.num_layers)])
-        self.norm = layers.RmsNorm(make, "norm", c.hidden_size, config=c)
-        self.head_weight = (
-            None
-            if c.tied_embeddings
-            else nnx.Param(make(layers.ParamSpec(name="head", shape=shape, axes="VD")))
-        )
+        embedding = layers.ParamSpec(name="embedding", shape=shape, axes="VD")
+        head = layers.ParamSpec(name="head", shape=shape, axes="VD")
+        ends = stop == c.num_layers
+        has_embedding = start == 0 or (ends and c.tied_embeddings)
+        self.embedding = nnx.Param(make(embedding)) if has_embedding else None
+        self.layers = nnx.List([Layer(make, i, c) for i in range(start, stop)])
+        self.norm = layers.RmsNorm(make, "norm", c.hidden_size, config=c) if ends else None
+        self.head_weight = nnx.Param(make(head)) if ends and not c.tied_embeddings else None
         self.config = c
 
     def embed(
@@ -105,6 +117,7 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "T D"]:
         """Rows of the embedding, of which each device of a group has an equal share."""
         with jax.named_scope("embed"):
+            assert self.embedding is not None, "these layers do not begin the model"
             rows = self.embedding[...]
             if group.num_devices > 1:
                 token_ids = token_ids - group.index() * rows.shape[0]
@@ -157,7 +170,8 @@ class Transformer(nnx.Module):
                 f"{x.shape[0]}; give each bucket a plan of its own size"
             )
         _check_devices(plan, operations.group.num_devices)
-        chosen = [self.layers[start + i] for i in range(len(caches))]
+        first = start - self.span.start
+        chosen = [self.layers[first + i] for i in range(len(caches))]
         for layer in chosen:
             _check_ways(plan, layer, c.hidden_size)
         angles = layers.rope_angles(positions, head_dim=c.head_dim, rope=c.rope)
@@ -186,6 +200,7 @@ class Transformer(nnx.Module):
         """
         with jax.named_scope("head"):
             weight = self.embedding if self.head_weight is None else self.head_weight
+            assert self.norm is not None and weight is not None, "these layers do not end the model"
             precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
             logits = jnp.einsum(
                 "RD,VD->RV",
@@ -314,13 +329,15 @@ class _LayerOperations:
             return layers.rotate(qkv[0], *angles), layers.rotate(qkv[1], *angles)
 
 
-def parameter_specs(config: architecture.ModelConfig) -> list[layers.ParamSpec]:
-    """Every weight of a model, in the order in which they are made."""
+def parameter_specs(
+    config: architecture.ModelConfig, span: architecture.Span | None = None
+) -> list[layers.ParamSpec]:
+    """Every weight of a model, or of some layers, in the order in which they are made."""
     found: list[layers.ParamSpec] = []
 
     def remember(spec: layers.ParamSpec) -> jax.ShapeDtypeStruct:
         found.append(spec)
         return jax.ShapeDtypeStruct(spec.shape, jnp.float32)
 
-    Transformer(remember, config)
+    Transformer(remember, config, span)
     return found

@@ -160,13 +160,18 @@ def experts(
 
 
 def check_complete(
-    found: Mapping[str, tuple[int, ...]], weights: WeightMap, *, tied_embeddings: bool
+    found: Mapping[str, tuple[int, ...]],
+    weights: WeightMap,
+    *,
+    known: WeightMap | None = None,
+    tied_embeddings: bool,
 ) -> None:
     """Raises unless a folder holds every tensor of a model, in its shape, and no unknown one.
 
     Args:
         found: Tensor name to shape, as the folder has them.
-        weights: What the model needs.
+        weights: What is needed.
+        known: What the whole model needs, if this is a part of it.
         tied_embeddings: A stored head is a copy of the embedding then, and is not read.
 
     Raises:
@@ -185,7 +190,7 @@ def check_complete(
                 f"tensor {name} has shape {tuple(found[name])}, but config.json asks for {shape}: "
                 "the weights belong to another model"
             )
-    spare = set(found) - set(wanted)
+    spare = set(found) - {name for source in (known or weights).values() for name in source.shapes}
     spare = {name for name in spare if not name.endswith(_DERIVED_SUFFIXES)}
     if tied_embeddings:
         spare.discard("lm_head.weight")

@@ -9,6 +9,8 @@ from nanoflow_jax.nanobatch.plan import Plan, TokenRange
 # k > max_shift + 1 layers only if it also may at k - 1: else the later layer's, one layer back,
 # would have to come before the other, and it is issued after it.
 _MORE_LAYERS = 3
+# Many more than any pipeline has use for, and few enough for what is found here to be found soon.
+_MOST_SHIFT = 16
 
 
 def check(plan: Plan) -> None:
@@ -74,6 +76,11 @@ def _check_nano_operations(plan: Plan) -> None:
             )
         if nano.shift < 0:
             raise ValueError(f"{where}: shift={nano.shift} is negative; raise all shifts alike")
+        if nano.shift > _MOST_SHIFT:
+            raise ValueError(
+                f"{where}: shift={nano.shift} is above {_MOST_SHIFT}, the most layers that a plan "
+                "may be ahead; lower it"
+            )
     if min(nano.shift for nano in plan.order):
         raise ValueError("no nano-operation has shift 0; lower all shifts alike")
 

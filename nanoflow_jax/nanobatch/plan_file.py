@@ -1,10 +1,12 @@
 """Plans as JSON: one line for each nano-operation, read strictly."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanoflow_jax import json_fields
+from nanoflow_jax.json_fields import Fields
 from nanoflow_jax.nanobatch import legality, operations
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.nanobatch.plan import NanoOperation, Plan, TokenRange
@@ -31,11 +33,7 @@ def from_json(text: str) -> tuple[Plan, ...]:
     Raises:
         ValueError: It has another form, or a plan is not legal.
     """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    top = _Fields(content, "the file")
+    top = Fields(json_fields.parse(text), "the file")
     schema = top.take("schema", int)
     if schema != SCHEMA:
         raise ValueError(
@@ -43,7 +41,7 @@ def from_json(text: str) -> tuple[Plan, ...]:
             "again with this version"
         )
     plans = tuple(
-        _plan(_Fields(entry, f"plans[{i}]")) for i, entry in enumerate(top.take("plans", list))
+        _plan(Fields(entry, f"plans[{i}]")) for i, entry in enumerate(top.take("plans", list))
     )
     top.finish()
     if not plans:
@@ -89,60 +87,7 @@ def _nano_fields(nano: NanoOperation) -> dict[str, Any]:
     return fields
 
 
-class _Fields:
-    """One JSON object, whose fields are taken out one by one."""
-
-    def __init__(self, content: object, where: str) -> None:
-        if not isinstance(content, dict):
-            raise ValueError(f"{where} is {content!r}; wanted an object")
-        self._left: dict[str, Any] = dict(content)
-        self._where = where
-
-    def take(self, name: str, kind: type, default: object = None) -> Any:
-        """The value of a field, of exactly this type; without a default it must be there."""
-        where = f"{self._where}.{name}"
-        if name not in self._left:
-            if default is None:
-                raise ValueError(f"{where} is missing; wanted {_KINDS[kind]}")
-            return default
-        value = self._left.pop(name)
-        if type(value) is not kind:  # a bool is an int to isinstance
-            raise ValueError(f"{where} is {value!r}; wanted {_KINDS[kind]}")
-        return value
-
-    def take_list(self, name: str, kind: type, default: object = None) -> tuple[Any, ...]:
-        """The same for a list of values of one type."""
-        values = self.take(name, list, default)
-        for i, value in enumerate(values):
-            if type(value) is not kind:
-                raise ValueError(f"{self._where}.{name}[{i}] is {value!r}; wanted {_KINDS[kind]}")
-        return tuple(values)
-
-    def has(self, name: str) -> bool:
-        return name in self._left
-
-    @property
-    def where(self) -> str:
-        return self._where
-
-    def finish(self) -> None:
-        """Refuses what nobody took."""
-        if self._left:
-            raise ValueError(
-                f"{self._where} has unknown fields {', '.join(map(repr, self._left))}; remove them"
-            )
-
-
-_KINDS: Mapping[type, str] = {
-    int: "an integer",
-    str: "a string",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-}
-
-
-def _plan(fields: _Fields) -> Plan:
+def _plan(fields: Fields) -> Plan:
     shape = operations.LayerShape(
         is_sparse=fields.take("is_sparse", bool), num_devices=fields.take("num_devices", int)
     )
@@ -155,7 +100,7 @@ def _plan(fields: _Fields) -> Plan:
         num_sms=fields.take("num_sms", int),
         decode_weights=fields.take_list("decode_weights", int),
         order=tuple(
-            _nano_operation(_Fields(entry, f"{fields.where}.order[{i}]"))
+            _nano_operation(Fields(entry, f"{fields.where}.order[{i}]"))
             for i, entry in enumerate(fields.take("order", list))
         ),
     )
@@ -169,7 +114,7 @@ def _plan(fields: _Fields) -> Plan:
     return plan
 
 
-def _nano_operation(fields: _Fields) -> NanoOperation:
+def _nano_operation(fields: Fields) -> NanoOperation:
     tokens = fields.take_list("tokens", int)
     if len(tokens) != 2:
         raise ValueError(f"{fields.where}.tokens is {list(tokens)}; wanted [start, stop]")
@@ -185,7 +130,7 @@ def _nano_operation(fields: _Fields) -> NanoOperation:
     return nano
 
 
-def _lane(fields: _Fields) -> Resource:
+def _lane(fields: Fields) -> Resource:
     name = fields.take("lane", str)
     if name not in list(Resource):
         raise ValueError(f"{fields.where}.lane is {name!r}; wanted one of {', '.join(Resource)}")

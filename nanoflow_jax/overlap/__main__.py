@@ -1,6 +1,6 @@
 """What of a step may run at once on a GPU, from its compiled program: no GPU is needed.
 
-`python -m nanoflow_jax.overlap --model=preset:llama-3-8b --random_weights --plan=halves
+`python -m nanoflow_jax.overlap --model=llama-3-8b --plan=halves [--device=h200]
 [--tensor_parallel=8] [--tokens=2048] [--prompt_len=512] [--output_len=512] [--html=FILE]`
 
 The batch is what requests of one kind make in the long run; the defaults are those of the paper's
@@ -19,8 +19,8 @@ from absl import flags as absl_flags
 from nanoflow_jax import config, console, flags
 from nanoflow_jax.cost import datasheets, steady_state, timeline
 from nanoflow_jax.deviceless import compiler, devices
-from nanoflow_jax.engine import build, executors
-from nanoflow_jax.models import architecture
+from nanoflow_jax.engine import executors, model_source
+from nanoflow_jax.models import architecture, presets
 from nanoflow_jax.nanobatch.plan import Plan
 from nanoflow_jax.overlap import (
     analysis,
@@ -50,6 +50,16 @@ def _define() -> None:
         lower_bound=0,
     )
     absl_flags.DEFINE_string("html", None, "Also draw the predicted timeline in this file.")
+
+
+def _model(section: config.ModelSection) -> architecture.ModelConfig:
+    """The shape of a folder or a preset: weights are not looked at."""
+    preset = presets.try_find(section.model)
+    is_folder = pathlib.Path(section.model).is_dir()
+    name = section.model if preset is None or is_folder else presets.PREFIX + preset
+    return model_source.open_model(
+        dataclasses.replace(section, model=name, random_weights=True)
+    ).config
 
 
 def _workload() -> workload.Workload:
@@ -95,7 +105,7 @@ def _run(arguments: list[str]) -> int:
     if arguments:
         raise ValueError(f"unknown argument {arguments[0]!r}; flags begin with --")
     section = flags.engine_config(_FLAGS)
-    model = build.open_model(section.model).config
+    model = _model(section.model)
     work = _workload()
     asked = _step(section, model, work.bucket)
     prediction = _prediction(model, asked, work.contexts)

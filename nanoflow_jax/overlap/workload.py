@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from nanoflow_jax.cost import serving
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.cost.timeline import Contexts
 from nanoflow_jax.deviceless.devices import Device
@@ -51,7 +52,7 @@ class Workload:
     def describe(self, model: architecture.ModelConfig, device: Device, *, num_devices: int) -> str:
         """What it is, and whether its cache fits beside the weights, in a line for people."""
         bucket = self.bucket
-        token_bytes = 2 * model.num_kv_heads * model.head_dim * _DTYPE.itemsize * model.num_layers
+        token_bytes = serving.sizes(model).kv_bytes_per_token
         chunk_tokens = bucket.tokens - bucket.decode_rows
         cache = token_bytes * (bucket.decode_rows * self.mix.decode_context + chunk_tokens)
         weights, room = loading.model_bytes(model, _DTYPE), num_devices * device.memory_bytes

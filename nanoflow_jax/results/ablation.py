@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from nanoflow_jax.results import figures, kind, manifest
+from nanoflow_jax.results import ablation_operations, ablation_sweep, figures, kind, manifest
 from nanoflow_jax.results.kernels import FLOPS_CEILING
 
 # A control that hides more shows that something else than overlap was measured.
@@ -24,6 +24,10 @@ MOST_HIDDEN_BY_CONTROL = 0.05
 # Of a mode that is measured twice, between its two medians.
 MOST_NOISE = 0.02
 FLOAT32 = "float32"
+# Name of the figure that --plan_min_tokens is set from.
+THRESHOLD = "smallest dense batch worth cutting"
+# Figures that only who looks into a result wants to see.
+_DETAILS = (", executed", ", times as long as of ")
 
 
 class Role(enum.StrEnum):
@@ -107,7 +111,23 @@ class Missing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reason: str
 
 
-SAMPLE: Any = Step | Comparison | Missing
+class Traced(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="traced"):
+    """Operations of the layers in a trace of steps, apart from those that were timed.
+
+    Attributes:
+        case: Workload.
+        mode: How it ran.
+        steps: In the trace.
+        operation_s: Seconds of a step in which each operation ran, by its name.
+    """
+
+    case: str
+    mode: str
+    steps: int
+    operation_s: dict[str, float]
+
+
+SAMPLE: Any = Step | Comparison | Missing | Traced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,13 +246,30 @@ def optimum(run: manifest.Run, ceilings: figures.Ceilings) -> float:
     return ceilings.of(FLOPS_CEILING) / (2 * run.setting["active_parameters"])
 
 
+def speedups_of_cutting(cases: Cases) -> dict[int, float]:
+    """By dense batch of the sweep, the speed of the fastest mode that cuts over the sequential."""
+    found = {}
+    for case, modes in cases.items():
+        tokens, best = ablation_sweep.try_tokens(case), best_sequential(modes)
+        cut = of_role(modes, Role.OVERLAPPED) or of_role(modes, Role.SPLIT)
+        speedups = [ratios(one, modes[best]) for one in cut.values()] if best else []
+        if tokens is not None and any(speedups):
+            found[tokens] = max(statistics.median(one) for one in speedups if one)
+    return found
+
+
 def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
-    return [
+    cases = timed(evidence.samples)
+    found = [
         figure
-        for case, modes in timed(evidence.samples).items()
-        for part in (_speeds, _ratios, _hidden)
+        for case, modes in cases.items()
+        for part in (_speeds, _ratios, _hidden, _operations_of)
         for figure in part(case, modes, evidence)
     ]
+    threshold = ablation_sweep.threshold(speedups_of_cutting(cases))
+    if threshold is not None:
+        found.append(figures.summarise(THRESHOLD, "tokens", [float(threshold)]))
+    return found
 
 
 def _speeds(
@@ -290,6 +327,22 @@ def _hidden(
                 yield figures.summarise(f"{case}: {name}, hidden share of {other}", "x", found)
 
 
+def _operations_of(
+    case: str, modes: Mapping[str, Timed], evidence: kind.Evidence
+) -> Iterator[figures.Figure]:
+    best = best_sequential(modes)
+    if best is None:
+        return
+    traced = [s for s in evidence.samples if isinstance(s, Traced) and s.case == case]
+    yield from ablation_operations.slowdowns(
+        case,
+        {one.mode: one.operation_s for one in traced},
+        best=best,
+        split=of_role(modes, Role.SPLIT),
+        overlapped=of_role(modes, Role.OVERLAPPED),
+    )
+
+
 def _complaints(evidence: kind.Evidence) -> list[str]:
     cases = timed(evidence.samples)
     found = [
@@ -297,7 +350,7 @@ def _complaints(evidence: kind.Evidence) -> list[str]:
         *_differing_rounds(evidence),
         *_short_rounds(cases, evidence.run),
     ]
-    if _is_gpu(evidence.run):
+    if kind.is_gpu(evidence.run):
         found += _failed_controls(cases)
     return found or ([] if cases else ["nothing was timed"])
 
@@ -366,22 +419,15 @@ def _failed_controls(cases: Cases) -> Iterator[str]:
                 )
 
 
-def _is_gpu(run: manifest.Run) -> bool:
-    return run.device.platform == "gpu"
-
-
-def _level(run: manifest.Run) -> kind.Level:
-    # On a CPU nothing can overlap: what it shows is that the modes give the same tokens.
-    return kind.Level.ONE_RUN if _is_gpu(run) else kind.Level.CPU_NUMERICS
-
-
 KIND = kind.Kind(
     name="ablation",
     sample=SAMPLE,
     files=lambda run: frozenset({manifest.SAMPLES, manifest.TOKENS, manifest.CURVES}),
-    needs_ceilings=_is_gpu,
-    level=_level,
+    needs_ceilings=kind.is_gpu,
+    needs_fitness=kind.is_gpu,
+    # On a CPU nothing can overlap: what it shows is that the modes give the same tokens.
+    level=kind.device_level,
     figures=_figures,
     complaints=_complaints,
-    is_headline=lambda run, figure: not figure.name.endswith(", executed"),
+    is_headline=lambda run, figure: not any(part in figure.name for part in _DETAILS),
 )

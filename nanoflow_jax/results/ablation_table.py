@@ -3,7 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nanoflow_jax.results import ablation, figures, manifest
+from nanoflow_jax.results import (
+    ablation,
+    ablation_operations,
+    ablation_sweep,
+    figures,
+    kind,
+    manifest,
+)
 from nanoflow_jax.results.ablation import Role, Timed
 from nanoflow_jax.results.figures import Figure
 
@@ -13,7 +20,6 @@ LEAST_SPEEDUP = 1.20
 LEAST_SEQUENTIAL, LEAST_OVERLAPPED = 0.55, 0.72
 LEAST_AT_ANY_BATCH = 0.98
 _WITH_GOALS = ("512/512", "1024/512")
-_BATCH = "batch "
 
 
 def table(samples: Sequence[Any], made: Sequence[Figure]) -> Iterator[str]:
@@ -26,6 +32,8 @@ def table(samples: Sequence[Any], made: Sequence[Figure]) -> Iterator[str]:
     by_name = {one.name: one for one in made}
     for case, modes in ablation.timed(samples).items():
         yield from _case(case, modes, by_name)
+        yield from _operations(case, modes, samples, by_name)
+    yield from _threshold(ablation.speedups_of_cutting(ablation.timed(samples)))
     yield from _tokens(samples)
     missing: dict[str, list[str]] = {}
     for one in samples:
@@ -58,6 +66,44 @@ def _case(case: str, modes: Mapping[str, Timed], made: Mapping[str, Figure]) -> 
         yield line.rstrip()
 
 
+def _threshold(speedups: Mapping[int, float]) -> Iterator[str]:
+    """From which dense batch on cutting pays, as the flag that an engine takes."""
+    if not speedups:
+        return
+    measured = ", ".join(f"{tokens}: {speedups[tokens]:.3f}" for tokens in sorted(speedups))
+    found = ablation_sweep.threshold(speedups)
+    if found is None:
+        yield f"not worth cutting, even at the largest dense batch of the sweep ({measured})"
+    else:
+        flags = f"--plan=halves --plan_min_tokens={found}"
+        yield f"worth cutting from {found} tokens on ({measured}): {flags}"
+
+
+def _operations(
+    case: str, modes: Mapping[str, Timed], samples: Sequence[Any], made: Mapping[str, Figure]
+) -> Iterator[str]:
+    """Times of operations in the best sequential mode, and how many times as long in others."""
+    times = {
+        s.mode: s.operation_s for s in samples if isinstance(s, ablation.Traced) and s.case == case
+    }
+    best = ablation.best_sequential(modes)
+    if best is None or best not in times:
+        return
+    split = [*ablation.of_role(modes, Role.SPLIT)]
+    yield f"{case}, operations: ms a step in {best}, and times as long in other modes"
+    for operation, seconds in times[best].items():
+        line = f"  {operation:<34}{1e3 * seconds:>11.3f}"
+        for mode in (*split, *ablation.of_role(modes, Role.OVERLAPPED)):
+            names = (ablation_operations.slowdown(case, mode, operation, o) for o in (best, *split))
+            found = [f"{made[name].median:.2f}" for name in names if name in made]
+            line += f"  {mode}: {', of split '.join(found)}" if found else ""
+        yield line
+    for mode in split:
+        cost = made.get(ablation_operations.cost_of_splitting(case, mode, best))
+        if cost is not None:
+            yield f"  weights read again, smaller products: {cost.median:+.1%} of {best}"
+
+
 def _tokens(samples: Sequence[Any]) -> Iterator[str]:
     for one in samples:
         if isinstance(one, ablation.Comparison):
@@ -77,14 +123,13 @@ def goals(run: manifest.Run, samples: Sequence[Any], made: Sequence[Figure]) -> 
         samples: Of one result.
         made: Its figures.
     """
-    if run.device.platform != "gpu":
+    if not kind.is_gpu(run):
         return
     by_name = {one.name: one for one in made}
     cases = ablation.timed(samples)
     for case in _WITH_GOALS:
         yield from _workload_goals(case, cases.get(case, {}), by_name)
-    batches = {case: modes for case, modes in cases.items() if case.startswith(_BATCH)}
-    yield _batch_goal(batches, by_name)
+    yield _batch_goal(ablation.speedups_of_cutting(cases))
 
 
 def _workload_goals(
@@ -106,18 +151,17 @@ def _workload_goals(
         yield _goal(name, None if found is None else found.median, least)
 
 
-def _batch_goal(batches: Mapping[str, Mapping[str, Timed]], made: Mapping[str, Figure]) -> str:
-    ratios = {
-        case: found.median
-        for case, modes in batches.items()
-        for name in ablation.of_role(modes, Role.OVERLAPPED)
-        if (found := made.get(f"{case}: {name} over {ablation.best_sequential(modes)}"))
-    }
-    worst = min(ratios, key=lambda case: ratios[case], default=None)
+def _batch_goal(speedups: Mapping[int, float]) -> str:
+    worst = min(speedups, key=lambda tokens: speedups[tokens], default=None)
     if worst is None:
         return _goal("overlapped over sequential at any batch", None, LEAST_AT_ANY_BATCH)
-    name = f"overlapped over sequential at {', '.join(ratios)}: worst at {worst}"
-    return _goal(name, ratios[worst], LEAST_AT_ANY_BATCH)
+    batches = ", ".join(map(str, sorted(speedups)))
+    name = f"overlapped over sequential at batches of {batches}: worst at {worst}"
+    verdict = _goal(name, speedups[worst], LEAST_AT_ANY_BATCH)
+    least = ablation_sweep.threshold(speedups)
+    if speedups[worst] >= LEAST_AT_ANY_BATCH or least is None:
+        return verdict
+    return f"{verdict}; met with --plan_min_tokens={least}, below which nothing is cut"
 
 
 def _goal(name: str, found: float | None, least: float) -> str:

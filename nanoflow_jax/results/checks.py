@@ -30,7 +30,7 @@ def derive(kind: Kind, evidence: Evidence) -> tuple[figures.Figure, ...]:
 
 
 def complaints(kind: Kind, evidence: Evidence, tokens: Tokens | None) -> Iterator[str]:
-    """Reasons why nothing may be claimed from samples, ceilings and tokens; none if they are good.
+    """Reasons why nothing may be claimed from what was measured; none if it is good.
 
     Args:
         kind: Of the result.
@@ -39,6 +39,7 @@ def complaints(kind: Kind, evidence: Evidence, tokens: Tokens | None) -> Iterato
     """
     yield from _gaps(evidence)
     yield from _drift(kind, evidence)
+    yield from _unfit(kind, evidence)
     yield from kind.complaints(evidence)
     if tokens is not None:
         yield from _differing_tokens(tokens)
@@ -99,6 +100,13 @@ def _drift(kind: Kind, evidence: Evidence) -> Iterator[str]:
         elif not figures.do_agree(before, after, within=MOST_DRIFT):
             change = after / before - 1
             yield f"the ceiling {name} drifted by {change:+.1%} during the run"
+
+
+def _unfit(kind: Kind, evidence: Evidence) -> Iterator[str]:
+    if evidence.unfit is None and kind.needs_fitness(evidence.run):
+        yield "nobody looked whether the device is fit to be measured"
+    for said in evidence.unfit or ():
+        yield f"the device was not fit to be measured: {said}"
 
 
 def _differing_tokens(tokens: Tokens) -> Iterator[str]:

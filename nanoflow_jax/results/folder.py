@@ -33,8 +33,9 @@ class Result:
     @property
     def evidence(self) -> Evidence:
         """What its figures are made from."""
+        found = self.manifest
         return Evidence(
-            run=self.manifest.run, samples=self.samples, ceilings=self.manifest.ceilings
+            run=found.run, samples=self.samples, ceilings=found.ceilings, unfit=found.unfit
         )
 
 

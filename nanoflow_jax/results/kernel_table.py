@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from nanoflow_jax.results import figures, kernels
-from nanoflow_jax.results.kernels import Sample
+from nanoflow_jax.results.kernels import Sample, Work
 
 _WORDS = {
     kernels.FLOPS_CEILING: "arithmetic",
@@ -13,15 +13,18 @@ _WORDS = {
 _HEAD = f"  {'way':<32}{'us':>11}  {'quartiles':<24}{'TFLOP/s':>8}{'GB/s':>7}  of ceiling"
 
 
-def table(samples: Sequence[Sample], ceilings: figures.Ceilings | None) -> Iterator[str]:
+def table(
+    samples: Sequence[Sample], works: Mapping[str, Work], ceilings: figures.Ceilings | None
+) -> Iterator[str]:
     """Lines for people: each problem with all that did it, its curve, and what failed.
 
     Args:
         samples: Of one result.
+        works: What its problems come to, by name.
         ceilings: Of the device; None where there are none.
     """
     for case, modes in kernels.by_mode(samples).items():
-        yield from _case(case, modes, ceilings)
+        yield from _case(case, modes, kernels.work_of(case, works), ceilings)
     missing: dict[str, list[str]] = {}
     for sample in samples:
         if sample.is_missing:
@@ -33,14 +36,16 @@ def table(samples: Sequence[Sample], ceilings: figures.Ceilings | None) -> Itera
 
 
 def _case(
-    case: str, modes: Mapping[str, Sequence[Sample]], ceilings: figures.Ceilings | None
+    case: str,
+    modes: Mapping[str, Sequence[Sample]],
+    work: Work,
+    ceilings: figures.Ceilings | None,
 ) -> Iterator[str]:
-    shape = kernels.shape_of(case)
-    rates = {name: kernels.rate(case, one, ceilings) for name, one in modes.items()}
+    rates = {name: kernels.rate(work, one, ceilings) for name, one in modes.items()}
     limit = next(iter(rates.values())).ceiling
     words = f", bound by {_WORDS[limit]}" if limit else ""
-    amount = f"{shape.flops / 1e9:.4g} GFLOP, {shape.num_bytes / 1e6:.4g} MB"
-    yield f"{case}: {shape.KERNEL}, {amount}{words}"
+    amount = f"{work.flops / 1e9:.4g} GFLOP, {work.num_bytes / 1e6:.4g} MB"
+    yield f"{case}: {work.kernel}, {amount}{words}"
     yield _HEAD
     curve = kernels.curve(case, modes, rates)
     for name, one in modes.items():
@@ -53,7 +58,7 @@ def _case(
         yield (
             f"  {name:<32}{1e6 * middle:>11.1f}  "
             f"{f'{1e6 * low:.1f} to {1e6 * high:.1f}':<24}"
-            f"{shape.flops / middle / 1e12:>8.1f}{shape.num_bytes / middle / 1e9:>7.0f}  "
+            f"{work.flops / middle / 1e12:>8.1f}{work.num_bytes / middle / 1e9:>7.0f}  "
             f"{'' if fraction is None else f'{fraction:.0%}'}".rstrip()
         )
     if curve:

@@ -1,7 +1,12 @@
-"""Kind `kernels`: each kernel on shares of a GPU, beside what else does the same."""
+"""Kind `kernels`: each kernel on shares of a GPU, beside what else does the same.
+
+What a problem computes and moves stands in the result, so that one from before a change of
+pallas_kernels.problem_shapes comes to what it came to.
+"""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -60,6 +65,54 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     is_missing: bool = False
 
 
+class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a problem comes to.
+
+    Attributes:
+        kernel: Which one solves it, of pallas_kernels.problem_shapes.KERNELS.
+        flops: Floating-point operations, a multiplication and an addition as two.
+        num_bytes: Read and written at least.
+    """
+
+    kernel: str
+    flops: int
+    num_bytes: int
+
+
+def setting_of(problems: Iterable[problem_shapes.Problem]) -> dict[str, Any]:
+    """What a result's setting says of its problems, by name; `works` reads it."""
+    return {problem.name: msgspec.to_builtins(_work(problem.shape)) for problem in problems}
+
+
+def works(run: manifest.Run) -> dict[str, Work]:
+    """What the problems of a run come to, by name.
+
+    Raises:
+        ValueError: Its setting does not say.
+    """
+    try:
+        return msgspec.convert(run.setting.get("problems"), dict[str, Work])
+    except msgspec.ValidationError as error:
+        raise ValueError(
+            f"the setting's `problems` do not say what each computes and moves: {error}"
+        ) from error
+
+
+def work_of(case: str, found: Mapping[str, Work]) -> Work:
+    """What a case comes to.
+
+    Raises:
+        ValueError: It is not among those found.
+    """
+    if case not in found:
+        raise ValueError(f"the setting's `problems` have no {case!r}, which samples are of")
+    return found[case]
+
+
+def _work(shape: problem_shapes.Shape) -> Work:
+    return Work(kernel=shape.KERNEL, flops=shape.flops, num_bytes=shape.num_bytes)
+
+
 def mode(way: str, num_ctas: int | None, split: int | None) -> str:
     """Name of a way with a share: `xla`, `pallas 48`, `pallas 84+48`."""
     if num_ctas is None:
@@ -89,14 +142,14 @@ def by_mode(samples: Iterable[Sample]) -> dict[str, dict[str, list[Sample]]]:
     return found
 
 
-def bound(shape: problem_shapes.Shape, ceilings: figures.Ceilings) -> str:
+def bound(work: Work, ceilings: figures.Ceilings) -> str:
     """Name of the ceiling that limits a problem: the one at which it takes longer.
 
     Of memory the faster of a copy and of reading alone.
     """
     memory = max(COPY_CEILING, READ_CEILING, key=ceilings.of)
-    flops_s = shape.flops / ceilings.of(FLOPS_CEILING)
-    return FLOPS_CEILING if flops_s >= shape.num_bytes / ceilings.of(memory) else memory
+    flops_s = work.flops / ceilings.of(FLOPS_CEILING)
+    return FLOPS_CEILING if flops_s >= work.num_bytes / ceilings.of(memory) else memory
 
 
 def shape_of(case: str) -> problem_shapes.Shape:
@@ -111,20 +164,21 @@ def shape_of(case: str) -> problem_shapes.Shape:
     raise ValueError(f"there is no problem {case!r} in pallas_kernels/problem_shapes.py")
 
 
-def rate(case: str, samples: Sequence[Sample], ceilings: figures.Ceilings | None) -> figures.Figure:
+def rate(
+    work: Work, samples: Sequence[Sample], ceilings: figures.Ceilings | None
+) -> figures.Figure:
     """Operations or bytes per second of one mode, and its share of what the device can do.
 
     Args:
-        case: Of the samples.
+        work: Of the samples' case.
         samples: Timed ones of one mode.
         ceilings: Of the device, which say which of the two counts; operations where there are none.
     """
-    shape = shape_of(case)
-    limit = None if ceilings is None else bound(shape, ceilings)
+    limit = None if ceilings is None else bound(work, ceilings)
     is_memory = limit in (COPY_CEILING, READ_CEILING)
-    amount = shape.num_bytes if is_memory else shape.flops
+    amount = work.num_bytes if is_memory else work.flops
     return figures.summarise(
-        f"{case}: {samples[0].mode}",
+        f"{samples[0].case}: {samples[0].mode}",
         "bytes/s" if is_memory else "operations/s",
         [amount / sample.seconds for sample in samples if sample.seconds is not None],
         ceiling=limit,
@@ -187,8 +241,10 @@ def speedups(
 
 def _figures(evidence: kind.Evidence) -> list[figures.Figure]:
     found: list[figures.Figure] = []
+    problems = works(evidence.run)
     for case, modes in by_mode(evidence.samples).items():
-        rates = {name: rate(case, one, evidence.ceilings) for name, one in modes.items()}
+        work = work_of(case, problems)
+        rates = {name: rate(work, one, evidence.ceilings) for name, one in modes.items()}
         found += [
             *rates.values(),
             *curve(case, modes, rates).values(),
@@ -211,22 +267,36 @@ def _complaints(evidence: kind.Evidence) -> list[str]:
     return [] if by_mode(evidence.samples) else ["nothing was timed"]
 
 
-def _is_gpu(run: manifest.Run) -> bool:
-    return run.device.platform == "gpu"
+def _complaints_today(run: manifest.Run) -> list[str]:
+    """Problems that do not come to what they come to by the code as it is."""
+    found = []
+    for case, work in works(run).items():
+        try:
+            wanted = _work(shape_of(case))
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        if work != wanted:
+            found.append(
+                f"{case} is recorded as {_said(work)}; pallas_kernels/problem_shapes.py, which has "
+                f"not changed, makes it {_said(wanted)}"
+            )
+    return found
 
 
-def _level(run: manifest.Run) -> kind.Level:
-    # Interpreted kernels show that they compute the right numbers, and nothing of their speed.
-    return kind.Level.ONE_RUN if _is_gpu(run) else kind.Level.CPU_NUMERICS
+def _said(work: Work) -> str:
+    return f"{work.kernel}, {work.flops} operations, {work.num_bytes} bytes"
 
 
 KIND = kind.Kind(
     name="kernels",
     sample=Sample,
     files=lambda run: frozenset({manifest.SAMPLES, manifest.CURVES}),
-    needs_ceilings=_is_gpu,
-    level=_level,
+    needs_ceilings=kind.is_gpu,
+    needs_fitness=kind.is_gpu,
+    level=kind.device_level,
     figures=_figures,
     complaints=_complaints,
+    complaints_today=_complaints_today,
     is_headline=_is_headline,
 )

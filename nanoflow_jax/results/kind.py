@@ -37,6 +37,16 @@ _WORDS = {
 }
 
 
+def is_gpu(run: Run) -> bool:
+    """Whether a GPU is measured."""
+    return run.device.platform == "gpu"
+
+
+def device_level(run: Run) -> Level:
+    """What one run of kernels is worth: of a CPU, which interprets them, it is what they give."""
+    return Level.ONE_RUN if is_gpu(run) else Level.CPU_NUMERICS
+
+
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """tokens.json: what modes that must not differ have generated.
 
@@ -57,11 +67,13 @@ class Evidence:
         run: What was to be done.
         samples: Of the kind's sample type, in the order of time.
         ceilings: None if none were measured.
+        unfit: What makes the device unfit to be measured; None if nobody looked.
     """
 
     run: Run
     samples: Sequence[Any]
     ceilings: Ceilings | None
+    unfit: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,9 +86,11 @@ class Kind:
             `step`, where it has them, are checked for gaps.
         files: Names of files that a finished run must have, of `manifest.FILES`.
         needs_ceilings: Whether ceilings must have been measured before and after.
+        needs_fitness: Whether somebody must have looked if the device is fit to be measured.
         level: What a single finished run is worth.
         figures: What samples come to. The only place where that is computed.
         complaints: What is wrong beyond what holds for all kinds; empty if nothing.
+        complaints_today: What is wrong of a run by kernels that have not changed since.
         is_headline: Whether the README shows a figure of a run.
     """
 
@@ -86,5 +100,7 @@ class Kind:
     needs_ceilings: Callable[[Run], bool]
     level: Callable[[Run], Level]
     figures: Callable[[Evidence], list[Figure]]
+    needs_fitness: Callable[[Run], bool] = lambda run: False
     complaints: Callable[[Evidence], list[str]] = lambda evidence: []
+    complaints_today: Callable[[Run], list[str]] = lambda run: []
     is_headline: Callable[[Run, Figure], bool] = lambda run, figure: True

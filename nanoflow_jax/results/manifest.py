@@ -132,6 +132,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         message: Why it failed; empty if it did not.
         num_samples: How many were taken.
         ceilings: None if none were measured.
+        unfit: What was found of the device that makes it unfit to be measured; None if nobody
+            looked.
         figures: What the samples come to; none of a failed run.
         files: SHA-256 of every other file, by name.
         format: Of this file.
@@ -146,6 +148,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     message: str = ""
     num_samples: int = 0
     ceilings: Ceilings | None = None
+    unfit: tuple[str, ...] | None = None
     figures: tuple[Figure, ...] = ()
     files: dict[str, str] = {}
     format: int = FORMAT

@@ -70,11 +70,6 @@ def complaints(cases: Mapping[str, Sequence[Sample]]) -> list[str]:
     return differing + short
 
 
-def is_gpu(run: manifest.Run) -> bool:
-    """Whether it ran on one, where ceilings are measured."""
-    return run.device.platform == "gpu"
-
-
 def _level(run: manifest.Run) -> kind.Level:
     """Of kernels that were interpreted counts what they gave, not how fast."""
     return kind.Level.CPU_NUMERICS if run.plan.get("interpreted") else kind.Level.ONE_RUN
@@ -84,7 +79,7 @@ KIND = kind.Kind(
     name="throughput",
     sample=Sample,
     files=lambda run: frozenset({manifest.SAMPLES}),
-    needs_ceilings=is_gpu,
+    needs_ceilings=kind.is_gpu,
     level=_level,
     figures=_figures,
     complaints=lambda evidence: complaints(_cases(evidence)),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nanoflow_jax.results import checks, figures, folder, provenance
+from nanoflow_jax.results import checks, figures, folder, kind, provenance
 from nanoflow_jax.results.figures import Figure
 from nanoflow_jax.results.folder import Result
 from nanoflow_jax.results.kind import Level
@@ -53,11 +53,13 @@ def verify(path: Path, *, project: Path = provenance.PROJECT) -> Verdict:
     """
     try:
         result = folder.read(path)
-        complaints = (*folder.damages(path, result.manifest, result.kind), *_claims(result))
+        complaints = [*folder.damages(path, result.manifest, result.kind), *_claims(result)]
     except (ResultError, OSError) as error:
         return Verdict(path=path, result=None, complaints=(str(error),))
     changed = tuple(provenance.changed_kernels(result.manifest.origin, project=project))
-    return Verdict(path=path, result=result, complaints=complaints, changed=changed)
+    if not changed and not complaints and result.manifest.status == "done":
+        complaints += result.kind.complaints_today(result.manifest.run)
+    return Verdict(path=path, result=result, complaints=tuple(complaints), changed=changed)
 
 
 def verify_all(root: Path, *, project: Path = provenance.PROJECT) -> list[Verdict]:
@@ -179,7 +181,7 @@ def _origin(result: Result) -> Iterator[str]:
     elif not origin.is_clean:
         yield f"{file}: the tree had changes beside commit {origin.commit[:12]}"
     wanted = ["python", "jax", "jaxlib"]
-    if result.manifest.run.device.platform == "gpu":
+    if kind.is_gpu(result.manifest.run):
         wanted.append("driver")
     for name in wanted:
         if name not in origin.versions:

@@ -130,6 +130,19 @@ class ResultWriter:
         self._before = before if before is not None else self._before
         self._after = after if after is not None else self._after
 
+    def add_unfit(self, found: Iterable[str]) -> None:
+        """Notes that somebody looked whether the device is fit to be measured.
+
+        It is in the manifest once this returns, and stays there if the run is killed and gone on
+        with: samples from before were taken on the device as it was.
+
+        Args:
+            found: What makes it unfit; empty if nothing.
+        """
+        unfit = tuple(dict.fromkeys((*(self._manifest.unfit or ()), *found)))
+        self._manifest = msgspec.structs.replace(self._manifest, unfit=unfit)
+        manifest.write(self._manifest, self.path)
+
     def set_plan(self, plan: Mapping[str, Any], *, kernels: Iterable[str] = ()) -> None:
         """Notes what is run, where it is known only once an engine has been built.
 

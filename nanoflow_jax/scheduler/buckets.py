@@ -3,6 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
+# More than prompts of ordinary length are chunks of a dense batch; each has room in every step.
+_MOST_CHUNKS = 256
+# A step of some ten rows must not be padded to hundreds.
+_KEPT_ROWS = (1, 8, 64)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
 class Bucket:
@@ -66,14 +71,15 @@ def default_buckets(*, max_requests: int, dense_batch: int) -> tuple[Bucket, ...
     rows = [1]
     while rows[-1] < max_requests:
         rows.append(min(rows[-1] * (8 if rows[-1] == 1 else 2), max_requests))
-    if len(rows) > 5:  # keep the ends and thin out the middle
-        rows = [rows[0], rows[1], rows[-3], rows[-2], rows[-1]]
+    if len(rows) > 5:  # thin out the middle
+        rows = [r for r in rows if r in _KEPT_ROWS or r >= rows[-3]]
     decode = [Bucket(tokens=r, decode_rows=r, prefill_rows=0) for r in rows]
     few, quarter = min(8, max_requests), max(1, dense_batch // 4)
     mixed = [Bucket(tokens=quarter, decode_rows=min(few, quarter), prefill_rows=few)]
     for tokens in (dense_batch // 2, dense_batch):
         if tokens >= max_requests:
-            mixed.append(Bucket(tokens=tokens, decode_rows=max_requests, prefill_rows=max_requests))
+            chunks = min(max_requests, _MOST_CHUNKS)
+            mixed.append(Bucket(tokens=tokens, decode_rows=max_requests, prefill_rows=chunks))
     return tuple(sorted({*decode, *mixed}))
 
 

@@ -41,7 +41,8 @@ class Scheduler:
     """Decides which tokens of which requests run in the next step.
 
     Invariant: each page, slot and penalty slot is free or held by exactly one running request;
-    a running request holds the pages of its computed tokens; waiting ones hold nothing.
+    a running request holds the pages of its computed tokens, and a fed one those of its limit;
+    waiting ones hold nothing.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._entries)
+        """Whether any request has tokens to run, or will have; a fed one waits for its next."""
+        return any(not e.is_fed or e.to_do for e in self._entries.values())
 
     def add(
         self,
@@ -104,6 +105,8 @@ class Scheduler:
         priority: int,
         uses_penalties: bool,
         ends_at_limit: bool,
+        is_fed: bool = False,
+        draws: bool = True,
     ) -> None:
         """Takes a request in.
 
@@ -114,6 +117,8 @@ class Scheduler:
             priority: Lower runs first.
             uses_penalties: Whether it needs a row of the penalty table.
             ends_at_limit: Whether it can end no earlier.
+            is_fed: Whether its tokens come with `feed`, all that it will have being cached.
+            draws: Whether its next tokens are sampled here.
 
         Raises:
             ValueError: The id is taken, or all pages together could not hold the request.
@@ -121,8 +126,8 @@ class Scheduler:
         if request_id in self._entries:
             raise ValueError(f"request id {request_id!r} is already in use")
         most = self._pages.num_pages * self._limits.page_size
-        # The last token is never cached: nothing comes after it.
-        if limit - 1 > most:
+        # The last token that is drawn is never cached: nothing comes after it.
+        if limit - (not is_fed) > most:
             raise ValueError(
                 f"no memory for this request: it may grow to {limit} tokens and the cache holds "
                 f"{most}; lower max_tokens, or raise --cache_num_pages or --cache_memory_fraction"
@@ -135,7 +140,9 @@ class Scheduler:
             arrival=self._arrivals,
             uses_penalties=uses_penalties,
             ends_at_limit=ends_at_limit,
-            known=prompt_len,
+            known=0 if is_fed else prompt_len,
+            is_fed=is_fed,
+            draws=draws,
         )
         self._arrivals += 1
         self._entries[request_id] = entry
@@ -151,6 +158,28 @@ class Scheduler:
         else:
             place = sum(1 for other in line if other.rank < entry.rank)
             line.insert(place, entry)
+
+    def feed(self, request_id: str, count: int) -> None:
+        """Counts tokens of a fed request as known.
+
+        Args:
+            request_id: Which.
+            count: Tokens that came; with them there are at most as many as its limit.
+        """
+        entry = self._entries[request_id]
+        assert entry.is_fed and entry.known + count <= entry.limit, "fed what nobody waits for"
+        entry.known += count
+
+    def truncate(self, request_id: str, known: int) -> None:
+        """Forgets tokens of a fed request, of which none is in flight; its pages stay.
+
+        Args:
+            request_id: Which.
+            known: Tokens that are left.
+        """
+        entry = self._entries[request_id]
+        assert entry.is_fed and not entry.in_flight and known <= entry.known
+        entry.known, entry.computed = known, min(known, entry.computed)
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if nothing can run now.
@@ -181,8 +210,8 @@ class Scheduler:
     def _plan_decodes(self) -> list[Row]:
         rows = []
         for entry in sorted(self._running, key=lambda e: e.rank):
-            if entry.slot is None or self._chunk_left(entry) > 0:
-                continue  # lost its pages to a request before it, or has a chunk to do
+            if entry.slot is None or self._chunk_left(entry) > 0 or not entry.to_do:
+                continue  # lost its pages to one before it, has a chunk to do, or is not fed
             if self._grow(entry, 1):
                 rows.append(self._launch(entry, 1))
         return rows
@@ -203,6 +232,8 @@ class Scheduler:
             if admitted is None:
                 break
             length = min(budget, self._chunk_left(admitted) or admitted.to_do)
+            if not length:
+                continue  # it has its pages, and its first tokens are to come
             if not self._grow(admitted, length, preempt=False):
                 self._preempt(admitted, count=False)
                 break
@@ -228,6 +259,11 @@ class Scheduler:
             return None  # its last token is still on the device, or the penalty table is full
         if self._running and self._predicted_peak(entry) > self._pages.num_pages:
             return None
+        if entry.is_fed:
+            taken = self._pages.try_take(self._reserved(entry))
+            if taken is None:
+                return None
+            entry.pages = taken
         self._waiting.remove(entry)
         entry.slot = self._slots.pop()
         if entry.uses_penalties:
@@ -237,11 +273,17 @@ class Scheduler:
 
     def _predicted_peak(self, candidate: Entry) -> int:
         alive = [*self._running, candidate]
-        return memory.peak_pages(
-            [e.known for e in alive],
-            [self._remaining(e) for e in alive],
+        growing = [e for e in alive if not e.is_fed]
+        peak = memory.peak_pages(
+            [e.known for e in growing],
+            [self._remaining(e) for e in growing],
             page_size=self._limits.page_size,
         )
+        return peak + sum(self._reserved(e) for e in alive if e.is_fed)
+
+    def _reserved(self, entry: Entry) -> int:
+        """Pages that a fed request holds while it runs."""
+        return -(-entry.limit // self._limits.page_size)
 
     def _remaining(self, entry: Entry) -> int:
         most = entry.limit - entry.known
@@ -264,8 +306,9 @@ class Scheduler:
         return True
 
     def _find_victim(self) -> Entry | None:
-        """The request of lowest rank that has no row in the step being planned."""
-        idle = (e for e in self._running if e.request_id not in self._in_this_step)
+        """The request of lowest rank that has no row in the step being planned, and is not fed."""
+        mine = (e for e in self._running if not e.is_fed)
+        idle = (e for e in mine if e.request_id not in self._in_this_step)
         return max(idle, key=lambda e: e.rank, default=None)
 
     def _preempt(self, entry: Entry, *, count: bool = True) -> None:
@@ -289,9 +332,9 @@ class Scheduler:
         start = entry.computed
         entry.computed += length
         self._in_this_step.add(entry.request_id)
-        samples = entry.computed == entry.known
+        samples = entry.samples_next
         if samples:
-            entry.known += 1
+            entry.known += not entry.is_fed
             entry.in_flight += 1
         return Row(
             request_id=entry.request_id,
@@ -378,5 +421,7 @@ class Scheduler:
         assert len(slots) == self._limits.max_requests, "a slot is lost"
         for entry in self._running:
             assert len(entry.pages) * self._limits.page_size >= entry.computed, "too few pages"
+            held_all = len(entry.pages) == self._reserved(entry)
+            assert held_all or not entry.is_fed, "a fed request was robbed"
         for entry in self._waiting:
             assert not entry.pages and entry.slot is None and entry.computed == 0, "waiting holds"

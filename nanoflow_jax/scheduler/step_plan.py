@@ -17,7 +17,10 @@ class Entry:
         arrival: Order of arrival.
         uses_penalties: Takes one of the few rows of the penalty table.
         ends_at_limit: No earlier end is possible, so its length is certain.
-        known: Prompt and sampled tokens, those in flight included.
+        is_fed: Its tokens come from outside, in pieces, and could not be had again: it holds all
+            pages that it may need as soon as it runs, and is never preempted.
+        draws: Whether a step that reaches the last token known samples the next one.
+        known: Prompt and sampled tokens, those in flight included; of a fed one those that came.
         computed: Tokens cached, or being cached by a launched step.
         in_flight: Sampled tokens whose value the host does not have yet.
         pages: Pages held, in context order.
@@ -33,6 +36,8 @@ class Entry:
     uses_penalties: bool
     ends_at_limit: bool
     known: int
+    is_fed: bool = False
+    draws: bool = True
     computed: int = 0
     in_flight: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -46,8 +51,13 @@ class Entry:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every token it may have is known."""
-        return self.known >= self.limit
+        """Whether every token it may have is known; a fed one is ended from outside."""
+        return not self.is_fed and self.known >= self.limit
+
+    @property
+    def samples_next(self) -> bool:
+        """Whether a step that has computed so much samples the next token."""
+        return self.draws and self.computed == self.known >= self.prompt_len
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -17,17 +17,15 @@ import sys
 
 from absl import flags as absl_flags
 
-from checkpoints import folder as checkpoint_folder
 from nanoflow_jax import console
 from nanoflow_jax.cost import datasheets, serving
 from nanoflow_jax.cost.steady_state import Mix
-from nanoflow_jax.models import architecture, huggingface, presets
+from nanoflow_jax.models import named, presets
 from nanoflow_jax.nanobatch import plan_file
 from nanoflow_jax.search import cost_plot, cost_report, paper, plan_question, plan_report, profiles
 from nanoflow_jax.workload import traces
 
 _FLAGS = absl_flags.FLAGS
-_PRESET = "preset:"
 
 
 def define(values: absl_flags.FlagValues) -> None:
@@ -113,23 +111,6 @@ def define(values: absl_flags.FlagValues) -> None:
     )
 
 
-def _model(name: str | None) -> tuple[str, architecture.ModelConfig]:
-    if not name:
-        raise ValueError(
-            "--model names the model to work it out for: a folder, or one of "
-            f"{', '.join(presets.names())}"
-        )
-    short = name.removeprefix(_PRESET)
-    if short in presets.names():
-        return short, huggingface.read_config(presets.load(short))
-    if not pathlib.Path(name).is_dir():
-        raise ValueError(
-            f"--model={name} is neither a folder nor one of {', '.join(presets.names())}"
-        )
-    opened = checkpoint_folder.ModelFolder.open(pathlib.Path(name))
-    return name, huggingface.read_config(opened.config)
-
-
 def _cluster() -> serving.Cluster:
     accelerator = datasheets.accelerator(_FLAGS.device)
     if _FLAGS.teraflops is not None:
@@ -146,7 +127,7 @@ def _mix() -> Mix:
 
 
 def _cost() -> int:
-    name, config = _model(_FLAGS.model)
+    name, config = named.read(_FLAGS.model)
     asked = cost_report.Question(
         model_name=name,
         config=config,
@@ -195,7 +176,7 @@ def _profile(asked: plan_question.Question) -> profiles.Profile:
 
 
 def _plan() -> int:
-    name, config = _model(_FLAGS.model)
+    name, config = named.read(_FLAGS.model)
     asked = plan_question.Question(
         config=config, cluster=_cluster(), mix=_mix(), dense_batch=_FLAGS.dense_batch
     )

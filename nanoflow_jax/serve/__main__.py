@@ -12,7 +12,7 @@ from nanoflow_jax import config as config_lib
 from nanoflow_jax import console
 from nanoflow_jax import flags as knob_flags
 from nanoflow_jax.batch import fingerprint
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import model_source
 from nanoflow_jax.serve import log, run
 
 
@@ -36,7 +36,7 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> int:
         raise ValueError(f"unknown argument {arguments[0]!r}; flags begin with --")
     engine = knob_flags.engine_config(values)
     section = knob_flags.serve_config(values).server
-    source = build.open_model(engine.model)
+    source = model_source.open_model(engine.model)
     folder = source.folder.path if source.folder is not None else None
     name = section.model_name or fingerprint.model_name(engine.model)
     log.to_stderr(access=values.access_log)

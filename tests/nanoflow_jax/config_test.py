@@ -122,3 +122,24 @@ def test_a_choice_is_named_by_text_or_by_itself():
         assert made.model.dtype is config.Dtype.FLOAT32
         assert made.kernels.decode_attention is config.KernelUse.INTERPRET
         assert made.kernels.gemm is config.KernelUse.AUTO
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (
+            {"tensor_parallel": 2, "data_parallel": 2},
+            "--data_parallel=2 and --num_processes=2: replicas are of one process; start a job for "
+            "each, which --process_count can share out",
+        ),
+        (
+            {"tensor_parallel": 3},
+            "--tensor_parallel=3 cannot be shared out evenly over --num_processes=2",
+        ),
+    ],
+)
+def test_devices_that_processes_cannot_share_out_are_refused_before_they_meet(knobs, message):
+    several = {"num_processes": 2, "coordinator": "127.0.0.1:7000"}
+    with _raises(message):
+        config.EngineConfig.from_knobs(**several, **knobs)
+    config.EngineConfig.from_knobs(**several, **knobs, process_id=1)

@@ -9,7 +9,7 @@ import pytest
 from golden import cases
 
 from nanoflow_jax import config, request
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import model_source
 from nanoflow_jax.llm import LLM, FinishReason, SamplingParams, with_seed
 
 _CASE = cases.load("llama")
@@ -205,8 +205,9 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(monkeypatch):
     knobs = config.EngineConfig.from_knobs(
         model="preset:llama-3-8b", random_weights=True, dtype="float32", **_KNOBS
     )
-    tiny = build.open_model(config.ModelSection(model=str(_CASE.path)))
-    monkeypatch.setattr(build, "open_model", lambda section: dataclasses.replace(tiny, folder=None))
+    tiny = model_source.open_model(config.ModelSection(model=str(_CASE.path)))
+    without = dataclasses.replace(tiny, folder=None)
+    monkeypatch.setattr(model_source, "open_model", lambda section: without)
     with LLM.from_config(knobs) as made:
         (result,) = made.generate([5, 6], _GREEDY)
         assert (len(result.token_ids), result.text) == (8, "")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from nanoflow_jax import start_up
+from nanoflow_jax.config import Executor
 from nanoflow_jax.engine import build, compiler, kernel_choice
 from nanoflow_jax.models import loading
 
@@ -17,7 +18,8 @@ _SETTINGS = build.Settings(
     max_requests=8,
     dense_batch=32,
     max_context_len=128,
-    buckets=("8:8:0", "32:8:8"),
+    plans={"8:8:0": "one", "32:8:8": "one"},
+    executor=Executor.SEQUENTIAL,
     kernels=kernel_choice.Choices(
         by_operation={
             operation: kernel_choice.Choice(maker=kernel_choice.Maker.PLAIN, reason=f"why {i}")
@@ -48,6 +50,21 @@ def test_programs_are_counted_as_they_are_ready() -> None:
     assert said == ["compiled 1 of 2: a, 1.2 s", "compiled 2 of 2: b, 1.2 s"]
 
 
+def test_programs_of_each_replica_are_counted_from_one() -> None:
+    said: list[str] = []
+    reports = start_up.reports(said.append)
+    for _ in range(4):
+        reports.program(compiler.Compiled(name="a", call=print, seconds=1.25), 2)
+    assert said == ["compiled 1 of 2: a, 1.2 s", "compiled 2 of 2: a, 1.2 s"] * 2
+
+
+def test_it_is_said_which_buckets_run_by_which_plan() -> None:
+    plans = {"8:8:0": "one", "32:8:8": "halves", "64:8:8": "halves"}
+    graph = dataclasses.replace(_SETTINGS, plans=plans, executor=Executor.GRAPH)
+    wanted = "plan: one (8:8:0), halves (32:8:8 64:8:8); executor: graph\n"
+    assert wanted in start_up.describe(graph)
+
+
 def test_settings_are_said_and_handed_on() -> None:
     said: list[str] = []
     chosen: list[build.Settings] = []
@@ -57,8 +74,13 @@ def test_settings_are_said_and_handed_on() -> None:
         "device: cpu; model: float32, 3.2 GB",
         "cache: 7 pages of 64 tokens, 500 B; context: 128 tokens",
         "dense batch: 32 tokens of at most 8 requests; buckets: 8:8:0, 32:8:8",
+        "plan: one; executor: sequential",
         "kernels: gemm plain (why 0), grouped gemm plain (why 1), decode attention plain (why 2), "
         "prefill attention plain (why 3)",
     ]
+    reasoned = dataclasses.replace(_SETTINGS, max_requests_reason="memory holds 9 of 64 tokens")
+    assert "at most 8 requests (memory holds 9 of 64 tokens); buckets: " in start_up.describe(
+        reasoned
+    )
     invariant = dataclasses.replace(_SETTINGS, batch_invariant=True)
     assert "buckets: 8:8:0, 32:8:8; batch invariant\n" in start_up.describe(invariant)

@@ -75,8 +75,6 @@ def _operands(num_tokens, depth, weight_rows, *, experts, dtype=jnp.bfloat16, ti
 @pytest.mark.parametrize(
     ("sizes", "experts", "kinds", "more"),
     [
-        ((4, 128, 136), [0, 2, 3], {}, {"num_ctas": 1}),
-        ((70, 64, 160), [1], {"tile_rows": 128}, {"num_ctas": 132, "gated": True}),
         ((9, 72, 48), [0, 3], {"dtype": jnp.float32}, {"num_ctas": 2, "gated": True}),
         (
             (130, 128, 264),
@@ -85,7 +83,7 @@ def _operands(num_tokens, depth, weight_rows, *, experts, dtype=jnp.bfloat16, ti
             {"tile": GemmTile(rows=256), "out_dtype": jnp.float32},
         ),
     ],
-    ids=["an_empty_expert", "one_expert_in_two_tiles", "float32", "larger_tiles"],
+    ids=["empty_experts_float32", "one_expert_in_two_larger_tiles"],
 )
 def test_rows_get_the_product_with_their_expert_on_any_number_of_ctas(sizes, experts, kinds, more):
     operands = _operands(*sizes, experts=experts, **kinds)
@@ -175,17 +173,14 @@ def test_a_sparse_layer_is_each_token_through_its_experts():
 
 
 # Tokens, width, weight rows of an expert, experts, experts of a token.
-_SERVED = pytest.mark.parametrize(
-    ("sizes", "more"),
-    [
-        ((2048, 4096, 2 * 14336, 8, 2), {"gated": True}),
-        ((2048, 14336, 4096, 8, 2), {"tile": GemmTile(columns=256)}),
-        ((64, 14336, 4096, 8, 2), {"tile": GemmTile(rows=64, columns=256)}),
-        ((64, 4096, 2 * 14336, 8, 2), {"gated": True, "scaled": True}),
-        ((256, 2048, 2 * 768, 128, 8), {"gated": True}),
-    ],
-    ids=["mixtral_up", "mixtral_down", "few_rows_down", "few_rows_up_float8", "qwen3_30b_up"],
-)
+_SERVED = [
+    ((2048, 4096, 2 * 14336, 8, 2), {"gated": True}),
+    ((2048, 14336, 4096, 8, 2), {"tile": GemmTile(columns=256)}),
+    ((64, 14336, 4096, 8, 2), {"tile": GemmTile(rows=64, columns=256)}),
+    ((64, 4096, 2 * 14336, 8, 2), {"gated": True, "scaled": True}),
+    ((256, 2048, 2 * 768, 128, 8), {"gated": True}),
+]
+_NAMES = ["mixtral_up", "mixtral_down", "few_rows_down", "few_rows_up_float8", "qwen3_30b_up"]
 
 
 def _served(sizes, more):
@@ -210,12 +205,17 @@ def _served(sizes, more):
     return run, *(jax.ShapeDtypeStruct(*one) for one in shapes)
 
 
-@_SERVED
+@pytest.mark.parametrize(("sizes", "more"), _SERVED, ids=_NAMES)
 def test_served_sizes_lower_for_hopper(sizes, more):
     assert "mosaic_gpu_v2" in kernel_runs.lowered(*_served(sizes, more))
 
 
-@_SERVED
+def test_columns_that_fill_no_slice_lower_for_hopper():
+    sizes = (70, 64, 72, 2, 1)
+    assert "mosaic_gpu_v2" in kernel_runs.lowered(*_served(sizes, {}))
+
+
+@pytest.mark.parametrize(("sizes", "more"), deviceless.cases(_SERVED), ids=_NAMES)
 def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more):
     (kernel,) = deviceless.compiled(*_served(sizes, more))
     assert kernel.grid == (100, 1, 1)
@@ -223,6 +223,9 @@ def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more
     assert kernel.registers == 168
     assert kernel.shared_bytes <= 232448
     assert "wgmma.mma_async" in kernel.ptx
+
+
+_GROUPS = plan_groups(jnp.zeros((3, 2), jnp.int32), num_experts=2, tile_rows=128)
 
 
 @pytest.mark.parametrize(
@@ -253,11 +256,21 @@ def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more
             r"w_scale is float32\(16,\), not float32 of shape \(\) or \(2,\) or \(2, 16\)",
         ),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
+        ({"out_dtype": jnp.bool_}, "the dtype of a result is bool, not bfloat16 or float16 or"),
+        ({"w": None}, "w is a NoneType, not an array"),
+        (
+            {"groups": _GROUPS._replace(num_tiles=jnp.zeros((), jnp.int32))},
+            r"groups.sources\(256,\), tile_expert\(2,\) and num_tiles\(\) are not \[R\], \[C\] and",
+        ),
+        (
+            {"groups": _GROUPS._replace(tile_expert=jnp.zeros(2))},
+            "groups are .*'float32'.*, not int32; take them from plan_groups",
+        ),
+        ({"groups": _GROUPS._replace(sources=None)}, "groups.sources is a NoneType, not an array"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change, message):
-    groups = plan_groups(jnp.zeros((3, 2), jnp.int32), num_experts=2, tile_rows=128)
-    good = {"x": jnp.zeros((256, 8)), "w": jnp.zeros((2, 16, 8)), "groups": groups}
+    good = {"x": jnp.zeros((256, 8)), "w": jnp.zeros((2, 16, 8)), "groups": _GROUPS}
     with pytest.raises(ValueError, match=message):
         grouped_gemm(**{**good, **change})
 

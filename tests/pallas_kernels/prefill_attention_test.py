@@ -42,14 +42,6 @@ def test_chunks_get_their_reference_on_any_number_of_ctas(more, num_ctas):
     _check(prefill_runs.operands(**more), num_ctas=num_ctas)
 
 
-@kernel_runs.needs_interpreter
-@pytest.mark.timeout(120)
-def test_aligned_chunks_are_written_in_place_and_leave_their_neighbours_alone():
-    chunks = ((8, 5, 30, 0), (16, 33, 2, 1), (56, 1, 0, 2))
-    operands = prefill_runs.operands(chunks, num_tokens=60, softcap=20.0, aligned=True)
-    _check(operands, aligned=True, num_ctas=2)
-
-
 def _split(num_ctas, num_kv_heads=1, num_parts=4):
     return KeySplit(
         num_kv_heads=num_kv_heads,
@@ -61,33 +53,25 @@ def _split(num_ctas, num_kv_heads=1, num_parts=4):
 
 
 _CUT = [
-    # A tile that is cut and one that is not, tokens of another request before the chunk.
+    # A tile that is cut and one that is not, in place; windows and pages before them, unused parts.
     (
         {
-            "chunks": [(3, 9, 400, 0), (12, 4, 0, 1)],
-            "num_tokens": 16,
-            "heads": (2, 1),
-            "split": _split(4),
-        },
-        3,
-    ),
-    # Windows and pages before them, several heads, in place, unused parts.
-    (
-        {
-            "chunks": [(8, 14, 400, 0)],
-            "num_tokens": 24,
+            "chunks": [(8, 14, 400, 0), (24, 5, 30, 1)],
+            "num_tokens": 32,
             "heads": (4, 2),
             "window": 300,
+            "softcap": 20.0,
             "page_size": 32,
             "aligned": True,
             "split": _split(6, num_kv_heads=2),
         },
         2,
     ),
-    # Rows of a tile that are no tokens, two chunks cut, a step of 64 keys.
+    # Rows of a tile that are no tokens, two chunks cut, a step of 64 keys; chunks of other requests
+    # in the same eight tokens.
     (
         {
-            "chunks": [(0, 9, 250, 0), (16, 5, 290, 1)],
+            "chunks": [(3, 9, 250, 0), (12, 5, 290, 1)],
             "num_tokens": 21,
             "heads": (3, 1),
             "head_dim": 256,
@@ -100,7 +84,7 @@ _CUT = [
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("more", "num_ctas"), _CUT, ids=["mixed", "window", "wide"])
+@pytest.mark.parametrize(("more", "num_ctas"), _CUT, ids=["in_place", "wide"])
 def test_tiles_whose_keys_are_cut_get_their_reference_on_any_number_of_ctas(more, num_ctas):
     operands = prefill_runs.operands(**more)
     assert operands["tiles"].cuts[:, 1].max() > 1
@@ -109,17 +93,19 @@ def test_tiles_whose_keys_are_cut_get_their_reference_on_any_number_of_ctas(more
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("window", [None, 100])
-def test_a_token_has_the_same_bits_wherever_its_chunk_begins_and_lies(window):
-    size = {"num_tokens": 72, "page_size": 32, "heads": (4, 2), "window": window}
-    # Tokens [270, 310) of a request: as one chunk; as two, at other places beside another request.
-    whole = prefill_runs.operands([(0, 40, 270, 0)], **size)
-    parts = prefill_runs.operands([(3, 24, 270, 0), (27, 5, 9, 1), (48, 16, 294, 0)], **size)
+def test_a_token_has_the_same_bits_wherever_its_chunk_begins_and_lies():
+    size = {"num_tokens": 72, "heads": (4, 2), "window": 263}
+    # Tokens [383, 423) of a request: as one chunk; as two, at other places beside another request.
+    # The oldest token that the second of them sees lies in another step of 128 keys.
+    whole = prefill_runs.operands([(0, 40, 383, 0)], **size)
+    parts = prefill_runs.operands([(3, 24, 383, 0), (27, 5, 9, 1), (48, 16, 407, 0)], **size)
     one = np.asarray(whole["q"])
     parts["q"] = parts["q"].at[3:27].set(one[:24]).at[48:64].set(one[24:40])
     parts["cache"], parts["page_table"] = _with_row(parts, whole)
     with kernel_runs.interpreting() as interpret:
         found = [prefill_attention(**o, num_ctas=2, interpret=interpret) for o in (whole, parts)]
+    for one, operands in zip(found, (whole, parts), strict=True):
+        _compare(one, operands, relative=_RELATIVE)
     together, apart = map(np.asarray, found)
     np.testing.assert_array_equal(np.concatenate([apart[3:27], apart[48:64]]), together[:40])
 
@@ -133,12 +119,11 @@ def _with_row(operands, other):
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(120)
-def test_requests_may_share_pages():
-    chunks = ((0, 10, 70, 0), (10, 12, 64, 1))
-    operands = prefill_runs.operands(chunks, num_tokens=24)
+def test_ragged_chunks_may_share_pages():
+    operands = prefill_runs.operands(page_size=128, head_dim=128, heads=(7, 1), softcap=3.0)
     table = operands["page_table"]
-    operands["page_table"] = table.at[1, 0].set(table[0, 0])
-    _check(operands, token=jnp.full((3,), jnp.nan))
+    operands["page_table"] = table.at[3, 0].set(table[0, 0])
+    _check(operands, num_ctas=2, token=jnp.full((3,), jnp.nan))
 
 
 @kernel_runs.needs_interpreter
@@ -203,24 +188,21 @@ def _served(more):
     return run
 
 
-_SERVED = pytest.mark.parametrize(
-    ("sizes", "more"),
-    [
-        ((32, 8, 128, 64), {}),
-        ((8, 1, 128, 16, 132), {"aligned": True}),
-        ((16, 8, 256, 32, 34), {"window": 4096, "softcap": 50.0}),
-        ((64, 8, 64, 128), {"window": 128}),
-    ],
-    ids=["llama_8b", "llama_70b_of_8", "gemma_9b", "gpt_oss"],
-)
+_NAMES = ["llama_8b", "llama_70b_of_8", "gemma_9b", "gpt_oss"]
+_SERVED = [
+    ((32, 8, 128, 64), {}),
+    ((8, 1, 128, 16, 132), {"aligned": True}),
+    ((16, 8, 256, 32, 34), {"window": 4096, "softcap": 50.0}),
+    ((64, 8, 64, 128), {"window": 128}),
+]
 
 
-@_SERVED
+@pytest.mark.parametrize(("sizes", "more"), _SERVED, ids=_NAMES)
 def test_served_sizes_lower_for_hopper(sizes, more):
     assert "mosaic_gpu_v2" in kernel_runs.lowered(_served(more), *_shapes(*sizes))
 
 
-@_SERVED
+@pytest.mark.parametrize(("sizes", "more"), deviceless.cases(_SERVED), ids=_NAMES)
 def test_served_sizes_compile_without_spills_into_warpgroup_products(sizes, more):
     kernels = deviceless.compiled(_served(more), *_shapes(*sizes))
     assert all(kernel.grid == (100, 1, 1) for kernel in kernels)
@@ -274,7 +256,10 @@ _GOOD = {
             "tiles are .*'float32'.*, not int32",
         ),
         ({"q": jnp.zeros((8, 34, 64), jnp.bfloat16)}, "17 query heads for each KV head are not in"),
-        ({"window": 0}, "window=0 is not above 0"),
+        ({"window": 0}, "window=0 is not at least 1"),
+        ({"scale": None}, "scale=None is a NoneType, not a finite number"),
+        ({"page_table": jnp.zeros((1, 0), jnp.int32)}, r"page_table\(1, 0\) must not be empty"),
+        ({"tiles": _NO_TILES._replace(rows=None)}, "tiles.rows is a NoneType, not an array"),
         ({"softcap": -1.0}, "softcap=-1.0 is not above 0"),
         ({"num_ctas": 0}, "num_ctas=0 is not at least 1"),
     ],

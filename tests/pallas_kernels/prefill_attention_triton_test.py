@@ -94,8 +94,10 @@ def test_served_sizes_lower_for_triton(name):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("device", ["A100", "L4", "H200"])
-@pytest.mark.parametrize("name", ["llama 8b", "heads of 256"])
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("llama 8b", "A100"), ("heads of 256", "L4"), ("llama 8b", "H200"), ("heads of 256", "A100")],
+)
 def test_served_sizes_compile_into_products_of_tensor_cores(name, device):
     program = deviceless.program(_run, *_shapes(*_SERVED[name]), device=device)
     kernel = program.kernel("prefill_attention_kernel")

@@ -107,7 +107,7 @@ _COMPANY = {
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", _COMPANY)
+@pytest.mark.parametrize("name", ["decode_beside_gemm", "all_three"])
 def test_one_executable_gives_the_results_of_all_kernels_for_every_split(name):
     names, splits = _COMPANY[name]
     with kernel_runs.interpreting() as interpret:
@@ -179,18 +179,10 @@ def _fused(names):
     return run, *(shape for own in shapes for shape in own), _ints(len(names) - 1)
 
 
-_SERVED = pytest.mark.parametrize(
-    "names",
-    [
-        ("kqv", "decode"),
-        ("gated", "decode"),
-        ("gated", "prefill", "decode"),
-    ],
-    ids="-".join,
-)
+_SERVED = [("kqv", "decode"), ("gated", "decode"), ("gated", "prefill", "decode")]
 
 
-@_SERVED
+@pytest.mark.parametrize("names", _SERVED, ids="-".join)
 def test_kernels_of_llama_8b_lower_for_hopper_in_one(names):
     # Decode attention has a second one, which merges parts.
     num_kernels = 1 + ("decode" in names)
@@ -198,7 +190,7 @@ def test_kernels_of_llama_8b_lower_for_hopper_in_one(names):
 
 
 @pytest.mark.timeout(120)
-@_SERVED
+@pytest.mark.parametrize("names", deviceless.cases([(names,) for names in _SERVED]), ids="-".join)
 def test_kernels_in_one_spill_nothing_to_speak_of_and_leave_no_room_for_a_second_cta(names):
     kernel, *_ = deviceless.compiled(*_fused(names))
     # Of three, ptxas puts some values away: see the module of the kernel.
@@ -214,6 +206,7 @@ def _check_one_cta_per_sm(kernel, *, most_spilled=0):
 
 
 @pytest.mark.timeout(120)
+@deviceless.slow_on_other_jax
 def test_prefill_beside_decode_adds_barriers_alone_to_the_shared_memory_of_decode():
     def decode(*arrays):
         kernel = _served_kernel("decode", arrays)

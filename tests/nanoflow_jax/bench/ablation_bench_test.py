@@ -1,11 +1,9 @@
 """Runs of the ablation on a tiny model: same tokens as an engine's, faults found, resuming."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-import signal
-import subprocess
-import sys
 
 import batch_runs
 import engine_runs
@@ -21,6 +19,7 @@ from nanoflow_jax.bench import (
     ablation_modes,
     ablation_programs,
     ablation_scale,
+    ablation_trace,
     ablation_turn,
     measured,
     steady_state,
@@ -28,20 +27,21 @@ from nanoflow_jax.bench import (
 from nanoflow_jax.bench.ablation_scale import Scale
 from nanoflow_jax.bench.steady_state import Lengths, Load
 from nanoflow_jax.config import Executor
-from nanoflow_jax.engine import build, executors
+from nanoflow_jax.engine import executors, model_source
 from nanoflow_jax.results import ablation, folder, manifest
 
 _SCALE = Scale(
     lengths=(Lengths(prompt=6, output=4),),
-    sweep=(8,),
+    sweep=(8, 32),
     sweep_lengths=Lengths(prompt=4, output=3),
     dense_batch=16,
     rounds=2,
     steps=3,
     control_rounds=1,
     judged_steps=2,
+    traced_steps=2,
 )
-_ALONE = dataclasses.replace(_SCALE, sweep=())
+_ALONE = dataclasses.replace(_SCALE, sweep=(), traced_steps=0)
 
 
 def _engine(**knobs):
@@ -71,7 +71,7 @@ def _run(root, scale=_SCALE, *, clock=None, progress=None, budget_s=1000.0, **kn
 def _ground(**knobs):
     section = _engine(**knobs)
     return ablation_ground.Ground(
-        config=section, source=build.open_model(section.model), device=jax.devices()[0]
+        config=section, source=model_source.open_model(section.model), device=jax.devices()[0]
     )
 
 
@@ -81,7 +81,9 @@ def test_a_run_leaves_a_folder_with_all_modes_on_the_same_steps(tmp_path):
     result = folder.read(tmp_path / found.folder)
     assert folder.damages(result.path, found, result.kind) == []
     cases = ablation.timed(result.samples)
-    assert [*cases] == ["6/4", "batch 8"]
+    assert [*cases] == ["6/4", "batch 8", "batch 32"]
+    assert [*cases["batch 8"]] == ["sequential"]  # nothing of it can be cut
+    assert [*cases["batch 32"]] == ["sequential", "split only"]
     assert {name: len(one.rounds) for name, one in cases["6/4"].items()} == {
         "sequential": 2,
         "split only": 2,
@@ -101,8 +103,17 @@ def test_a_run_leaves_a_folder_with_all_modes_on_the_same_steps(tmp_path):
     ]
     assert len({one.tokens_sha256 for one in steps if one.case == "6/4" and one.step == 0}) == 2
     compared = [one for one in result.samples if isinstance(one, ablation.Comparison)]
-    assert len(compared) == 5
+    assert len(compared) == 6
     assert all(one.tokens and not one.wrong for one in compared)
+    traced = {one.mode: one for one in result.samples if isinstance(one, ablation.Traced)}
+    assert [*traced] == ["sequential", "split only"]
+    for one in traced.values():
+        assert {"norm_kqv", "decode_attention", "o", "up_gate", "down"} <= one.operation_s.keys()
+        assert all(0 < seconds < 60 for seconds in one.operation_s.values())
+    figures = {one.name: one.median for one in found.figures}
+    assert figures["6/4: down of split only, times as long as of sequential"] == pytest.approx(
+        traced["split only"].operation_s["down"] / traced["sequential"].operation_s["down"]
+    )
     assert result.tokens is not None
     assert len(set(result.tokens.hashes["6/4"].values())) == 1
     missing = {one.mode for one in result.samples if isinstance(one, ablation.Missing)}
@@ -148,6 +159,22 @@ def test_what_is_replayed_draws_the_tokens_of_an_engine(monkeypatch):
         assert [drawn[n] for n in whole] == expected
     stage.close()
     engine.close()
+
+
+def test_operations_that_cannot_be_traced_are_noted(tmp_path, monkeypatch):
+    def operation_seconds(stage, programs, mode, steps):
+        if mode == "sequential":
+            raise ablation_trace.TraceError("somebody else does")
+        return {}
+
+    monkeypatch.setattr(ablation_trace, "operation_seconds", operation_seconds)
+    monkeypatch.setattr(
+        ablation_turn.step_trace, "programs_that_traces_know", contextlib.nullcontext
+    )
+    found, said = _run(tmp_path, dataclasses.replace(_ALONE, rounds=1, traced_steps=1))
+    assert "6/4: operations of sequential not timed: somebody else does" in said
+    assert "6/4: no operation of split only has its name in a trace" in said
+    assert (found.status, found.message) == ("done", "")
 
 
 def test_in_bfloat16_near_ties_are_left_out_and_the_rest_agrees(tmp_path):
@@ -229,7 +256,7 @@ def test_graphs_and_their_controls_are_programs_of_the_same_tokens(tmp_path, mon
     monkeypatch.setattr(executors, "choose", choose)
     # They say nothing to a CPU's compiler.
     monkeypatch.setattr(ablation_modes.Mode, "compiler_options", {})
-    found, _ = _run(tmp_path)
+    found, _ = _run(tmp_path, dataclasses.replace(_SCALE, traced_steps=0))
     result = folder.read(tmp_path / found.folder)
     assert (found.status, found.message) == ("done", "")
     modes = ablation.timed(result.samples)["6/4"]
@@ -243,12 +270,14 @@ def test_graphs_and_their_controls_are_programs_of_the_same_tokens(tmp_path, mon
     }
     hidden = [one.name for one in found.figures if ", hidden share of " in one.name]
     assert len(hidden) == 2 * 5
-    assert {*ablation.timed(result.samples)["batch 8"]} == {"sequential", "overlapped (graph)"}
+    assert {*ablation.timed(result.samples)["batch 8"]} == {"sequential"}
+    assert {*ablation.timed(result.samples)["batch 32"]} == {"sequential", "overlapped (graph)"}
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
     ticks = iter(range(100_000))
-    found, said = _run(tmp_path, clock=lambda: 10.0 * next(ticks), budget_s=50.0)
+    scale = dataclasses.replace(_SCALE, traced_steps=0)
+    found, said = _run(tmp_path, scale, clock=lambda: 10.0 * next(ticks), budget_s=50.0)
     assert "6/4: 3 rounds not measured, for want of time" in said
     assert "not measured, for want of time: batch 8" in said
     assert found.status == "done"
@@ -257,7 +286,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
 
 
 def test_a_batch_that_memory_cannot_fill_is_left_out_by_name(tmp_path):
-    scale = dataclasses.replace(_SCALE, sweep=(512,))
+    scale = dataclasses.replace(_ALONE, sweep=(512,))
     pages = max(case.load.num_pages(8) for case in ablation_scale.cases(_ALONE))
     found, said = _run(tmp_path, scale, cache_num_pages=pages)
     assert "not measured, for want of memory: batch 512" in said
@@ -270,6 +299,14 @@ def test_a_batch_that_memory_cannot_fill_is_left_out_by_name(tmp_path):
         (
             {"tensor_parallel": 2},
             "ablation compares modes on one device; leave out --tensor_parallel, --data_parallel",
+        ),
+        (
+            {"executor": "sequential"},
+            "--executor=sequential: ablation compares all executors that run here; leave it out",
+        ),
+        (
+            {"batch_invariant": True},
+            "ablation compares modes that change last bits; leave out --batch_invariant, whose",
         ),
         (
             {"plan_min_tokens": 64},
@@ -286,13 +323,13 @@ def test_knobs_that_leave_nothing_to_compare_are_refused(tmp_path, knobs, messag
 
 def test_parameters_are_counted_as_tokens_meet_them():
     section = config.ModelSection(model="preset:llama-3-8b", random_weights=True)
-    found = ablation_bench.parameters(build.open_model(section).config)
+    found = ablation_bench.parameters(model_source.open_model(section).config)
     assert found["active_parameters"] == 8_030_261_248
     # At 512/512 half of the tokens go through the head.
     executed = found["layer_parameters"] + found["head_parameters"] / 2
     assert executed == pytest.approx(7.24e9, rel=1e-3)
     sparse = config.ModelSection(model="preset:mixtral-8x7b", random_weights=True)
-    active = ablation_bench.parameters(build.open_model(sparse).config)["active_parameters"]
+    active = ablation_bench.parameters(model_source.open_model(sparse).config)["active_parameters"]
     assert active == pytest.approx(12.9e9, rel=0.01)
 
 
@@ -307,15 +344,7 @@ one._run(pathlib.Path(sys.argv[1]), one._ALONE, progress=progress)
 
 
 def test_a_killed_run_is_gone_on_with_and_times_no_round_again(tmp_path, monkeypatch):
-    here = pathlib.Path(__file__).parent
-    tests = pathlib.Path(batch_runs.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path)],
-        env={**batch_runs.environment(), "PYTHONPATH": f"{here}:{tests}:{tests.parent}"},
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    batch_runs.run_until_killed(_KILLED, tmp_path, also=[pathlib.Path(__file__).parent])
     monkeypatch.setattr(os, "environ", batch_runs.environment())
     (path,) = tmp_path.glob("*/*")
     assert manifest.read(path).status == "running"

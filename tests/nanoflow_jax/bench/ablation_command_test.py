@@ -1,8 +1,5 @@
 """The command: its flags, and what it says and leaves behind."""
 
-import subprocess
-import sys
-
 import batch_runs
 import pytest
 from absl import flags as absl_flags
@@ -54,18 +51,10 @@ def test_flags_of_another_form_are_refused(argument, message):
 
 
 def test_the_command_measures_compares_and_leaves_a_folder(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "nanoflow_jax.bench", "ablation"),
-            *(f"--model={batch_runs.FOLDER}", "--cache_page_size=8", "--dense_batch=16"),
-            *("--lengths=6/4", "--sweep=", "--rounds=1", "--steps=2", "--results=results"),
-        ],
-        env=batch_runs.environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
+    done = batch_runs.bench(
+        tmp_path,
+        *("ablation", f"--model={batch_runs.FOLDER}", "--cache_page_size=8", "--dense_batch=16"),
+        *("--lengths=6/4", "--sweep=", "--rounds=1", "--steps=2", "--results=results"),
     )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("*/*-ablation")

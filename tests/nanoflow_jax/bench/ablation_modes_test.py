@@ -6,7 +6,7 @@ from nanoflow_jax import config
 from nanoflow_jax.bench import ablation_modes
 from nanoflow_jax.bench.ablation_modes import Plans
 from nanoflow_jax.config import Executor, KernelUse
-from nanoflow_jax.engine import executors
+from nanoflow_jax.engine import compiler, executors
 from nanoflow_jax.nanobatch import builders, dependencies, legality
 from nanoflow_jax.nanobatch.operations import LayerShape
 from nanoflow_jax.results.ablation import Role
@@ -73,7 +73,10 @@ def test_an_overlapped_mode_is_what_an_engine_runs(graphs):
     assert mode.plan == _PLANS.cut
     assert mode.keep_lanes
     assert mode.caps_products
-    assert mode.compiler_options == executors.compiler_options(Executor.GRAPH)
+    # Beside what an engine tells XLA: a trace is to show graphs, not what they would be without.
+    in_traces = {"xla_enable_command_buffers_during_profiling": True}
+    assert mode.compiler_options == executors.compiler_options(Executor.GRAPH) | in_traces
+    assert compiler.refused_options(in_traces) == {}
     again = graphs["overlapped (graph) again"]
     assert (again.role, again.plan) == (Role.AGAIN, mode.plan)
 

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import batch_runs
 import pytest
@@ -59,13 +57,5 @@ def test_what_cannot_be_measured_is_one_message(
     arguments: list[str], code: int, message: str, tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "w.json").write_text(json.dumps(_WORKLOAD))
-    done = subprocess.run(
-        [sys.executable, "-m", "nanoflow_jax.bench", *arguments],
-        env=batch_runs.environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = batch_runs.bench(tmp_path, *arguments)
     assert (done.returncode, done.stderr) == (code, message)

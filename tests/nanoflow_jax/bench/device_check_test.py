@@ -1,5 +1,6 @@
 """Whether a device is fit: by datasheets, by what a driver says, by ceilings; and clocks."""
 
+import dataclasses
 import subprocess
 
 import jax.numpy as jnp
@@ -115,11 +116,19 @@ def test_ceilings_that_drift_fail(after, ok):
     assert found.ok is ok
 
 
+def test_what_makes_a_device_unfit_is_said_apart():
+    wrong = device_check.drift_finding({"a": 1.0}, {"a": 2.0})
+    right = device_check.drift_finding({"a": 1.0}, {"a": 1.0})
+    unknown = dataclasses.replace(wrong, ok=None)
+    checked = device_check.Checked(findings=(right, wrong, unknown), ceilings={}, driver="")
+    assert checked.unfit == ("drift of the ceilings: 100.0%; at most 5% wanted",)
+
+
 def test_without_a_gpu_it_says_what_it_could_not_check():
     checked = device_check.check(clock.Clock())
     assert {one.ok for one in checked.findings} == {None}
     assert {one.name for one in checked.findings} >= {"driver", "clocks", "ceilings", "drift"}
-    assert checked.is_fit
+    assert checked.unfit == ()
     assert checked.ceilings == {}
 
 

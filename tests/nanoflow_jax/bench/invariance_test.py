@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import batch_runs
 import pytest
@@ -41,20 +39,12 @@ def test_a_benchmark_leaves_a_result_folder(tmp_path: pathlib.Path) -> None:
     mix = [{"prompt": list(range(1, 4 + 7 * i)), "out": 6 + i} for i in range(5)]
     (tmp_path / "work.json").write_text(json.dumps({"a": mix}))
     knobs = batch_runs.flags(buckets="")
-    command = [
-        *(sys.executable, "-m", "nanoflow_jax.bench", "invariance", "--workload=work.json"),
-        *("--result_name=try", "--results=results", "--repeats=2", "--json=rows.jsonl"),
-        *knobs,
-    ]
-    done = subprocess.run(
-        command,
+    done = batch_runs.bench(
+        tmp_path,
+        *("invariance", "--workload=work.json", "--result_name=try", "--results=results"),
+        *("--repeats=2", "--json=rows.jsonl", *knobs),
         # As users have it: tests let XLA optimise less.
-        env=batch_runs.environment(XLA_FLAGS=""),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
+        XLA_FLAGS="",
     )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("*/*-try")

@@ -1,10 +1,6 @@
 """The timing of kernels: what is timed and what is not, resuming, and one run of real kernels."""
 
 import os
-import pathlib
-import signal
-import subprocess
-import sys
 
 import batch_runs
 import jax.numpy as jnp
@@ -14,7 +10,7 @@ import toy_kernels
 from toy_kernels import double, task, variant
 
 from nanoflow_jax.bench import clock as clock_lib
-from nanoflow_jax.bench import kernel_bench, kernel_tasks, kernel_timing, measured
+from nanoflow_jax.bench import device_check, kernel_bench, kernel_tasks, kernel_timing, measured
 from nanoflow_jax.results import folder, manifest
 from pallas_kernels import problem_shapes
 
@@ -222,6 +218,18 @@ def test_a_run_leaves_a_folder_with_all_that_was_measured(tmp_path):
 
 
 @pytest.mark.usefixtures("_toys")
+def test_nothing_is_claimed_from_a_device_that_is_not_fit(tmp_path, monkeypatch):
+    finding = device_check.Finding(name="clocks", ok=False, detail="held down by heat")
+    checked = device_check.Checked(findings=(finding,), ceilings={}, driver="")
+    monkeypatch.setattr(device_check, "check", lambda clock: checked)
+    found, said = _run(tmp_path, kernels=["gemm"])
+    assert (found.status, found.figures, found.unfit) == ("failed", (), checked.unfit)
+    assert found.message == "the device was not fit to be measured: clocks: held down by heat"
+    assert finding.line in said
+    assert folder.read(tmp_path / found.folder).samples
+
+
+@pytest.mark.usefixtures("_toys")
 def test_a_second_run_of_a_day_has_a_folder_of_its_own(tmp_path):
     first, _ = _run(tmp_path, kernels=["gemm"])
     second, _ = _run(tmp_path, kernels=["gemm"])
@@ -315,14 +323,7 @@ kernel_bench.run(toy_kernels.options(pathlib.Path(sys.argv[1])), reports)
 
 @pytest.mark.usefixtures("_toys")
 def test_a_killed_run_is_gone_on_with_and_measures_nothing_again(tmp_path, monkeypatch):
-    tests = pathlib.Path(toy_kernels.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path)],
-        env={**batch_runs.environment(), "PYTHONPATH": f"{tests}:{tests.parent}"},
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    batch_runs.run_until_killed(_KILLED, tmp_path)
     monkeypatch.setattr(os, "environ", batch_runs.environment())
     cases = []
     real = kernel_timing.measure

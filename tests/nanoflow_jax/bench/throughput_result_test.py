@@ -2,8 +2,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import subprocess
-import sys
 
 import batch_runs
 import msgspec
@@ -11,7 +9,7 @@ import pytest
 
 from nanoflow_jax import config
 from nanoflow_jax.bench import throughput, throughput_result
-from nanoflow_jax.engine import build, kernel_choice
+from nanoflow_jax.engine import build, kernel_choice, model_source
 from nanoflow_jax.results import folder, manifest, provenance
 from nanoflow_jax.results import throughput as throughput_kind
 from nanoflow_jax.workload.file import WorkRequest
@@ -30,7 +28,7 @@ def test_a_result_says_which_work_was_done_with_which_knobs(tmp_path: pathlib.Pa
     asked = throughput_result.Asked(
         name="try", workload=workload, mixes=["a", "b"], repeats=3, engine=knobs, command=["x"]
     )
-    found = throughput_result.planned(asked, build.open_model(knobs.model))
+    found = throughput_result.planned(asked, model_source.open_model(knobs.model))
 
     assert found.setting == {
         "workload_sha256": hashlib.sha256(workload.read_bytes()).hexdigest(),
@@ -42,7 +40,7 @@ def test_a_result_says_which_work_was_done_with_which_knobs(tmp_path: pathlib.Pa
     assert found.model["num_layers"] == 4
     assert found.device.platform == "cpu"
     trained = dataclasses.replace(asked, engine=config.EngineConfig())
-    assert throughput_result.planned(trained, build.open_model(knobs.model)).seed is None
+    assert throughput_result.planned(trained, model_source.open_model(knobs.model)).seed is None
 
 
 def _settings(**makers: kernel_choice.Maker) -> build.Settings:
@@ -61,7 +59,8 @@ def _settings(**makers: kernel_choice.Maker) -> build.Settings:
         max_requests=4,
         dense_batch=32,
         max_context_len=64,
-        buckets=("4:4:0",),
+        plans={"4:4:0": "one"},
+        executor=config.Executor.SEQUENTIAL,
         kernels=kernel_choice.Choices(by_operation=choices, num_ctas=48),
     )
 
@@ -77,7 +76,8 @@ def test_a_plan_leaves_out_what_depends_on_free_memory() -> None:
         "max_requests": 4,
         "dense_batch": 32,
         "max_context_len": 64,
-        "buckets": ("4:4:0",),
+        "plans": {"4:4:0": "one"},
+        "executor": "sequential",
         "kernels": {"gemm": "plain", "decode_attention": "Mosaic kernel"},
         "num_ctas": 48,
         "interpreted": False,
@@ -128,23 +128,10 @@ def test_a_run_is_a_sample_of_its_kind() -> None:
 def test_a_benchmark_leaves_a_result_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "work.json").write_text(json.dumps(_WORKLOAD))
     command = [
-        *(sys.executable, "-m", "nanoflow_jax.bench", "throughput", "--workload=work.json"),
-        *("--result_name=try", "--results=results", "--repeats=2"),
-        *batch_runs.flags(),
+        *("throughput", "--workload=work.json", "--result_name=try", "--results=results"),
+        *("--repeats=2", *batch_runs.flags()),
     ]
-
-    def bench() -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            command,
-            env=batch_runs.environment(),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=250,
-            check=False,
-        )
-
-    done = bench()
+    done = batch_runs.bench(tmp_path, *command)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("*/*-try")
     result = folder.read(path)
@@ -162,6 +149,6 @@ def test_a_benchmark_leaves_a_result_folder(tmp_path: pathlib.Path) -> None:
     assert log.startswith("start ")
     assert "a run 2 of 2\n" in log
 
-    again = bench()
+    again = batch_runs.bench(tmp_path, *command)
     assert again.returncode == 2
     assert "is there already; give the result another name, or delete it" in again.stderr

@@ -7,6 +7,7 @@ from pallas_kernels import mosaic
 
 
 def test_devices_are_found_by_name_and_others_refused():
+    assert devices.find_device("h200") is devices.find_device("H200")
     assert devices.find_device("H100").kind == "NVIDIA H100 80GB HBM3"
     with pytest.raises(ValueError, match="device 'H300' is none of H200, H100, A100, L4, L40S"):
         devices.find_device("H300")

@@ -238,6 +238,11 @@ def test_options_that_jax_does_not_take_are_found():
     assert "SOMEHOW" in refused["xla_gpu_command_buffer_scheduling_mode"]
 
 
+def test_without_options_none_is_refused_and_nothing_is_lowered(monkeypatch):
+    monkeypatch.setattr(compiler.jax, "jit", None)
+    assert compiler.refused_options({}) == {}
+
+
 def test_this_jax_can_name_a_stream_and_one_that_cannot_says_why(monkeypatch):
     assert compiler.why_no_streams() is None
     monkeypatch.setattr(compat, "start_on_stream", lambda f, reads, stream: (f(*reads), reads))

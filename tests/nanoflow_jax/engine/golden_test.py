@@ -33,8 +33,14 @@ _SHAPES |= {
         **_SHAPES["narrow"],
     },
 }
-# Every case whole and chunked; the narrow shape where windows or key groups are odd.
-_PAIRS = [(case, shape) for case in cases.CASES for shape in ("whole", "chunked")]
+# Every case chunked and, those of few odds as a slow test, whole; the narrow shape where windows or
+# key groups are odd.
+_ODD = ("llama3", "gemma2", "qwen2_window", "qwen3_moe")
+_PAIRS = [(case, "chunked") for case in cases.CASES]
+_PAIRS += [
+    pytest.param(case, "whole", marks=() if case in _ODD else pytest.mark.slow)
+    for case in cases.CASES
+]
 _PAIRS += [(case, "narrow") for case in ("llama3", "mistral", "gemma2") if case in cases.CASES]
 # Kernels for GPUs before Hopper: with groups of queries, and with windows and a soft-cap.
 _PAIRS += [(case, "Triton") for case in ("llama3", "gemma2") if case in cases.CASES]

@@ -9,7 +9,7 @@ import pytest
 from engine_runs import ask, run
 
 from nanoflow_jax import compat, config
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import build, model_source
 from nanoflow_jax.models import architecture, kernel_groups
 from pallas_kernels.side_by_side import side_by_side
 
@@ -58,7 +58,7 @@ def _engine(model, *interpreted, **knobs):
         **{f"kernel_{operation}": "interpret" for operation in interpreted},
         **{"buckets": "4:4:0,24:4:3", **knobs},
     )
-    source = build.ModelSource(
+    source = model_source.ModelSource(
         config=model, folder=None, eos_ids=frozenset(), stored_dtype="bfloat16"
     )
     return build.build_engine(section, source)
@@ -124,15 +124,6 @@ def _check_near(one, other):
     assert np.abs(one - other).max(initial=0) <= _BOUND
 
 
-# Of the mixture only the products of experts are kernels: what is routed is then the same in both,
-# where a rounding could otherwise send a token to another expert.
-_CASES = {
-    "attention": (_MODEL, ("decode_attention", "prefill_attention"), 4),
-    "products": (_MODEL, ("gemm",), 2),
-    "experts": (dataclasses.replace(_MODEL, moe=_EXPERTS), ("grouped_gemm",), 2),
-}
-
-
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(240)
 def test_kernels_on_two_halves_give_the_plain_paths_tokens():
@@ -190,11 +181,12 @@ def test_kernels_give_a_request_the_same_bits_alone_and_among_others():
 
 @kernel_runs.needs_interpreter
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("case", _CASES)
-def test_kernels_give_the_plain_paths_tokens(case):
-    model, interpreted, num_tokens = _CASES[case]
+def test_products_of_experts_by_a_kernel_give_the_plain_paths_tokens():
+    # Only these are kernels: what is routed is then the same in both, where a rounding could
+    # otherwise send a token to another expert.
+    model = dataclasses.replace(_MODEL, moe=_EXPERTS)
     random = np.random.default_rng(0)
     prompts = [random.integers(0, _VOCABULARY, size=n).tolist() for n in _PROMPT_LENS]
-    with _both(model, *interpreted) as engines:
-        num_ties = _compare(engines, prompts, [num_tokens] * len(prompts))
+    with _both(model, "grouped_gemm") as engines:
+        num_ties = _compare(engines, prompts, [2] * len(prompts))
     assert num_ties <= 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import config, console
-from nanoflow_jax.engine import build, lockstep, runner
+from nanoflow_jax.engine import build, lockstep, model_source, runner
 from nanoflow_jax.engine.sampling import SamplerVariant
 from nanoflow_jax.scheduler.buckets import Bucket
 
@@ -106,41 +106,26 @@ def test_a_failed_device_ends_all_processes():
 
 
 def _config(**knobs):
-    several = {"num_processes": 2, "coordinator": "127.0.0.1:7000"}
+    several = {"num_processes": 2, "coordinator": "127.0.0.1:7000", "tensor_parallel": 2}
     return config.EngineConfig.from_knobs(
         model=str(batch_runs.FOLDER.parent / "llama"), compile_cache_dir="", **(several | knobs)
     )
 
 
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        (
-            {"tensor_parallel": 2, "data_parallel": 2},
-            "--data_parallel=2 and --num_processes=2: replicas are of one process; start a job for "
-            "each, which --process_count can share out",
-        ),
-        (
-            {"tensor_parallel": 3},
-            "--tensor_parallel=3 cannot be shared out evenly over --num_processes=2",
-        ),
-        (
-            {"tensor_parallel": 4},
-            "--tensor_parallel=4 needs 2 devices of each of --num_processes=2, and process 1 has 0",
-        ),
-    ],
-)
-def test_devices_that_cannot_be_shared_out_are_refused(knobs, message):
-    made = _config(**knobs)
+def test_devices_that_a_process_lacks_are_refused():
+    made = _config(tensor_parallel=4)
+    message = (
+        "--tensor_parallel=4 needs 2 devices of each of --num_processes=2, and process 1 has 0"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        build.build_engine(made, build.open_model(made.model), group=_Group())
+        build.build_engine(made, model_source.open_model(made.model), group=_Group())
 
 
 def test_several_processes_are_refused_where_they_were_not_joined():
     made = _config()
     message = "--num_processes=2: of the programs only python -m nanoflow_jax.generate runs in"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        build.build_engine(made, build.open_model(made.model))
+        build.build_engine(made, model_source.open_model(made.model))
 
 
 def test_another_model_than_that_of_process_0_is_refused():

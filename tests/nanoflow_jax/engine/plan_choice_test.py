@@ -41,6 +41,17 @@ def test_halves_cut_buckets_that_have_tokens_enough(caplog):
     assert "bucket 64:8:4 runs by plan halves, which may change last bits" in caplog.text
 
 
+def test_it_is_said_that_halves_cut_nothing(caplog):
+    assert {plan.name for plan in _choose(plan="halves", plan_granule=64).values()} == {"one"}
+    assert (
+        "--plan=halves cuts none of the buckets 8:8:0, 64:8:4, and all run as with one; raise "
+        "--dense_batch, or lower --plan_granule or --plan_min_tokens" in caplog.text
+    )
+    caplog.clear()
+    _choose(plan="halves")
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(("least", "name"), [(64, "halves"), (65, "one")])
 def test_buckets_below_the_threshold_run_whole(least, name):
     assert _choose(plan="halves", plan_min_tokens=least)[_LARGE].name == name

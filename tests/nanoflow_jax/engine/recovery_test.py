@@ -2,6 +2,7 @@ import hypothesis
 import jax
 import pytest
 from engine_runs import ask, build_small, run
+from faulty_device import MESSAGE, FaultyDevice
 from golden import cases
 from hypothesis import strategies as st
 
@@ -15,69 +16,6 @@ _KNOBS = {
     "buckets": "8:8:0,24:8:8",
     "cache_page_size": 5,
 }
-_MESSAGE = "INTERNAL: made up by the test"
-
-
-class _FaultyDevice:
-    """Fails the steps of an engine whose requests a rule names, as XLA would.
-
-    Attributes:
-        num_failed: How many steps failed.
-    """
-
-    def __init__(self, monkeypatch, engine, rule, *, where="forward"):
-        self.num_failed = 0
-        self._rule = rule
-        self._runner = engine._runner
-        self._launched = {}
-        self._names = []
-        self._sequences = engine._sequences
-        plan = engine._scheduler.plan
-
-        def plan_and_note():
-            found = plan()
-            keys = [row.request_id for row in found.rows] if found else []
-            self._names = [self._sequences[key].request.request_id for key in keys]
-            return found
-
-        forward, sample, collect = (
-            self._runner.forward,
-            self._runner.sample,
-            self._runner.collect,
-        )
-
-        def try_forward(inputs):
-            if where == "forward":
-                self._judge(self._names)
-            return forward(inputs)
-
-        def try_sample(forwarded, inputs):
-            if where == "sample":
-                self._judge(self._names)
-            launched = sample(forwarded, inputs)
-            self._launched[id(launched)], self._names = self._names, []
-            return launched
-
-        def try_collect(launched):
-            names = self._launched.pop(id(launched))
-            if where == "collect":
-                self._judge(names)
-            return collect(launched)
-
-        monkeypatch.setattr(engine._scheduler, "plan", plan_and_note)
-        monkeypatch.setattr(self._runner, "forward", try_forward)
-        monkeypatch.setattr(self._runner, "sample", try_sample)
-        monkeypatch.setattr(self._runner, "collect", try_collect)
-
-    def _judge(self, names):
-        if not self._rule(names):
-            return
-        self.num_failed += 1
-        self._names = []
-        lost = (self._runner._caches, self._runner._last_tokens, self._runner._table)
-        for array in jax.tree.leaves(lost):
-            array.delete()  # they were donated to the step
-        raise jax.errors.JaxRuntimeError(_MESSAGE)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +60,7 @@ def _check(engine, found, wanted, *, guilty=()):
         if str(i) in guilty:
             assert ours.finish_reason is FinishReason.ERROR
             assert ours.error == (
-                f"the device failed on this request, also when it ran alone: {_MESSAGE}"
+                f"the device failed on this request, also when it ran alone: {MESSAGE}"
             )
             assert ours.token_ids == theirs.token_ids[: len(ours.token_ids)]
         else:
@@ -135,7 +73,7 @@ def _check(engine, found, wanted, *, guilty=()):
 def test_f7_an_xla_error_fails_only_the_requests_that_cause_it(
     engine, wanted, monkeypatch, where, guilty
 ):
-    _FaultyDevice(monkeypatch, engine, lambda names: not {*guilty}.isdisjoint(names), where=where)
+    FaultyDevice(monkeypatch, engine, lambda names: not {*guilty}.isdisjoint(names), where=where)
     _check(engine, run(engine, _requests()), wanted, guilty=guilty)
 
 
@@ -146,7 +84,7 @@ def test_f7_an_xla_error_in_the_middle_of_a_request_keeps_the_tokens_before_it(
         made = {s.request.request_id: s for s in engine._sequences.values()}
         return "4" in names and made["4"].num_generated >= 5
 
-    _FaultyDevice(monkeypatch, engine, is_late)
+    FaultyDevice(monkeypatch, engine, is_late)
     found = run(engine, _requests())
     _check(engine, found, wanted, guilty=("4",))
     assert len(found[4].token_ids) == 5
@@ -155,7 +93,7 @@ def test_f7_an_xla_error_in_the_middle_of_a_request_keeps_the_tokens_before_it(
 @pytest.mark.parametrize("where", ["forward", "collect"])
 def test_f7_an_xla_error_that_does_not_come_again_fails_nobody(engine, wanted, monkeypatch, where):
     left = iter([False] * 4 + [True] + [False] * 5 + [True])
-    device = _FaultyDevice(monkeypatch, engine, lambda names: next(left, False), where=where)
+    device = FaultyDevice(monkeypatch, engine, lambda names: next(left, False), where=where)
     _check(engine, run(engine, _requests()), wanted)
     assert device.num_failed == 2
 
@@ -163,7 +101,7 @@ def test_f7_an_xla_error_that_does_not_come_again_fails_nobody(engine, wanted, m
 def test_f7_a_request_alone_in_the_engine_may_fail_and_the_next_is_served(
     engine, wanted, monkeypatch
 ):
-    device = _FaultyDevice(monkeypatch, engine, lambda names: "0" in names)
+    device = FaultyDevice(monkeypatch, engine, lambda names: "0" in names)
     for _ in range(4):
         (found,) = run(engine, _requests()[:1])
         assert found.finish_reason is FinishReason.ERROR
@@ -173,7 +111,7 @@ def test_f7_a_request_alone_in_the_engine_may_fail_and_the_next_is_served(
 
 def test_f7_a_device_that_fails_without_requests_too_ends_the_engine(monkeypatch):
     broken = build_small(_CASE.path, **_KNOBS)
-    _FaultyDevice(monkeypatch, broken, lambda names: True)
+    FaultyDevice(monkeypatch, broken, lambda names: True)
     broken.add(_requests()[0])
     with pytest.raises(jax.errors.JaxRuntimeError, match="made up by the test"):
         broken.step()
@@ -181,13 +119,13 @@ def test_f7_a_device_that_fails_without_requests_too_ends_the_engine(monkeypatch
 
 
 def test_f5_steps_without_room_for_all_their_requests_run_with_fewer(engine, wanted, monkeypatch):
-    device = _FaultyDevice(monkeypatch, engine, lambda names: len(names) > 3)
+    device = FaultyDevice(monkeypatch, engine, lambda names: len(names) > 3)
     _check(engine, run(engine, _requests()), wanted)
     assert 0 < device.num_failed < 12
 
 
 def test_suspects_that_are_aborted_hold_up_nobody(engine, wanted, monkeypatch):
-    _FaultyDevice(monkeypatch, engine, lambda names: len(names) > 1)
+    FaultyDevice(monkeypatch, engine, lambda names: len(names) > 1)
     asked = _requests()
     for request in asked[:4]:
         engine.add(request)

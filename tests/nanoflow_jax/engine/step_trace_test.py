@@ -5,11 +5,11 @@ import re
 
 import jax
 import pytest
-import xplane
 from engine_runs import ask, build_small, run
 from llama_engine import CASE, KNOBS
 
 from nanoflow_jax import config
+from nanoflow_jax.bench import xplane
 from nanoflow_jax.engine import step_trace
 from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.operations import LayerShape

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import batch_runs
 import pytest
-import xplane
 from absl import flags
 
 from nanoflow_jax import console
 from nanoflow_jax import flags as knob_flags
+from nanoflow_jax.bench import xplane
 from nanoflow_jax.engine import build
 from nanoflow_jax.generate import __main__ as program
 from nanoflow_jax.generate import batch_run, command_line

@@ -78,7 +78,7 @@ def _long_job(tmp_path: pathlib.Path) -> Iterator[list["subprocess.Popen[bytes]"
         yield processes
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_f14_a_killed_process_ends_the_other_with_a_message(
     victim: int, tmp_path: pathlib.Path
 ) -> None:

@@ -166,7 +166,7 @@ def test_attention_hands_its_kernel_to_who_runs_it_and_runs_it_itself_elsewhere(
         return "attended", operands, form, num_ctas, token
 
     def prepare(*operands, **form):
-        form.pop("merge_ctas", None)
+        assert form.pop("merge_ctas") == 48
         return "kernel", operands, form
 
     attention = make(attend=attend, prepare=prepare)

@@ -7,12 +7,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import random_folder
 from flax import nnx
 from golden import cases
 
 from checkpoints import safetensors_file
 from checkpoints.folder import ModelFolder
-from nanoflow_jax.models import huggingface, loading, presets, transformer
+from nanoflow_jax.models import architecture, huggingface, loading, presets, transformer
 
 _FLOAT32 = np.dtype(np.float32)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -169,3 +170,87 @@ def test_a_device_has_its_share_of_heads_and_widths(preset, count, split_experts
     found = (share.num_heads, share.num_kv_heads, share.intermediate_size, expert)
     assert found == wanted
     assert (share.hidden_size, share.windows) == (read.hidden_size, read.windows)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_some_layers_are_loaded_without_the_others(tmp_path, placement, tied):
+    """From a folder that has no more than they need: what an end of the model needs is there."""
+    path = random_folder.write(
+        tmp_path / "whole", seed=1, num_hidden_layers=4, tie_word_embeddings=tied
+    )
+    whole = ModelFolder.open(path)
+    config = huggingface.read_config(whole.config)
+    for span, ends in (((0, 1), ["embedding"]), ((1, 3), []), ((3, 4), ["norm", "head"])):
+        wanted = ends + [f"layers.{i}." for i in range(*span)]
+        if tied and "head" in wanted:
+            wanted[wanted.index("head")] = "embedding"
+        sources = huggingface.weights_of(config).items()
+        names = {
+            name
+            for key, source in sources
+            if any(key.startswith(prefix) for prefix in wanted)
+            for name in source.shapes
+        }
+        part = tmp_path / f"part_{span[0]}"
+        part.mkdir()
+        (part / "config.json").write_bytes((path / "config.json").read_bytes())
+        safetensors_file.write_safetensors(
+            part / "model.safetensors", {name: np.array(whole.read(name)) for name in names}
+        )
+        seen = []
+        [model] = loading.load_spans(
+            ModelFolder.open(part),
+            config,
+            [architecture.Span(*span)],
+            dtype=_FLOAT32,
+            placement=placement,
+            progress=seen.append,
+        )
+        held = sum(leaf.nbytes for leaf in _leaves(model))
+        assert held == seen[-1].total_bytes == seen[-1].done_bytes
+        assert held == loading.model_bytes(config, _FLOAT32, [architecture.Span(*span)])
+        assert [layer.spec for layer in model.layers] == [_spec_of(config, i) for i in range(*span)]
+        np.testing.assert_array_equal(
+            model.layers[0].feed_forward.down[...],
+            whole.read(f"model.layers.{span[0]}.mlp.down_proj.weight"),
+        )
+        with pytest.raises(ValueError, match=r"the folder lacks (lm_head|model)\."):
+            loading.load_model(ModelFolder.open(part), config, dtype=_FLOAT32, placement=placement)
+
+
+def _spec_of(config, layer):
+    return transformer.AttentionSpec(
+        scale=config.query_scale,
+        window=config.windows[layer],
+        softcap=config.attention_softcap,
+    )
+
+
+def test_spans_of_one_model_share_an_embedding(placement):
+    config = huggingface.read_config(ModelFolder.open(cases.load("gemma2").path).config)
+    assert config.tied_embeddings
+    first, last = loading.random_spans(
+        config,
+        architecture.cut(config.num_layers, [1]),
+        seed=0,
+        dtype=_FLOAT32,
+        placement=placement,
+    )
+    assert first.embedding[...] is last.embedding[...]
+    assert first.norm is None and last.norm is not None
+
+
+@pytest.mark.parametrize("borders", [[0, 2], [2, 2], [3, 2], [4], [-1]])
+def test_a_grid_that_does_not_cut_between_layers_is_refused(borders):
+    text = ", ".join(map(str, borders))
+    message = (
+        f"a grid of cuts at {text} does not ascend between 0 and 4, the number of layers; give "
+        "each border once, in order"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        architecture.cut(4, borders)
+
+
+def test_a_model_is_cut_into_the_spans_between_borders():
+    assert architecture.cut(4, [1, 3]) == ((0, 1), (1, 3), (3, 4))
+    assert architecture.cut(4, []) == ((0, 4),)

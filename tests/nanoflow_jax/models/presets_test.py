@@ -22,3 +22,8 @@ def test_an_unknown_preset_is_refused_with_the_known_names():
 def test_a_preset_name_is_no_path(name):
     with pytest.raises(ValueError, match="is unknown"):
         presets.load(name)
+
+
+def test_a_preset_is_meant_with_its_prefix_or_without():
+    assert presets.try_find("llama-3-8b") == presets.try_find("preset:llama-3-8b") == "llama-3-8b"
+    assert presets.try_find("meta-llama/Meta-Llama-3-8B") is None

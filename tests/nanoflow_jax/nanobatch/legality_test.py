@@ -111,8 +111,9 @@ def test_a_cap_outside_a_lane_is_refused():
     _refused(plan, "num_ctas=8 caps nothing outside a lane; give it a lane or leave num_ctas out")
 
 
-def test_shifts_begin_at_zero():
+def test_shifts_begin_at_zero_and_are_few():
     _refused(_changed(HALVES, "o.1", shift=-1), "shift=-1 is negative; raise all shifts alike")
+    _refused(_changed(HALVES, "o.1", shift=10**6), "shift=1000000 is above 16, the most layers")
     order = tuple(dataclasses.replace(n, shift=n.shift + 1) for n in HALVES.order)
     raised = dataclasses.replace(HALVES, order=order)
     _refused(raised, "no nano-operation has shift 0; lower all shifts alike")

@@ -50,6 +50,12 @@ def test_errors_name_the_file(tmp_path):
         plan_file.read(path)
 
 
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_what_is_nested_too_deeply_is_refused(opening):
+    with pytest.raises(ValueError, match="nested too deeply"):
+        plan_file.from_json(opening * 100_000)
+
+
 def test_another_schema_is_refused():
     content = _content() | {"schema": 2}
     _refused(content, "schema 2 is not 1, the one that this version reads; write the plans again")

@@ -3,11 +3,14 @@
 import subprocess
 import sys
 
+import pytest
 
-def test_what_cannot_be_compiled_is_refused_before_it_is_begun():
-    command = [sys.executable, "-m", "nanoflow_jax.overlap", "--model=preset:llama-3-8b"]
+
+@pytest.mark.parametrize("model", [["--model=preset:llama-3-8b", "--random_weights"], []])
+def test_what_cannot_be_compiled_is_refused_before_it_is_begun(model):
+    command = [sys.executable, "-m", "nanoflow_jax.overlap", "--device=h200"]
     ended = subprocess.run(
-        [*command, "--random_weights", "--tensor_parallel=3"],
+        [*command, *(model or ["--model=llama-3-8b"]), "--tensor_parallel=3"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -49,6 +49,19 @@ def test_a_step_that_is_there_twice_is_found() -> None:
     ]
 
 
+def test_nothing_is_claimed_from_a_device_that_is_not_fit_or_that_nobody_looked_at() -> None:
+    unfit = dataclasses.replace(_GOOD, unfit=("clocks: held down", "ceilings: too low"))
+    assert _said(unfit) == [
+        "the device was not fit to be measured: clocks: held down",
+        "the device was not fit to be measured: ceilings: too low",
+    ]
+    needing = dataclasses.replace(result_folders.TOY, needs_fitness=lambda run: True)
+    assert list(checks.complaints(needing, dataclasses.replace(_GOOD, unfit=()), None)) == []
+    assert list(checks.complaints(needing, _GOOD, None)) == [
+        "nobody looked whether the device is fit to be measured"
+    ]
+
+
 @pytest.mark.parametrize(("after", "is_refused"), [(10.5, False), (10.51, True), (9.4, True)])
 def test_a_ceiling_may_drift_by_five_percent(after: float, is_refused: bool) -> None:
     drifted = figures.Ceilings(before={"flops_per_s": 10.0}, after={"flops_per_s": after})

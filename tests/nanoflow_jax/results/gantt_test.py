@@ -1,9 +1,9 @@
+import pictures
 import pytest
 
 from nanoflow_jax.cost.timeline import Span
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.results import gantt
-from tests import pictures
 
 _SPANS = tuple(
     Span(

@@ -43,7 +43,11 @@ _SPLITS = [
     *_samples("pallas", [2.0], num_ctas=16, split=12, case=_PAIR),
     *_samples(kernels.IN_TURN, [4.0], num_ctas=16, case=_PAIR),
 ]
-_ON_GPU = result_folders.run(device=Device(platform="gpu", name="NVIDIA H200"))
+_SETTING = {"num_sms": 132, "problems": kernels.setting_of(problem_shapes.problems())}
+_ON_GPU = result_folders.run(
+    device=Device(platform="gpu", name="NVIDIA H200"), kind="kernels", setting=_SETTING
+)
+_WORK = kernels.works(_ON_GPU)[_CASE]
 
 
 def _figures(samples, ceilings=None):
@@ -71,7 +75,7 @@ def test_quartiles_of_five_and_of_one():
     ],
 )
 def test_a_problem_is_bound_by_what_takes_longer(speeds, limit):
-    assert kernels.bound(kernels.shape_of(_CASE), _ceilings(*speeds)) == limit
+    assert kernels.bound(_WORK, _ceilings(*speeds)) == limit
 
 
 def test_rates_are_shares_of_the_ceiling_that_binds():
@@ -111,8 +115,8 @@ def test_the_readme_shows_ours_on_all_sms_and_on_decodes_share_and_beside_others
         *_samples("xla", [4.0], case=case),
         *_CURVE,
     ]
-    run = msgspec.structs.replace(_ON_GPU, setting={"num_sms": 132})
-    found = [one.name for one in _figures(samples).values() if kernels.KIND.is_headline(run, one)]
+    made = _figures(samples).values()
+    found = [one.name for one in made if kernels.KIND.is_headline(_ON_GPU, one)]
     assert found == [f"{case}: pallas 48", f"{case}: pallas 132", f"{case}: pallas 132 over xla"]
 
 
@@ -148,12 +152,51 @@ def test_an_unknown_case_is_refused():
         kernels.shape_of("x")
 
 
+def _with_problems(problems):
+    setting = {**_SETTING, "problems": problems}
+    return msgspec.structs.replace(_ON_GPU, setting=setting)
+
+
+def test_figures_come_from_what_the_result_says_of_its_problems_not_from_today():
+    work = kernels.Work(kernel="gemm", flops=8, num_bytes=2)
+    run = _with_problems({_CASE: msgspec.to_builtins(work)})
+    evidence = Evidence(run=run, samples=_samples("xla", [2.0]), ceilings=None)
+    assert [one.median for one in kernels.KIND.figures(evidence)] == [4.0]
+    assert kernels.KIND.complaints_today(run) == [
+        f"{_CASE} is recorded as gemm, 8 operations, 2 bytes; pallas_kernels/problem_shapes.py, "
+        f"which has not changed, makes it gemm, {_FLOPS} operations, {_BYTES} bytes"
+    ]
+    assert kernels.KIND.complaints_today(_ON_GPU) == []
+
+
+def test_a_problem_that_there_is_not_is_told():
+    run = _with_problems({"x": _SETTING["problems"][_CASE]})
+    (found,) = kernels.KIND.complaints_today(run)
+    assert found.startswith("there is no problem 'x' in pallas_kernels/problem_shapes.py")
+
+
+@pytest.mark.parametrize(
+    ("problems", "message"),
+    [
+        (None, "the setting's `problems` do not say .*: Expected `object`, got `null`"),
+        ({_CASE: {"kernel": "gemm", "flops": 1}}, "moves: Object missing required field `num_by"),
+        ({}, f"the setting's `problems` have no '{_CASE}', which samples are of"),
+    ],
+)
+def test_a_result_that_does_not_say_what_its_problems_come_to_is_refused(problems, message):
+    evidence = Evidence(run=_with_problems(problems), samples=_CURVE, ceilings=None)
+    with pytest.raises(ValueError, match=message):
+        kernels.KIND.figures(evidence)
+
+
 def test_what_an_interpreter_took_is_no_speed():
     assert kernels.KIND.level(_ON_GPU) == Level.ONE_RUN
     assert kernels.KIND.needs_ceilings(_ON_GPU)
+    assert kernels.KIND.needs_fitness(_ON_GPU)
     on_cpu = msgspec.structs.replace(_ON_GPU, device=result_folders.DEVICE)
     assert kernels.KIND.level(on_cpu) == Level.CPU_NUMERICS
     assert not kernels.KIND.needs_ceilings(on_cpu)
+    assert not kernels.KIND.needs_fitness(on_cpu)
 
 
 def test_the_table_says_all_of_a_problem():
@@ -162,7 +205,8 @@ def test_the_table_says_all_of_a_problem():
         case=_CASE, mode="torch", way="torch", fault="is not installed", is_missing=True
     )
     samples = [*_CURVE, fault, missing]
-    lines = list(kernel_table.table(samples, _ceilings(2 * _FLOPS, 1e30, 1e30)))
+    works = kernels.works(_ON_GPU)
+    lines = list(kernel_table.table(samples, works, _ceilings(2 * _FLOPS, 1e30, 1e30)))
     assert lines == [
         f"{_CASE}: gemm, 12.88 GFLOP, 55.57 MB, bound by arithmetic",
         "  way                                      us  quartiles                TFLOP/s   GB/s  "

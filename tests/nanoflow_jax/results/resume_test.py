@@ -58,6 +58,21 @@ def test_a_killed_run_goes_on_behind_its_last_whole_sample(killed: pathlib.Path)
     assert len(folder.read(result.path).samples) == 3
 
 
+def test_what_made_the_device_unfit_before_a_kill_still_counts_after_it(
+    killed: pathlib.Path,
+) -> None:
+    first = _resume(killed)
+    first.add_unfit(["clocks: held down"])
+    os.close(first._samples)  # killed again
+    with _resume(killed) as result:
+        result.add_unfit([])
+        result.add_sample(result_folders.sample(1))
+        result.add_sample(result_folders.sample(2))
+        found = result.finish()
+    assert (found.status, found.unfit) == ("failed", ("clocks: held down",))
+    assert found.message == "the device was not fit to be measured: clocks: held down"
+
+
 def test_a_run_that_has_ended_is_not_gone_on_with(killed: pathlib.Path) -> None:
     _resume(killed).fail("interrupted")
     with pytest.raises(ValueError, match="the run has ended: its status is failed"):

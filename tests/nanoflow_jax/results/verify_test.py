@@ -1,5 +1,6 @@
 """Every way in which a folder can be wrong is found; what is right keeps its level."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -147,6 +148,10 @@ _WRONG: list[tuple[Callable[[pathlib.Path], object], str]] = [
     (
         lambda path: _other_samples(path, [*_SAMPLES[:2], {**_SAMPLES[2], "tokens_sha256": "6f"}]),
         "runs of mix gave different tokens",
+    ),
+    (
+        lambda path: result_folders.reseal(path, unfit=("other processes: 1",)),
+        "the device was not fit to be measured: other processes: 1",
     ),
     (lambda path: result_folders.reseal(path, ceilings=_DRIFT), "drifted by +10.0% during the run"),
     (
@@ -308,6 +313,19 @@ def test_a_result_is_stale_once_a_kernel_that_it_used_has_changed(
     assert found.changed == ((f"pallas_kernels/{kernel}.py",) if word == "STALE" else ())
     (checkout / "pallas_kernels" / f"{kernel}.py").unlink()
     assert _verify(path).word == word
+
+
+def test_what_a_kind_says_of_todays_kernels_counts_until_one_changes(
+    checkout: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _write(checkout)
+    known = kinds.KINDS["throughput"]
+    told = dataclasses.replace(known, complaints_today=lambda run: [f"{run.name} is another"])
+    monkeypatch.setitem(kinds.KINDS, "throughput", told)
+    found = _verify(path)
+    assert (found.word, found.complaints) == ("REFUSED", ("toy-mix is another",))
+    (checkout / "pallas_kernels" / "toy.py").write_text("# better\n")
+    assert _verify(path).word == "STALE"
 
 
 def _again(path: pathlib.Path, checkout: pathlib.Path, *, factor: float, **run: Any) -> None:

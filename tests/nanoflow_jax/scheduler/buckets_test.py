@@ -47,16 +47,24 @@ def test_default_buckets_are_few_and_hold_every_step(max_requests, extra):
     found = buckets.default_buckets(max_requests=max_requests, dense_batch=dense_batch)
     checked = buckets.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
     assert checked == tuple(sorted(found))
-    # With two row counts of three samplers each and two helpers, at most 16 programs.
-    assert len(found) <= 8
+    # With two row counts of three samplers each and two helpers, at most 17 programs.
+    assert len(found) <= 9
     decode = [b for b in found if b.prefill_rows == 0]
     assert {1, max_requests} <= {b.tokens for b in decode}
     largest = found[-1]
     assert (largest.tokens, largest.decode_rows, largest.prefill_rows) == (
         dense_batch,
         max_requests,
-        max_requests,
+        min(max_requests, 256),
     )
+
+
+def test_default_buckets_of_many_requests_pad_few_rows_to_no_hundreds():
+    found = buckets.default_buckets(max_requests=1024, dense_batch=2048)
+    assert [str(b) for b in found if not b.prefill_rows] == [
+        *("1:1:0", "8:8:0", "64:64:0", "256:256:0", "512:512:0", "1024:1024:0")
+    ]
+    assert str(found[-1]) == "2048:1024:256"
 
 
 def test_default_buckets_of_the_cpu_worked_by_hand():

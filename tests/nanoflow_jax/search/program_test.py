@@ -1,10 +1,10 @@
+import pictures
 import pytest
 from absl import flags as absl_flags
 
-from nanoflow_jax.engine import build
+from nanoflow_jax.engine import model_source
 from nanoflow_jax.nanobatch import plan_file
 from nanoflow_jax.search import __main__ as program
-from tests import pictures
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_what_products_reach_moves_the_optimum_and_nothing_of_memory(ask):
 
 
 def test_a_folder_is_worked_out_by_its_config(ask):
-    code, text, _ = ask("cost", f"--model={build.embedded_folder()}", "--device=l4")
+    code, text, _ = ask("cost", f"--model={model_source.embedded_folder()}", "--device=l4")
     assert code == 0
     assert "1 x L4, 512 tokens in and 512 out" in text
 

@@ -25,12 +25,16 @@ class Event:
         run_id: Which run of that.
         op: Its name in the program.
         scope: Where in the code it came from; empty where the program does not say.
+        start_ns: When it began, by the trace's clock.
+        end_ns: When it ended.
     """
 
     module: str
     run_id: int
     op: str
     scope: str
+    start_ns: float
+    end_ns: float
 
 
 def read(folder: pathlib.Path) -> list[Event]:
@@ -50,6 +54,8 @@ def read(folder: pathlib.Path) -> list[Event]:
                             run_id=stats["run_id"],
                             op=op,
                             scope=scopes.get((f"{module}({stats['program_id']})", op), ""),
+                            start_ns=event.start_ns,
+                            end_ns=event.start_ns + event.duration_ns,
                         )
                     )
     return found
@@ -57,7 +63,7 @@ def read(folder: pathlib.Path) -> list[Event]:
 
 def _scopes(space: bytes) -> dict[tuple[str, str], str]:
     """Where each operation came from, by names of program, `MODULE(PROGRAM_ID)`, and operation."""
-    found = {}
+    found: dict[tuple[str, str], str] = {}
     for plane in _messages(space, 1):
         if _text(plane, 2) != _METADATA_PLANE:
             continue

@@ -1,0 +1,1 @@
+"""A model's layers shared between a client and a server: what each part is and how it talks."""

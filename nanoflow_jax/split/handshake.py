@@ -1,0 +1,125 @@
+"""What a gateway checks before it opens a session."""
+
+import dataclasses
+
+from nanoflow_jax.split import errors, messages, settings
+from nanoflow_jax.split.codecs import Codec
+from nanoflow_jax.split.messages import Code
+
+_HASHES = {
+    "manifest_sha256": "weights",
+    "config_sha256": "config (sizes, RoPE, norms, scaling or quantisation)",
+    "tokenizer_sha256": "tokenizer",
+}
+_SHAPES = ("num_layers", "hidden_size", "vocab_size", "hidden_dtype")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a gateway offers.
+
+    Attributes:
+        identity: Its model.
+        borders: Layers at which a session may enter or leave, 0 and L included.
+        codecs: How hidden states may be written.
+        settings: Its limits.
+    """
+
+    identity: messages.Identity
+    borders: frozenset[int]
+    codecs: tuple[Codec, ...]
+    settings: settings.GatewaySection
+
+
+def check_hello(hello: messages.Hello, terms: Terms) -> Codec:
+    """Whether a session can be opened; how its hidden states are to be written.
+
+    Raises:
+        RefusedError: It cannot; the reason says what differs and what to change.
+    """
+    _check_version(hello)
+    _check_identity(hello.identity, terms.identity)
+    _check_layers(hello, terms)
+    _check_sampling(hello, terms)
+    _check_lengths(hello, terms.settings)
+    for name in hello.codecs:
+        if name in terms.codecs:
+            return Codec(name)
+    raise errors.RefusedError(
+        Code.PROTOCOL,
+        f"the client's codecs ({', '.join(hello.codecs)}) and the server's "
+        f"({', '.join(terms.codecs)}) have none in common",
+    )
+
+
+def _check_version(hello: messages.Hello) -> None:
+    if hello.major != messages.PROTOCOL_MAJOR:
+        raise errors.RefusedError(
+            Code.PROTOCOL,
+            f"the client speaks version {hello.major}.{hello.minor} of the protocol and the server "
+            f"{messages.PROTOCOL_MAJOR}.{messages.PROTOCOL_MINOR}; update the older one",
+        )
+
+
+def _check_identity(theirs: messages.Identity, ours: messages.Identity) -> None:
+    for name, what in _HASHES.items():
+        if getattr(theirs, name) != getattr(ours, name):
+            raise errors.RefusedError(
+                Code.MODEL,
+                f"the {what} of the client's model {theirs.model!r} and the server's "
+                f"{ours.model!r} differ ({getattr(theirs, name):.12} against "
+                f"{getattr(ours, name):.12}); both ends must load the same files",
+            )
+    for name in _SHAPES:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise errors.RefusedError(
+                Code.MODEL,
+                f"{name} is {getattr(theirs, name)} at the client and {getattr(ours, name)} at "
+                "the server; both ends must run the model alike",
+            )
+
+
+def _check_layers(hello: messages.Hello, terms: Terms) -> None:
+    start, stop, num_layers = hello.start, hello.stop, terms.identity.num_layers
+    if not 0 <= start < stop <= num_layers:
+        raise errors.RefusedError(
+            Code.LAYERS, f"[{start}, {stop}) is no range of layers of a model with {num_layers}"
+        )
+    for border in (start, stop):
+        if border not in terms.borders:
+            raise errors.RefusedError(
+                Code.LAYERS,
+                f"sessions enter and leave at layers {sorted(terms.borders)}; "
+                f"[{start}, {stop}) was asked for",
+            )
+    for low, high in ((0, start), (stop, num_layers)):
+        if low < high and not any(a <= low and high <= b for a, b in hello.client_layers):
+            raise errors.RefusedError(
+                Code.LAYERS,
+                f"the server would run [{start}, {stop}), but the client does not hold "
+                f"[{low}, {high})",
+            )
+
+
+def _check_sampling(hello: messages.Hello, terms: Terms) -> None:
+    if hello.stop < terms.identity.num_layers:
+        return
+    if hello.start > 0 and hello.params.repetition_penalty != 1.0:
+        raise errors.RefusedError(
+            Code.REFUSED,
+            "repetition_penalty needs the prompt, which a server that begins at layer "
+            f"{hello.start} never sees; keep the last layers at the client",
+        )
+
+
+def _check_lengths(hello: messages.Hello, limits: settings.GatewaySection) -> None:
+    if hello.prompt_len > hello.max_len:
+        raise errors.RefusedError(
+            Code.LIMIT,
+            f"a prompt of {hello.prompt_len} tokens is longer than max_len={hello.max_len}",
+        )
+    if hello.max_len > limits.max_len:
+        raise errors.RefusedError(
+            Code.LIMIT,
+            f"a session of {hello.max_len} positions was asked for; {limits.max_len} are most here",
+        )

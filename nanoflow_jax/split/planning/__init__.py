@@ -1,0 +1,1 @@
+"""Decides which of a request's layers run on the client and which on the server."""

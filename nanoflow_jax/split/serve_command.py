@@ -1,0 +1,100 @@
+"""`serve`: a gateway in front of an engine, for clients that run some of the layers themselves."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+from collections.abc import Callable
+
+from absl import flags as absl_flags
+
+from nanoflow_jax import config as config_lib
+from nanoflow_jax import flags as knob_flags
+from nanoflow_jax import start_up
+from nanoflow_jax.engine import model_source
+from nanoflow_jax.serve import keys as keys_lib
+from nanoflow_jax.split import command_flags, gateway, identity, settings, transport
+from nanoflow_jax.split import engine as engine_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sections:
+    gateway: settings.GatewaySection = dataclasses.field(default_factory=settings.GatewaySection)
+
+
+def define(values: absl_flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    command_flags.define(values, _Sections)
+    module = knob_flags.main_module()
+    absl_flags.DEFINE_string(
+        "host", "127.0.0.1", "Address to listen on.", flag_values=values, module_name=module
+    )
+    absl_flags.DEFINE_integer(
+        "port", 8100, "Port; 0: any free one.", flag_values=values, module_name=module
+    )
+    absl_flags.DEFINE_list(
+        "grid",
+        [],
+        "Layers before which requests may enter and leave, such as 2,4,6. Each more makes more "
+        "programs.",
+        flag_values=values,
+        module_name=module,
+    )
+    absl_flags.DEFINE_string(
+        "api_key_file",
+        "",
+        "Keys that clients need, one in a line.",
+        flag_values=values,
+        module_name=module,
+    )
+
+
+def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
+    """Serves until a signal; returns the exit code.
+
+    Args:
+        values: The flags.
+        say: Shows lines of the answer; there are none.
+
+    Raises:
+        ValueError: Flags, model or files cannot be used.
+    """
+    config = knob_flags.engine_config(values)
+    limits = config_lib.from_knobs(
+        _Sections, **{name: values[name].value for name in config_lib.knob_names(_Sections)}
+    ).gateway
+    where = command_flags.endpoint(
+        values, values.host, values.port, uses_tls=bool(values.tls_certificate)
+    )
+    keys = keys_lib.ApiKeys.load(values.api_key_file)
+    grid = command_flags.borders(values.grid)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    source = model_source.open_model(config.model)
+    engine = engine_lib.build_split_engine(
+        config, source, grid=grid, reports=start_up.reports(command_flags.tell)
+    )
+    try:
+        served = gateway.Gateway(
+            engine,
+            identity.of(config.model, source, engine.held.dtype),
+            limits=limits,
+            keys=keys,
+            borders=grid,
+        )
+        asyncio.run(_serve(served, where))
+    finally:
+        engine.close()
+    return 0
+
+
+async def _serve(served: gateway.Gateway, where: transport.Endpoint) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    with contextlib.suppress(asyncio.CancelledError):
+        async with served.serving(where):
+            command_flags.tell(f"ready: split sessions at {where.host}:{served.port}")
+            await stop.wait()
+            command_flags.tell("stopping")
