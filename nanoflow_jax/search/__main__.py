@@ -5,6 +5,7 @@
 `python -m nanoflow_jax.search plan --model=llama-3-8b --device=h200 --input_len=512
     --output_len=512 [--dense_batch=2048] [--time_limit_s=120] [--output=FILE.json]
     [--plot=FILE.svg]`
+`python -m nanoflow_jax.search gate ...` with the same flags: from which dense batch on to split
 `python -m nanoflow_jax.search paper`: NanoFlow's ablation, predicted beside what it printed
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 
@@ -175,11 +176,29 @@ def _profile(asked: plan_question.Question) -> profiles.Profile:
     return plan_question.profile(asked, from_paper=_FLAGS.profile == "paper")
 
 
-def _plan() -> int:
+def _asked() -> tuple[str, plan_question.Question]:
     name, config = named.read(_FLAGS.model)
-    asked = plan_question.Question(
+    return name, plan_question.Question(
         config=config, cluster=_cluster(), mix=_mix(), dense_batch=_FLAGS.dense_batch
     )
+
+
+def _gate() -> int:
+    name, asked = _asked()
+    found = plan_question.by_size(asked, seconds=_FLAGS.time_limit_s)
+    if _FLAGS.output:
+        _write("output", plan_file.to_json([one.plan for one in found.values()]))
+    print(f"{name}, {asked.mix}: predicted by {plan_question.profile(asked).source}")
+    for tokens, one in found.items():
+        gain = one.sequential_s / one.period_s
+        print(f"{tokens:>7,} tokens a step: {gain:.3f} x by {one.plan.name}")
+    gate = plan_question.gate(found)
+    print("splitting does not win" if gate is None else f"splitting wins from {gate:,} tokens on")
+    return 0
+
+
+def _plan() -> int:
+    name, asked = _asked()
     profile, speeds = _profile(asked), plan_question.speeds(asked)
     outcome = plan_question.answer(asked, profile, speeds, seconds=_FLAGS.time_limit_s)
     cluster = asked.cluster
@@ -217,7 +236,7 @@ def _paper() -> int:
     return 0
 
 
-_COMMANDS = {"cost": _cost, "paper": _paper, "plan": _plan, "trace": _trace}
+_COMMANDS = {"cost": _cost, "gate": _gate, "paper": _paper, "plan": _plan, "trace": _trace}
 
 
 def _run(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Which plan is sought: of a model, some devices and requests of one kind."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from nanoflow_jax.cost import layer_work, serving
 from nanoflow_jax.cost.datasheets import Datasheet
@@ -137,3 +138,39 @@ def answer(
         num_sms=asked.sheet.num_sms,
         seconds=seconds,
     )
+
+
+def sizes(asked: Question) -> tuple[int, ...]:
+    """Dense batches to look at: doubled from the smallest that can be split to that asked for."""
+    most, found = asked.tokens, [2 * GRANULE]
+    while found[-1] * 2 <= most:
+        found.append(found[-1] * 2)
+    return tuple(found if found[-1] == most else [*found, most])
+
+
+def by_size(asked: Question, *, seconds: float) -> dict[int, plan_search.Outcome]:
+    """The best plan of each of `sizes`, by times of datasheets.
+
+    Args:
+        asked: With the largest dense batch.
+        seconds: Time to search, in all.
+
+    Raises:
+        ValueError: See `Question`.
+    """
+    questions = {tokens: dataclasses.replace(asked, dense_batch=tokens) for tokens in sizes(asked)}
+    each = seconds / len(questions)
+    return {
+        tokens: answer(one, profile(one), speeds(one), seconds=each)
+        for tokens, one in questions.items()
+    }
+
+
+def gate(found: Mapping[int, plan_search.Outcome]) -> int | None:
+    """The smallest dense batch from which on splitting always wins; None if it does not."""
+    smallest = None
+    for tokens in sorted(found, reverse=True):
+        if found[tokens].plan.name == "one":
+            break
+        smallest = tokens
+    return smallest

@@ -1,10 +1,13 @@
+import dataclasses
+
 import pictures
 import pytest
 from absl import flags as absl_flags
 
 from nanoflow_jax.engine import model_source
-from nanoflow_jax.nanobatch import plan_file
+from nanoflow_jax.nanobatch import builders, operations, plan_file
 from nanoflow_jax.search import __main__ as program
+from nanoflow_jax.search import plan_question, plan_search
 
 
 @pytest.fixture
@@ -73,8 +76,8 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do: one of cost, paper, plan, trace; got nothing"),
-        (["price"], "say what to do: one of cost, paper, plan, trace; got price"),
+        ([], "say what to do: one of cost, gate, paper, plan, trace; got nothing"),
+        (["price"], "say what to do: one of cost, gate, paper, plan, trace; got price"),
         (["trace"], "--output names the CSV file that the requests go into"),
         (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
         (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),
@@ -183,3 +186,22 @@ def test_the_papers_times_are_taken_where_they_are_asked_for(ask):
     assert code == 0
     assert "Table 2, measured on 8 A100" in text
     assert "nothing split, one after another: 2,81" in text
+
+
+def test_dense_batches_are_looked_at_from_the_smallest_that_can_be_split(ask, tmp_path):
+    path = tmp_path / "plans.json"
+    arguments = ("--model=llama-3-8b", "--dense_batch=640", "--time_limit_s=3")
+    code, text, _ = ask("gate", *arguments, f"--output={path}")
+    assert code == 0
+    assert [plan.num_tokens for plan in plan_file.read(path)] == [256, 512, 640]
+    assert "splitting does not win" in text or "splitting wins from" in text
+
+
+def test_splitting_wins_from_the_size_below_which_it_once_does_not():
+    def outcome(name):
+        plan = dataclasses.replace(builders.one(operations.LayerShape(), num_tokens=256), name=name)
+        return plan_search.Outcome(sequential_s=1.0, plan=plan, period_s=1.0, bound_s=1.0)
+
+    one, split = outcome("one"), outcome("halves")
+    assert plan_question.gate({256: split, 512: one, 1024: split, 2048: split}) == 1024
+    assert plan_question.gate({256: split, 512: one}) is None
