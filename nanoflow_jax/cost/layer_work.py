@@ -14,7 +14,7 @@ from nanoflow_jax.models import architecture
 _BYTES = 2
 # An SM takes up to 64 bytes a cycle from L2 (at 1.7 GHz some 110 GB/s), so that 44 of an H200's 132
 # SMs are as many as its memory can feed.
-_SHARE_THAT_FILLS_MEMORY = 1 / 3
+SHARE_THAT_FILLS_MEMORY = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Work:
 
     def seconds(self, sheet: Datasheet, *, share: float = 1.0) -> float:
         """The least time on a share of a GPU's SMs, by its datasheet."""
-        bandwidth = sheet.memory_bytes_per_s * min(1.0, share / _SHARE_THAT_FILLS_MEMORY)
+        bandwidth = sheet.memory_bytes_per_s * min(1.0, share / SHARE_THAT_FILLS_MEMORY)
         return max(self.flops / (sheet.bf16_flops * share), self.num_bytes / bandwidth)
 
 

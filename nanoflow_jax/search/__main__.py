@@ -1,7 +1,12 @@
-"""What bounds a model on devices, before anything runs; made-up requests; simulated serving.
+"""What bounds a model on devices, and its best plan, before anything runs; simulated serving.
 
 `python -m nanoflow_jax.search cost --model=llama-2-70b --device=a100-80g --devices=8
     --input_len=512 --output_len=512 [--plot=FILE.svg]`
+`python -m nanoflow_jax.search plan --model=llama-3-8b --device=h200 --input_len=512
+    --output_len=512 [--dense_batch=2048] [--time_limit_s=120] [--output=FILE.json]
+    [--plot=FILE.svg]`
+`python -m nanoflow_jax.search gate ...` with the same flags: from which dense batch on to split
+`python -m nanoflow_jax.search paper`: NanoFlow's ablation, predicted beside what it printed
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 `python -m nanoflow_jax.search simulate --model=llama-3-8b --trace=sharegpt --rates=5,10,20
     --duration_s=300 [--mode=best] [--reached=datasheet] [--output=FILE.json] [--plot=FILE.png]`
@@ -21,8 +26,18 @@ from nanoflow_jax import console
 from nanoflow_jax.cost import datasheets, serving
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import named, presets
+from nanoflow_jax.nanobatch import plan_file
 from nanoflow_jax.results import picture_file
-from nanoflow_jax.search import cost_plot, cost_report, plan_picture, simulate_command
+from nanoflow_jax.search import (
+    cost_plot,
+    cost_report,
+    paper,
+    plan_picture,
+    plan_question,
+    plan_report,
+    profiles,
+    simulate_command,
+)
 from nanoflow_jax.workload import traces
 
 _FLAGS = absl_flags.FLAGS
@@ -81,21 +96,36 @@ def define(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string(
         "output",
         None,
-        "Made-up requests go into this CSV file, what was simulated into this JSON file.",
+        "Made-up requests go into this CSV file; a plan, or what was simulated, into a JSON file.",
         flag_values=values,
     )
     absl_flags.DEFINE_float(
         "dense_batch",
         None,
-        "Tokens of a step; unset: the most that memory allows.",
+        "Tokens of a step; unset: the most that memory allows, of a plan at most 2,048.",
         lower_bound=1,
         flag_values=values,
     )
     absl_flags.DEFINE_string(
         "plot",
         None,
-        "Also draw where the workload sits, in this SVG file; or what was simulated, in an SVG, "
-        "HTML or PNG file.",
+        "Also draw where the workload sits, or a found plan in time, in this SVG file; or what was "
+        "simulated, in an SVG, HTML or PNG file.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_enum(
+        "profile",
+        "datasheet",
+        ["datasheet", "paper"],
+        "Times of operations: the least by the device's datasheet, or what NanoFlow's authors "
+        "measured of llama-2-70b on 8 A100s.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_float(
+        "time_limit_s",
+        120.0,
+        "Time to search for a plan; then the best so far is taken.",
+        lower_bound=1.0,
         flag_values=values,
     )
     simulate_command.define(values)
@@ -150,10 +180,55 @@ def _draw(asked: cost_report.Question, found: cost_report.Answer) -> None:
     cluster = asked.cluster
     title = f"{asked.model_name} on {cluster.num_devices} x {cluster.accelerator.name}"
     picture = cost_plot.draw({name: found.cost, **costs}, asked=name, title=title)
+    _write("plot", picture)
+
+
+def _write(flag: str, content: str) -> None:
+    path = str(_FLAGS[flag].value)
     try:
-        pathlib.Path(_FLAGS.plot).write_text(picture, encoding="utf-8")
+        pathlib.Path(path).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--plot={_FLAGS.plot} cannot be written: {error.strerror}") from error
+        raise ValueError(f"--{flag}={path} cannot be written: {error.strerror}") from error
+
+
+def _profile(asked: plan_question.Question) -> profiles.Profile:
+    return plan_question.profile(asked, from_paper=_FLAGS.profile == "paper")
+
+
+def _asked() -> tuple[str, plan_question.Question]:
+    name, config = named.read(_FLAGS.model)
+    return name, plan_question.Question(
+        config=config, cluster=_cluster(), mix=_mix(), dense_batch=_FLAGS.dense_batch
+    )
+
+
+def _gate() -> int:
+    name, asked = _asked()
+    found = plan_question.by_size(asked, seconds=_FLAGS.time_limit_s)
+    if _FLAGS.output:
+        _write("output", plan_file.to_json([one.plan for one in found.values()]))
+    print(f"{name}, {asked.mix}: predicted by {plan_question.profile(asked).source}")
+    for tokens, one in found.items():
+        gain = one.sequential_s / one.period_s
+        print(f"{tokens:>7,} tokens a step: {gain:.3f} x by {one.plan.name}")
+    gate = plan_question.gate(found)
+    print("splitting does not win" if gate is None else f"splitting wins from {gate:,} tokens on")
+    return 0
+
+
+def _plan() -> int:
+    name, asked = _asked()
+    profile, speeds = _profile(asked), plan_question.speeds(asked)
+    outcome = plan_question.answer(asked, profile, speeds, seconds=_FLAGS.time_limit_s)
+    cluster = asked.cluster
+    where = f"{name} on {cluster.num_devices} x {cluster.accelerator.name}"
+    if _FLAGS.output:
+        _write("output", plan_file.to_json([outcome.plan]))
+    if _FLAGS.plot:
+        _write("plot", plan_report.draw(outcome.plan, profile, speeds, title=where))
+    print(f"{where}, {asked.mix}, {asked.tokens:,} tokens a step, {asked.decode_rows:,} decoded")
+    print(plan_report.text(outcome, profile, speeds))
+    return 0
 
 
 def _trace() -> int:
@@ -195,7 +270,20 @@ def _draw_saved() -> int:
     return 0
 
 
-_COMMANDS = {"cost": _cost, "trace": _trace, "simulate": _simulate, "draw": _draw_saved}
+def _paper() -> int:
+    print(paper.text())
+    return 0
+
+
+_COMMANDS = {
+    "cost": _cost,
+    "draw": _draw_saved,
+    "gate": _gate,
+    "paper": _paper,
+    "plan": _plan,
+    "simulate": _simulate,
+    "trace": _trace,
+}
 
 
 def _run(arguments: list[str]) -> int:

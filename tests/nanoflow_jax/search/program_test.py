@@ -1,7 +1,11 @@
+import dataclasses
+
 import pictures
 import pytest
 
 from nanoflow_jax.engine import model_source
+from nanoflow_jax.nanobatch import builders, operations, plan_file
+from nanoflow_jax.search import plan_question, plan_search
 
 
 def _line(text, start):
@@ -55,11 +59,28 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do: one of cost, trace, simulate, draw; got nothing"),
-        (["price"], "say what to do: one of cost, trace, simulate, draw; got price"),
+        ([], "say what to do: one of cost, draw, gate, paper, plan, simulate, trace; got nothing"),
+        (["price"], "one of cost, draw, gate, paper, plan, simulate, trace; got price"),
         (["trace"], "--output names the CSV file that the requests go into"),
         (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
         (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),
+        (["plan"], "--model names the model to work it out for"),
+        (
+            ["plan", "--model=llama-3-8b", "--device=paper:h200"],
+            "--device=paper:h200 does not say how many SMs it has",
+        ),
+        (
+            ["plan", "--model=llama-3-8b", "--dense_batch=1000"],
+            "--dense_batch=1000 cannot be split: give a multiple of 128, from 256 on",
+        ),
+        (
+            ["plan", "--model=llama-3-8b", "--dense_batch=128000"],
+            "--dense_batch=128000 is more than memory can feed, which is 2,482",
+        ),
+        (
+            ["plan", "--model=llama-3-8b", "--profile=paper"],
+            "--profile=paper has times of llama-2-70b on 8 of a100-80g with 2048 tokens alone",
+        ),
         (["cost"], "--model names the model to work it out for"),
         (["cost", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
         (["cost", "--model=llama-3-8b", "--device=tpu"], "accelerator 'tpu' is not known; take"),
@@ -111,3 +132,59 @@ def test_made_up_requests_are_written_and_summed_up(ask, tmp_path):
     assert path.read_text() == written
     ask(*arguments, "--seed=1")
     assert path.read_text() != written
+
+
+def test_a_plan_is_found_told_of_drawn_and_written_as_engines_load_it(ask, tmp_path):
+    path, plot = tmp_path / "plan.json", tmp_path / "plan.svg"
+    arguments = ("--model=qwen3-8b", "--device=h200", "--dense_batch=1024", "--time_limit_s=5")
+    code, text, _ = ask("plan", *arguments, f"--output={path}", f"--plot={plot}")
+    assert code == 0
+    assert "nothing was measured" in text
+    for start in ("best plan: ", "nothing split, "):
+        assert _line(text, start)
+    (plan,) = plan_file.read(path)
+    assert plan.num_tokens == 1024
+    assert plan.name in text
+    assert pictures.titles(pictures.parse(plot.read_text())) == ["qwen3-8b on 1 x H200 SXM"]
+
+
+def test_where_splitting_gains_nothing_the_plan_splits_nothing(ask):
+    """Prompts alone keep products busy all the time: there is nothing to run beside them."""
+    arguments = ("--model=mixtral-8x7b", "--devices=1", "--device=h200", "--output_len=0")
+    code, text, _ = ask("plan", *arguments, "--dense_batch=256", "--time_limit_s=5")
+    assert code == 0
+    assert "best plan: one, " in text
+    assert "splitting does not pay here" in text
+
+
+def test_the_papers_ablation_is_told_beside_its_prediction(ask):
+    code, text, _ = ask("paper")
+    assert code == 0
+    assert "982 of 982 -0.0 %" in " ".join(_line(text, "split"))
+
+
+def test_the_papers_times_are_taken_where_they_are_asked_for(ask):
+    arguments = ("--model=llama-2-70b", "--device=a100-80g", "--devices=8", "--output_len=1024")
+    code, text, _ = ask("plan", *arguments, "--profile=paper", "--time_limit_s=1")
+    assert code == 0
+    assert "Table 2, measured on 8 A100" in text
+    assert "nothing split, one after another: 2,81" in text
+
+
+def test_dense_batches_are_looked_at_from_the_smallest_that_can_be_split(ask, tmp_path):
+    path = tmp_path / "plans.json"
+    arguments = ("--model=llama-3-8b", "--dense_batch=640", "--time_limit_s=3")
+    code, text, _ = ask("gate", *arguments, f"--output={path}")
+    assert code == 0
+    assert [plan.num_tokens for plan in plan_file.read(path)] == [256, 512, 640]
+    assert "splitting does not win" in text or "splitting wins from" in text
+
+
+def test_splitting_wins_from_the_size_below_which_it_once_does_not():
+    def outcome(name):
+        plan = dataclasses.replace(builders.one(operations.LayerShape(), num_tokens=256), name=name)
+        return plan_search.Outcome(sequential_s=1.0, plan=plan, period_s=1.0, bound_s=1.0)
+
+    one, split = outcome("one"), outcome("halves")
+    assert plan_question.gate({256: split, 512: one, 1024: split, 2048: split}) == 1024
+    assert plan_question.gate({256: split, 512: one}) is None
