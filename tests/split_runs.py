@@ -64,7 +64,7 @@ class Ends:
         """Waits until nothing is left of any session, at either end."""
         await until(lambda: self.gateway.num_sessions == 0)
         await until(lambda: not self.engine.open_pieces and not self.client_engine.open_pieces)
-        assert self.gateway.waiting_bytes == 0
+        await until(lambda: self.gateway.waiting_bytes == 0)
 
 
 @contextlib.asynccontextmanager
