@@ -7,6 +7,8 @@ from nanoflow_jax.engine import model_source
 from nanoflow_jax.nanobatch import builders, operations, plan_file
 from nanoflow_jax.search import plan_question, plan_search
 
+_COMMANDS = "cost, draw, gate, paper, plan, simulate, trace"
+
 
 def _line(text, start):
     (found,) = [line for line in text.splitlines() if line.startswith(start)]
@@ -59,8 +61,8 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do: one of cost, draw, gate, paper, plan, simulate, trace; got nothing"),
-        (["price"], "one of cost, draw, gate, paper, plan, simulate, trace; got price"),
+        ([], f"say what to do: one of {_COMMANDS}; got nothing"),
+        (["price"], f"say what to do: one of {_COMMANDS}; got price"),
         (["trace"], "--output names the CSV file that the requests go into"),
         (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
         (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),
