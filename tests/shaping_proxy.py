@@ -61,7 +61,11 @@ class ShapingProxy:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
+        self.is_open = False
         self.cut()
+        # Connections that were just taken begin, and end, before the loop does.
+        for _ in range(4):
+            await asyncio.sleep(0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -101,6 +105,7 @@ class ShapingProxy:
         except asyncio.CancelledError:
             pass  # the proxy ends; asyncio's server would log it
         finally:
+            near.transport.abort()
             self._tasks.discard(task)
 
     async def _carry_both(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
