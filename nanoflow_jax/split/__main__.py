@@ -11,7 +11,6 @@ Exit codes: 0 done, 1 failed while it ran, 2 wrong flags or files, 130 interrupt
 """
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -38,12 +37,36 @@ class Command(Protocol):
         """
 
 
-# By name, so that a command loads what it needs alone: planning needs no jax.
-_COMMANDS: Mapping[str, str] = {
-    "client": "nanoflow_jax.split.client_command",
-    "plan": "nanoflow_jax.split.planning.plan_command",
-    "serve": "nanoflow_jax.split.serve_command",
-    "study": "nanoflow_jax.split.planning.study_command",
+# Each loads what it needs alone: planning needs no jax, and a client no gateway.
+def _client() -> Command:
+    from nanoflow_jax.split import client_command
+
+    return client_command
+
+
+def _plan() -> Command:
+    from nanoflow_jax.split.planning import plan_command
+
+    return plan_command
+
+
+def _serve() -> Command:
+    from nanoflow_jax.split import serve_command
+
+    return serve_command
+
+
+def _study() -> Command:
+    from nanoflow_jax.split.planning import study_command
+
+    return study_command
+
+
+_COMMANDS: Mapping[str, Callable[[], Command]] = {
+    "client": _client,
+    "plan": _plan,
+    "serve": _serve,
+    "study": _study,
 }
 # Packages that only the extra `split` installs.
 _OF_EXTRA = ("grpc", "google_crc32c")
@@ -59,7 +82,7 @@ def command(argv: list[str]) -> Command | None:
     if name not in _COMMANDS:
         return None
     try:
-        found: Command = importlib.import_module(_COMMANDS[name])
+        return _COMMANDS[name]()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _OF_EXTRA:
             raise
@@ -67,7 +90,6 @@ def command(argv: list[str]) -> Command | None:
             f"{name} needs the package {error.name}: pip install 'nanoflow_jax[split]', or "
             "pip install -e '.[split]' in a clone"
         ) from None
-    return found
 
 
 def _run(arguments: list[str], chosen: Command | None, values: absl_flags.FlagValues) -> int:
