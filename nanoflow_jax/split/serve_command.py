@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import signal
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from nanoflow_jax import flags as knob_flags
 from nanoflow_jax import start_up
 from nanoflow_jax.engine import model_source
 from nanoflow_jax.serve import keys as keys_lib
+from nanoflow_jax.serve import log
 from nanoflow_jax.split import command_flags, gateway, identity, settings, transport
 from nanoflow_jax.split import engine as engine_lib
 
@@ -69,7 +69,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     )
     keys = keys_lib.ApiKeys.load(values.api_key_file)
     grid = command_flags.borders(values.grid)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    log.to_stderr(access=False)
     source = model_source.open_model(config.model)
     engine = engine_lib.build_split_engine(
         config, source, grid=grid, reports=start_up.reports(command_flags.tell)

@@ -104,6 +104,7 @@ def test_clients_of_a_gateway_get_the_text_of_one_process(tmp_path):
     assert "error: unauthorized: the token is not one of the server's" in said
     text = (tmp_path / "err.serve").read_text()
     assert text.endswith("stopping\n")
+    assert len(re.findall(r"^\d\d:\d\d:\d\d session \w+: closed$", text, re.M)) == 2
     assert "Traceback" not in text
 
 
