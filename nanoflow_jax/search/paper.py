@@ -19,6 +19,15 @@ import dataclasses
 from collections.abc import Sequence
 
 from nanoflow_jax.cost import timeline
+from nanoflow_jax.cost.nanoflow_figures import (
+    CALIBRATED_BY,
+    DEVICES,
+    FIGURE_9,
+    LAYERS,
+    TABLE_2,
+    TOKENS,
+    Throughputs,
+)
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.nanobatch import operations
 from nanoflow_jax.nanobatch.operations import Resource
@@ -28,35 +37,11 @@ from nanoflow_jax.search.interference import TABLE_3
 from nanoflow_jax.search.profiles import PAPER_70B
 
 _SHAPE = operations.LayerShape(num_devices=8)
-_LAYERS, _TOKENS, _DEVICES = 80, 2048, 8
 _MEASURED_MIX = Mix(prompt_len=512, output_len=1024)
 # Of a layer: what decode attention's bytes and prefill attention's FLOP take by themselves.
-_ATTENTION_S = {"decode_attention": 28.89e-3 / _LAYERS, "prefill_attention": 0.37e-3 / _LAYERS}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Throughputs:
-    """Input and output tokens a second and device, as in a column of Figure 9.
-
-    Attributes:
-        sequential: Nothing is split, one operation runs after another.
-        split: Split, one after another.
-        overlapped: Split, side by side.
-    """
-
-    sequential: float
-    split: float
-    overlapped: float
-
-
-# By prompt and output tokens, as printed.
-FIGURE_9 = {
-    Mix(prompt_len=512, output_len=0): Throughputs(sequential=1273, split=1171, overlapped=1446),
-    Mix(prompt_len=512, output_len=512): Throughputs(sequential=1106, split=982, overlapped=1323),
-    Mix(prompt_len=1024, output_len=512): Throughputs(sequential=1092, split=958, overlapped=1291),
-    Mix(prompt_len=512, output_len=1024): Throughputs(sequential=1048, split=952, overlapped=1277),
+_ATTENTION_S = {
+    name: TABLE_2[name].bound * 1e-3 / LAYERS for name in ("decode_attention", "prefill_attention")
 }
-CALIBRATED_BY = Mix(prompt_len=512, output_len=512)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +62,7 @@ class Times:
 
     def seconds(self, operation: str, tokens: int) -> float:
         """See `profiles.Profile`."""
-        share = tokens / _TOKENS
+        share = tokens / TOKENS
         whole = PAPER_70B.whole_s.get(operation.removesuffix("_columns"), 0.0)
         if operation not in _ATTENTION_S:
             return whole * (self.fixed + (1 - self.fixed) * share)
@@ -113,8 +98,8 @@ class Calibration:
 def calibrate(printed: Throughputs = FIGURE_9[CALIBRATED_BY]) -> Calibration:
     """From the three bars of 512/512."""
     free = Times(mix=CALIBRATED_BY, fixed=0.0)
-    other = _step_s(printed.sequential) - _LAYERS * _sequential_s(free)
-    wanted = (_step_s(printed.split) - other) / _LAYERS
+    other = _step_s(printed.sequential) - LAYERS * _sequential_s(free)
+    wanted = (_step_s(printed.split) - other) / LAYERS
     plan = figure_6()
     # The sum of parts is linear in what splitting costs.
     low, high = (
@@ -130,17 +115,17 @@ def predict(mix: Mix, known: Calibration) -> Throughputs:
     times, plan = Times(mix=mix, fixed=known.fixed), figure_6()
     period = timeline.period_s(plan_search.predict(plan, times, TABLE_3))
     layers = (_sequential_s(times), plan_search.split_s(plan, times), period)
-    sequential, split, overlapped = (_step_s(_LAYERS * one + known.other_s) for one in layers)
+    sequential, split, overlapped = (_step_s(LAYERS * one + known.other_s) for one in layers)
     return Throughputs(sequential=sequential, split=split, overlapped=overlapped * known.faster)
 
 
 def _sequential_s(times: Times) -> float:
-    return plan_search.sequential_s(_SHAPE, _TOKENS, times)
+    return plan_search.sequential_s(_SHAPE, TOKENS, times)
 
 
 def _step_s(rate: float) -> float:
     """Seconds of a step at so many tokens a second and device; and the other way round."""
-    return _TOKENS / _DEVICES / rate
+    return TOKENS / DEVICES / rate
 
 
 def text() -> str:
@@ -221,11 +206,11 @@ def figure_6() -> Plan:
         _nano("down_reduce", third, Resource.NETWORK, 0.2),
         _nano("down_reduce", fourth, Resource.NETWORK, 0.2),
     ]
-    cells = find_cells([nano.tokens for nano in order], num_tokens=_TOKENS)
+    cells = find_cells([nano.tokens for nano in order], num_tokens=TOKENS)
     return Plan(
         name="paper",
         shape=_SHAPE,
-        num_tokens=_TOKENS,
+        num_tokens=TOKENS,
         num_sms=_PERCENT,
         decode_weights=tuple(cell.length for cell in cells),
         order=tuple(order),

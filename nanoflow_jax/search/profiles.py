@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Protocol
 
-from nanoflow_jax.cost import iteration, layer_work
+from nanoflow_jax.cost import iteration, layer_work, nanoflow_figures
 from nanoflow_jax.cost.datasheets import Datasheet
 from nanoflow_jax.models import architecture
 
@@ -124,27 +124,30 @@ class Measured:
         return whole * (self.fixed + (1 - self.fixed) * tokens / self.tokens)
 
 
-_LAYERS_70B = 80
-_TABLE_2_MS = {
-    "norm_kqv": 16.08,
-    "o": 16.01,
-    "up_gate": 69.92,
-    "down": 34.96,
-    "decode_attention": 35.60,
-    "prefill_attention": 4.56,
-    # Two gathers move what one all-reduce moves, and a layer has two such pairs.
-    "attention_gather": 47.92 / 4,
-    "o_gather": 47.92 / 4,
-    "o_reduce": 47.92 / 2,
-    "hidden_gather": 47.92 / 4,
-    "down_gather": 47.92 / 4,
-    "down_reduce": 47.92 / 2,
+# Two gathers move what one all-reduce moves, and a layer has two such pairs.
+_SHARES = {
+    "attention_gather": 1 / 4,
+    "o_gather": 1 / 4,
+    "o_reduce": 1 / 2,
+    "hidden_gather": 1 / 4,
+    "down_gather": 1 / 4,
+    "down_reduce": 1 / 2,
 }
+
+
+def _measured_ms() -> dict[str, float]:
+    """Table 2 by the names of `nanobatch.operations`."""
+    found = {name: times.measured for name, times in nanoflow_figures.TABLE_2.items()}
+    found["norm_kqv"] = found.pop("kqv")
+    collectives = found.pop("collectives")
+    return found | {name: collectives * share for name, share in _SHARES.items()}
+
+
 # The fixed part is such that the paper's split runs 1106 / 982 times as long as nothing split, one
 # after another, as its Figure 9 says of 512/512.
 PAPER_70B = Measured(
-    whole_s={name: ms * 1e-3 / _LAYERS_70B for name, ms in _TABLE_2_MS.items()},
-    tokens=2048,
+    whole_s={name: ms * 1e-3 / nanoflow_figures.LAYERS for name, ms in _measured_ms().items()},
+    tokens=nanoflow_figures.TOKENS,
     fixed=0.0806,
     source="NanoFlow (arXiv 2408.12757v2), Table 2, measured on 8 A100; what splitting costs from "
     "its Figure 9",

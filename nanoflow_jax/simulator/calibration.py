@@ -7,58 +7,37 @@ other printed throughput is used, so that all others can be predicted.
 
 import dataclasses
 
-from nanoflow_jax.cost import datasheets, iteration, serving
+from nanoflow_jax.cost import datasheets, iteration, nanoflow_figures, serving
+from nanoflow_jax.cost.nanoflow_figures import CALIBRATED_BY, FIGURE_9, Throughputs
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture, huggingface, presets
 from nanoflow_jax.simulator import step_time
 from nanoflow_jax.simulator.step_time import Mode, Reached, Roofline, StepWork
 
-# Table 2, milliseconds of all layers: by bound, and as measured. Prefill attention is mostly
-# launches; what is beyond its bound is taken as time of each layer.
-_TABLE_2 = {
-    "kqv": (11.01, 16.08),
-    "o": (8.81, 16.01),
-    "up_gate": (61.67, 69.92),
-    "down": (30.84, 34.96),
-    "decode_attention": (28.89, 35.60),
-    "collectives": (31.33, 47.92),
-}
-_PREFILL_S = (0.37e-3, 4.56e-3)
-_LAYERS = 80
 # The text on figure 7: 1857 tokens/s a GPU are optimal, 260 TFLOP/s of 312.
 _BEST_PRODUCT = 260 / 312
-_TOKENS = 2048
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Throughputs:
-    """Of one workload, tokens/s of input and output a device, in three modes."""
-
-    sequential: float
-    split: float
-    overlapped: float
-
-
-# Figure 9, 512/512.
-_FIGURE_9 = Throughputs(sequential=1106, split=982, overlapped=1323)
 
 
 def nanoflow_a100() -> Reached:
     """What NanoFlow's kernels reach on A100s."""
-    before, measured = _PREFILL_S
+    # Prefill attention is mostly launches; what is beyond its bound is taken as time of each layer.
+    table = dict(nanoflow_figures.TABLE_2)
+    prefill = table.pop("prefill_attention")
     start = Reached(
         source="NanoFlow (arXiv 2408.12757v2), Table 2, and the 512/512 column of figure 9",
-        fractions={name: bound / taken for name, (bound, taken) in _TABLE_2.items()},
-        layer_s=(measured - before) / _LAYERS,
+        fractions={name: bound / taken for name, (bound, taken) in table.items()},
+        layer_s=(prefill.measured - prefill.bound) * 1e-3 / nanoflow_figures.LAYERS,
         product_fraction=_BEST_PRODUCT,
     )
-    cluster = serving.Cluster(accelerator=datasheets.accelerator("paper:a100-80g"), num_devices=8)
+    cluster = serving.Cluster(
+        accelerator=datasheets.accelerator("paper:a100-80g"), num_devices=nanoflow_figures.DEVICES
+    )
     return fit(
         start,
         huggingface.read_config(presets.load("llama-2-70b")),
         cluster,
-        steady_work(Mix(prompt_len=512, output_len=512), _TOKENS),
-        _FIGURE_9,
+        steady_work(CALIBRATED_BY, nanoflow_figures.TOKENS),
+        FIGURE_9[CALIBRATED_BY],
     )
 
 
