@@ -207,6 +207,18 @@ class ParallelSection:
         check_bounds(self, self.PREFIX)
 
 
+def host_and_port(flag: str, text: str, *, example: str) -> tuple[str, int]:
+    """The address that a flag gives as HOST:PORT.
+
+    Raises:
+        ValueError: It is none; the message has the example.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"--{flag}={text} is not HOST:PORT, such as {example}")
+    return host.strip("[]"), int(port)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessesSection:
     """Processes, for good on several machines, that share one model."""
@@ -248,12 +260,7 @@ class ProcessesSection:
         Raises:
             ValueError: It is none.
         """
-        host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(
-                f"--coordinator={self.coordinator} is not HOST:PORT, such as 10.0.0.1:7000"
-            )
-        return host.strip("[]"), int(port)
+        return host_and_port("coordinator", self.coordinator, example="10.0.0.1:7000")
 
 
 # Plans that need no file.

@@ -53,16 +53,17 @@ def _define(name: str, field: Any, values: flags.FlagValues) -> None:
 
 def engine_config(values: flags.FlagValues) -> config.EngineConfig:
     """The engine's configuration as the command line and flagfiles set it."""
-    found: config.EngineConfig = _composed(config.EngineConfig, values)
+    found: config.EngineConfig = composed(config.EngineConfig, values)
     return found
 
 
 def serve_config(values: flags.FlagValues) -> config.ServeConfig:
     """The server's configuration as the command line and flagfiles set it."""
-    found: config.ServeConfig = _composed(config.ServeConfig, values)
+    found: config.ServeConfig = composed(config.ServeConfig, values)
     return found
 
 
-def _composed(config_type: type, values: flags.FlagValues) -> Any:
+def composed(config_type: type, values: flags.FlagValues) -> Any:
+    """A composed configuration of this type, from the flags that `define_sections` made."""
     names = config.knob_names(config_type)
     return config.from_knobs(config_type, **{name: values[name].value for name in names})

@@ -31,7 +31,7 @@ class _Sections:
 def define(values: absl_flags.FlagValues) -> None:
     """Defines the command's flags."""
     command_flags.define(values, _Sections)
-    common: dict[str, Any] = {"flag_values": values, "module_name": knob_flags.main_module()}
+    common = knob_flags.of_program(values)
     absl_flags.DEFINE_string("gateway", "127.0.0.1:8100", "HOST:PORT of the gateway.", **common)
     absl_flags.DEFINE_boolean("tls", False, "Speak TLS; --tls_... say how.", **common)
     absl_flags.DEFINE_list(
@@ -86,15 +86,13 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         RunError: The request failed.
     """
     config = knob_flags.engine_config(values)
-    knobs = config_lib.from_knobs(
-        _Sections, **{name: values[name].value for name in config_lib.knob_names(_Sections)}
-    ).client
-    host, port = _address(values.gateway)
+    sections: _Sections = knob_flags.composed(_Sections, values)
+    host, port = config_lib.host_and_port("gateway", values.gateway, example="127.0.0.1:8100")
     where = command_flags.endpoint(
         values, host, port, token=os.environ.get(_KEY, ""), uses_tls=values.tls
     )
     source = model_source.open_model(config.model)
-    layers = command_flags.layers(values.layers)
+    layers = command_flags.ranges(values.layers)
     cut = cut_of(layers, source.config.num_layers)
     words = _words(source)
     prompt_ids = _prompt(values, words)
@@ -117,7 +115,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         identity.of(config.model, source, dtype),
         engine=engine,
         held_layers=layers,
-        knobs=knobs,
+        knobs=sections.client,
     )
     try:
         done = asyncio.run(_generate(made, prompt_ids, params, cut))
@@ -139,13 +137,6 @@ async def _generate(
 ) -> driver.Generation:
     async with client:
         return await client.generate(prompt_ids, params, cut)
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"--gateway={text} is not HOST:PORT, such as 127.0.0.1:8100")
-    return host.strip("[]"), int(port)
 
 
 def _words(source: model_source.ModelSource) -> tokenizer.Tokenizer | None:

@@ -2,13 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags as absl_flags
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import flags as knob_flags
-from nanoflow_jax.split import transport
+from nanoflow_jax.split import cut, transport
 
 
 def define(values: absl_flags.FlagValues, sections: type) -> None:
@@ -20,7 +19,7 @@ def define(values: absl_flags.FlagValues, sections: type) -> None:
     """
     knob_flags.define_sections(config_lib.EngineConfig, values)
     knob_flags.define_sections(sections, values)
-    common: dict[str, Any] = {"flag_values": values, "module_name": knob_flags.main_module()}
+    common = knob_flags.of_program(values)
     absl_flags.DEFINE_string("tls_certificate", "", "This end's certificates, PEM.", **common)
     absl_flags.DEFINE_string("tls_key", "", "This end's private key, PEM.", **common)
     absl_flags.DEFINE_string(
@@ -65,7 +64,7 @@ def borders(texts: Sequence[str]) -> tuple[int, ...]:
     return found
 
 
-def layers(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
+def ranges(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Ranges of --layers.
 
     Raises:
@@ -73,13 +72,13 @@ def layers(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """
     found = []
     for text in texts:
-        start, _, stop = text.strip().partition(":")
-        if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        layers = cut.try_range(text.strip())
+        if layers is None or layers[0] >= layers[1]:
             raise ValueError(
                 f"--layers={','.join(texts)}: {text!r} is no range START:STOP of layers, such as "
                 "0:2"
             )
-        found.append((int(start), int(stop)))
+        found.append(layers)
     return tuple(found)
 
 

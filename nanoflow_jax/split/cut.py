@@ -52,3 +52,11 @@ class Cut:
     def __str__(self) -> str:
         parts = [("client", self.front), ("server", (self.start, self.stop)), ("client", self.back)]
         return ", ".join(f"{who} [{p[0]}, {p[1]})" for who, p in parts if p is not None)
+
+
+def try_range(text: str) -> tuple[int, int] | None:
+    """The layers that START:STOP names; None if it names none."""
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        return None
+    return int(start), int(stop)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from absl import flags as absl_flags
 
-from nanoflow_jax import config as config_lib
 from nanoflow_jax import flags as knob_flags
 from nanoflow_jax import start_up
 from nanoflow_jax.engine import model_source
@@ -26,28 +25,17 @@ class _Sections:
 def define(values: absl_flags.FlagValues) -> None:
     """Defines the command's flags."""
     command_flags.define(values, _Sections)
-    module = knob_flags.main_module()
-    absl_flags.DEFINE_string(
-        "host", "127.0.0.1", "Address to listen on.", flag_values=values, module_name=module
-    )
-    absl_flags.DEFINE_integer(
-        "port", 8100, "Port; 0: any free one.", flag_values=values, module_name=module
-    )
+    common = knob_flags.of_program(values)
+    absl_flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.", **common)
+    absl_flags.DEFINE_integer("port", 8100, "Port; 0: any free one.", **common)
     absl_flags.DEFINE_list(
         "grid",
         [],
         "Layers before which requests may enter and leave, such as 2,4,6. Each more makes more "
         "programs.",
-        flag_values=values,
-        module_name=module,
+        **common,
     )
-    absl_flags.DEFINE_string(
-        "api_key_file",
-        "",
-        "Keys that clients need, one in a line.",
-        flag_values=values,
-        module_name=module,
-    )
+    absl_flags.DEFINE_string("api_key_file", "", "Keys that clients need, one in a line.", **common)
 
 
 def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
@@ -61,9 +49,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         ValueError: Flags, model or files cannot be used.
     """
     config = knob_flags.engine_config(values)
-    limits = config_lib.from_knobs(
-        _Sections, **{name: values[name].value for name in config_lib.knob_names(_Sections)}
-    ).gateway
+    sections: _Sections = knob_flags.composed(_Sections, values)
     where = command_flags.endpoint(
         values, values.host, values.port, uses_tls=bool(values.tls_certificate)
     )
@@ -78,7 +64,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         served = gateway.Gateway(
             engine,
             identity.of(config.model, source, engine.held.dtype),
-            limits=limits,
+            limits=sections.gateway,
             keys=keys,
             borders=grid,
         )

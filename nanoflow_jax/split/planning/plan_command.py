@@ -8,6 +8,7 @@ from absl import flags as absl_flags
 
 from nanoflow_jax import flags
 from nanoflow_jax.models import named, presets
+from nanoflow_jax.split import cut
 from nanoflow_jax.split.planning import drawing, planner, profile_file, report
 from nanoflow_jax.split.planning.asked import Policy, Prices, Request, Side
 from nanoflow_jax.split.planning.costs import Accounting, Model
@@ -142,10 +143,10 @@ def _layers(ranges: list[str] | None) -> tuple[tuple[int, int], ...] | None:
         return None
     found = []
     for one in ranges:
-        start, colon, stop = one.partition(":")
-        if not (colon and start.isdecimal() and stop.isdecimal()):
+        layers = cut.try_range(one)
+        if layers is None:
             raise ValueError(f"--client_layers has {one!r}; wanted START:STOP, as 0:8")
-        found.append((int(start), int(stop)))
+        found.append(layers)
     return tuple(found)
 
 

@@ -136,7 +136,7 @@ def test_a_grid_that_does_not_ascend_is_refused(texts):
 @pytest.mark.parametrize("text", ["2:1", "1", "a:b", "1:", ":2", "0:1:2"])
 def test_what_is_no_range_of_layers_is_refused(text):
     with pytest.raises(ValueError, match="is no range START:STOP of layers, such as 0:2"):
-        command_flags.layers([text])
+        command_flags.ranges([text])
 
 
 @pytest.mark.parametrize(
