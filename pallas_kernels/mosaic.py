@@ -28,8 +28,7 @@ MEMORY_REGISTERS = 40
 # compute capabilities).
 SHARED_BYTES = 232_448
 _SWIZZLES = (128, 64, 32)
-# TMA wants rows of a multiple of so many bytes, and tiles of so many rows.
-_ROW_BYTES = 16
+# TMA wants tiles of a multiple of so many rows.
 TILE_ROWS = 8
 
 
@@ -67,11 +66,6 @@ def swizzled_columns(num_columns: int, dtype: Any) -> int:
         f"a tile row of {num_columns} x {itemsize} bytes is no multiple of {_SWIZZLES[-1]} bytes; "
         "take a wider tile"
     )
-
-
-def row_multiple(dtype: Any) -> int:
-    """Columns to whose multiple an array must be padded for TMA."""
-    return _ROW_BYTES // jnp.dtype(dtype).itemsize
 
 
 def call(

@@ -35,7 +35,7 @@ def _raises(message):
     ],
 )
 def test_knobs_that_do_not_fit_are_refused_before_weights_are_read(knobs, message, monkeypatch):
-    monkeypatch.setattr(model_source.loading, "load_model", None)
+    monkeypatch.setattr(model_source.loading, "load_spans", None)
     with _raises(message):
         build_small(_CASE.path, **{**_KNOBS, **knobs})
 

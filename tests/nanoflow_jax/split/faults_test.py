@@ -10,7 +10,7 @@ import split_runs
 from split_runs import PARAMS, PROMPT
 
 from nanoflow_jax.split import cut as cut_lib
-from nanoflow_jax.split import errors, report
+from nanoflow_jax.split import driver, errors, report
 from nanoflow_jax.split.messages import Code
 
 LONG = tuple(1 + i % 90 for i in range(400))
@@ -93,6 +93,15 @@ def test_link_broken_many_times_is_taken_up_each_time(cut: cut_lib.Cut) -> None:
     split_runs.run(body())
 
 
+async def _dies(ends: split_runs.Ends, task: "asyncio.Task[driver.Generation]") -> None:
+    """Ends a client of which nothing comes through any more; its lease frees what it held."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    await ends.at_baseline()
+    assert ends.gateway.counts["expired"] == 1
+
+
 @_kinds
 def test_rows_of_a_client_that_dies_while_its_prompt_travels_are_freed(cut: cut_lib.Cut) -> None:
     async def body() -> None:
@@ -101,11 +110,7 @@ def test_rows_of_a_client_that_dies_while_its_prompt_travels_are_freed(cut: cut_
             task = asyncio.create_task(ends.client.generate(LONG, PARAMS, cut))
             await split_runs.until(lambda: ends.proxy.num_cuts)
             ends.proxy.is_open = False
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-            await ends.at_baseline()
-            assert ends.gateway.counts["expired"] == 1
+            await _dies(ends, task)
 
     split_runs.run(body())
 
@@ -127,11 +132,7 @@ def test_rows_of_a_client_that_dies_while_tokens_are_drawn_are_freed(cut: cut_li
                 ends.client.generate(PROMPT, PARAMS, cut, on_tokens=_at_token(3, die))
             )
             await died.wait()
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-            await ends.at_baseline()
-            assert ends.gateway.counts["expired"] == 1
+            await _dies(ends, task)
 
     split_runs.run(body())
 
