@@ -8,6 +8,7 @@
 `python -m nanoflow_jax.search gate ...` with the same flags: from which dense batch on to split
 `python -m nanoflow_jax.search paper`: NanoFlow's ablation, predicted beside what it printed
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
+`python -m nanoflow_jax.search trace --trace=lmsys --compare=FILE.csv`: beside the trace itself
 `python -m nanoflow_jax.search simulate --model=llama-3-8b --trace=sharegpt --rates=5,10,20
     --duration_s=300 [--mode=best] [--reached=datasheet] [--output=FILE.json] [--plot=FILE.png]`
 `python -m nanoflow_jax.search draw --input=FILE.json --picture=latency --plot=FILE.png`
@@ -38,7 +39,7 @@ from nanoflow_jax.search import (
     profiles,
     simulate_command,
 )
-from nanoflow_jax.workload import traces
+from nanoflow_jax.workload import trace_check, traces
 
 _FLAGS = absl_flags.FLAGS
 
@@ -93,6 +94,12 @@ def define(values: absl_flags.FlagValues) -> None:
         flag_values=values,
     )
     absl_flags.DEFINE_integer("seed", 0, "Of what is made up.", lower_bound=0, flag_values=values)
+    absl_flags.DEFINE_string(
+        "compare",
+        None,
+        "A CSV file (or .csv.gz) of the real --trace: lengths made up are told beside its own.",
+        flag_values=values,
+    )
     absl_flags.DEFINE_string(
         "output",
         None,
@@ -232,6 +239,12 @@ def _plan() -> int:
 
 
 def _trace() -> int:
+    if _FLAGS.compare:
+        if _FLAGS.trace is None:
+            raise ValueError(f"--compare={_FLAGS.compare} needs --trace: which one the file has")
+        real = trace_check.read(pathlib.Path(_FLAGS.compare))
+        print(trace_check.compare(_FLAGS.trace, real, seed=_FLAGS.seed)[0])
+        return 0
     if not _FLAGS.output:
         raise ValueError("--output names the CSV file that the requests go into")
     mix = _mix()

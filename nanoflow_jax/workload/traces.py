@@ -2,17 +2,18 @@
 
 Lengths are the middles of equal strata of quantile tables, in random order, so that even rare long
 ones come as often as they should. What a request generates goes with its prompt as in the trace: by
-a Gaussian copula or, where a trace mixes two uses, by the range of its prompt.
+a Gaussian copula or, where a trace mixes two uses, by a table for each range of prompts.
 """
 
 import csv
 import dataclasses
+import math
 from typing import TextIO
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
-from nanoflow_jax.workload.trace_tables import PROBABILITIES, TRACES, Quantiles, Trace
+from nanoflow_jax.workload.trace_tables import TRACES, Quantiles, Trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,21 +81,29 @@ def _lengths(
     if name not in TRACES:
         constant = _constant(name)
         return np.full(count, constant[0]), np.full(count, constant[1])
-    # Strata lose their evenness if some are drawn again, so all are drawn at once, and enough.
+    # Strata lose their evenness if some are drawn again or left out, so all are drawn at once, and
+    # hardly more than enough.
     drawn = count
     while True:
         inputs, outputs = _draw(TRACES[name], drawn, random)
-        kept = (
-            (inputs <= limits.input_len)
-            & (outputs <= limits.output_len)
-            & (inputs + outputs <= limits.total_len)
-        )
+        kept = within(inputs, outputs, limits)
         if kept.sum() >= count:
             places = np.sort(random.choice(np.flatnonzero(kept), count, replace=False))
             return inputs[places], outputs[places]
         if drawn > 100 * count:
             raise ValueError(f"hardly any request of {name} is within {limits}; widen them")
-        drawn += max(drawn // 8, 1)
+        drawn = max(drawn + 1, math.ceil(drawn * count / max(kept.sum(), 1)))
+
+
+def within(
+    inputs: Int64[np.ndarray, "n"], outputs: Int64[np.ndarray, "n"], limits: Limits
+) -> Bool[np.ndarray, "n"]:
+    """Which requests, by their prompt and output tokens, are within the limits."""
+    return (
+        (inputs <= limits.input_len)
+        & (outputs <= limits.output_len)
+        & (inputs + outputs <= limits.total_len)
+    )
 
 
 def _constant(name: str) -> tuple[int, int]:
@@ -112,16 +121,16 @@ def _draw(
 ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     ranks = random.permutation(count)
     inputs = _at(trace.inputs, _middles(ranks))
+    # The normal score of an input is a normal number of its rank.
+    of_inputs = np.sort(random.standard_normal(count))[ranks]
     noise = random.standard_normal(count)
-    if trace.ranges:
-        place = np.searchsorted([one.longest for one in trace.ranges], inputs)
-        mean = np.array([one.mean for one in trace.ranges])[place]
-        score = mean + np.array([one.deviation for one in trace.ranges])[place] * noise
-    else:
-        # The normal score of an input is a normal number of its rank.
-        of_inputs = np.sort(random.standard_normal(count))[ranks]
-        score = trace.correlation * of_inputs + np.sqrt(1 - trace.correlation**2) * noise
-    return inputs, _at(trace.outputs, _middles(np.argsort(np.argsort(score))))
+    score = trace.correlation * of_inputs + np.sqrt(1 - trace.correlation**2) * noise
+    places = np.searchsorted([one.longest for one in trace.ranges], inputs)
+    outputs = np.empty(count, np.int64)
+    for place, one in enumerate(trace.ranges):
+        inside = np.flatnonzero(places == place)
+        outputs[inside] = _at(one.outputs, _middles(np.argsort(np.argsort(score[inside]))))
+    return inputs, outputs
 
 
 def _middles(ranks: Int64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
@@ -131,11 +140,8 @@ def _middles(ranks: Int64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
 
 def _at(quantiles: Quantiles, probabilities: Float64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
     """Tokens at these probabilities."""
-    found = np.interp(probabilities, PROBABILITIES, quantiles.values)
-    start, (low, high) = PROBABILITIES[-2], quantiles.values[-2:]
-    share = np.clip((probabilities - start) / (1 - start), 0, 1)
-    last = low + (high - low) * share**quantiles.last_exponent
-    return np.rint(np.where(probabilities > start, last, found)).astype(np.int64)
+    found = np.interp(probabilities, quantiles.probabilities, quantiles.values)
+    return np.rint(found).astype(np.int64)
 
 
 _COLUMNS = ("index", "input", "output", "arrival")

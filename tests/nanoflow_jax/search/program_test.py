@@ -64,6 +64,11 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
         ([], f"say what to do: one of {_COMMANDS}; got nothing"),
         (["price"], f"say what to do: one of {_COMMANDS}; got price"),
         (["trace"], "--output names the CSV file that the requests go into"),
+        (["trace", "--compare=a.csv"], "--compare=a.csv needs --trace: which one the file has"),
+        (
+            ["trace", "--trace=lmsys", "--compare=/nowhere/a.csv"],
+            "/nowhere/a.csv cannot be read as",
+        ),
         (["trace", "--output=/nowhere/t.csv"], "--output=/nowhere/t.csv cannot be written: No"),
         (["trace", "--output=x", "--input_len=1.5"], "trace '1.5/512' is neither one of"),
         (["plan"], "--model names the model to work it out for"),
@@ -134,6 +139,15 @@ def test_made_up_requests_are_written_and_summed_up(ask, tmp_path):
     assert path.read_text() == written
     ask(*arguments, "--seed=1")
     assert path.read_text() != written
+
+
+def test_made_up_requests_are_told_beside_those_of_a_file(ask, tmp_path):
+    path = tmp_path / "requests.csv"
+    ask("trace", "--trace=sharegpt", "--requests=2000", f"--output={path}")
+    code, text, _ = ask("trace", "--trace=sharegpt", f"--compare={path}", "--seed=1")
+    assert code == 0
+    assert "2,000 of the file / as many made up" in text
+    assert "quantile in steps of 1 % is off by more than 3% and a token; the worst is " in text
 
 
 def test_a_plan_is_found_told_of_drawn_and_written_as_engines_load_it(ask, tmp_path):
