@@ -1,6 +1,6 @@
-"""What NanoFlow's paper prints of LLaMA-2-70B on 8 A100s: times of operations, and its ablation.
+"""What NanoFlow's paper prints of A100s: times of operations, its ablation, and its throughputs.
 
-Source: NanoFlow (arXiv 2408.12757v2), Table 2 and Figure 9.
+Source: NanoFlow (arXiv 2408.12757v2), Table 2 and Figures 7, 9 and 11.
 """
 
 import dataclasses
@@ -43,18 +43,56 @@ class Throughputs:
         sequential: Nothing is split, one operation runs after another.
         split: Split, one after another.
         overlapped: Split, side by side.
+        offloaded: The same, and what is cached is copied to the host meanwhile.
     """
 
     sequential: float
     split: float
     overlapped: float
+    offloaded: float
 
 
 # By prompt and output tokens.
 FIGURE_9: Mapping[Mix, Throughputs] = {
-    Mix(prompt_len=512, output_len=0): Throughputs(sequential=1273, split=1171, overlapped=1446),
-    Mix(prompt_len=512, output_len=512): Throughputs(sequential=1106, split=982, overlapped=1323),
-    Mix(prompt_len=1024, output_len=512): Throughputs(sequential=1092, split=958, overlapped=1291),
-    Mix(prompt_len=512, output_len=1024): Throughputs(sequential=1048, split=952, overlapped=1277),
+    Mix(prompt_len=prompt_len, output_len=output_len): Throughputs(
+        sequential=sequential, split=split, overlapped=overlapped, offloaded=offloaded
+    )
+    for prompt_len, output_len, sequential, split, overlapped, offloaded in (
+        (512, 0, 1273, 1171, 1446, 1402),
+        (512, 512, 1106, 982, 1323, 1290),
+        (1024, 512, 1092, 958, 1291, 1259),
+        (512, 1024, 1048, 952, 1277, 1244),
+    )
 }
 CALIBRATED_BY = Mix(prompt_len=512, output_len=512)
+
+# Tokens/s a device of LLaMA-2-70B on 8 A100s, by lengths or trace.
+FIGURE_7: Mapping[str, float] = {
+    "512/512": 1286,
+    "1024/512": 1263,
+    "512/1024": 1212,
+    "splitwise": 1259,
+    "lmsys": 1247,
+    "sharegpt": 1272,
+}
+
+
+class OtherModel(NamedTuple):
+    """A bar of figure 11: 1024/512.
+
+    Attributes:
+        devices: A100s.
+        dense_batch: Of its configuration.
+        tokens_per_s: A device.
+    """
+
+    devices: int
+    dense_batch: int
+    tokens_per_s: float
+
+
+FIGURE_11: Mapping[str, OtherModel] = {
+    "llama-3-8b": OtherModel(1, 1024, 12_756),
+    "llama-3-70b": OtherModel(8, 2048, 1306),
+    "qwen2-72b": OtherModel(8, 2048, 1213),
+}

@@ -6,7 +6,8 @@
     --output_len=512 [--dense_batch=2048] [--time_limit_s=120] [--output=FILE.json]
     [--plot=FILE.svg]`
 `python -m nanoflow_jax.search gate ...` with the same flags: from which dense batch on to split
-`python -m nanoflow_jax.search paper`: NanoFlow's ablation, predicted beside what it printed
+`python -m nanoflow_jax.search paper [--requests=5000]`: what NanoFlow's paper prints, beside what
+    is predicted
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 `python -m nanoflow_jax.search trace --trace=lmsys --compare=FILE.csv`: beside the trace itself
 `python -m nanoflow_jax.search simulate --model=llama-3-8b --trace=sharegpt --rates=5,10,20
@@ -284,7 +285,9 @@ def _draw_saved() -> int:
 
 
 def _paper() -> int:
-    print(paper.text())
+    count = _FLAGS.requests if _FLAGS["requests"].present else paper.REQUESTS
+    for line in paper.text(num_requests=count):
+        print(line, flush=True)
     return 0
 
 

@@ -1,5 +1,6 @@
 """`simulate` and `draw`: a serving loop in simulated time, and pictures of what came of it."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 
@@ -8,9 +9,7 @@ from absl import flags as absl_flags
 from nanoflow_jax.cost import serving
 from nanoflow_jax.models import architecture
 from nanoflow_jax.results import picture_file
-from nanoflow_jax.scheduler import buckets as bucket_list
-from nanoflow_jax.scheduler import scheduler
-from nanoflow_jax.simulator import calibration, loop, measures, pictures, result_file
+from nanoflow_jax.simulator import calibration, loop, measures, pictures, result_file, served
 from nanoflow_jax.simulator.result_file import OneRate, Simulation
 from nanoflow_jax.simulator.step_time import Mode, Roofline
 from nanoflow_jax.workload import traces
@@ -101,15 +100,17 @@ def simulate(
         ValueError: Flags that do not go together.
     """
     reached = calibration.REACHED[flags.reached]()
-    served = _served(flags, config, cluster)
+    setting = _served(flags, config, cluster)
     times = Roofline(config, cluster, reached, flags.mode)
     requests = flags.trace or f"{flags.input_len:g}/{flags.output_len:g}"
     runs = []
     for rate in _rates(flags):
-        run = loop.run(_requests(flags, requests, rate), served, times)
-        shown = measures.timeline(run, num_pages=served.num_pages, num_replicas=served.num_replicas)
+        run = loop.run(_requests(flags, requests, rate), setting, times)
+        shown = measures.timeline(
+            run, num_pages=setting.num_pages, num_replicas=setting.num_replicas
+        )
         runs.append(OneRate(rate=rate, summary=measures.summarise(run), timeline=shown))
-    devices = cluster.num_devices * served.num_replicas
+    devices = cluster.num_devices * setting.num_replicas
     optimal = cluster.flops / (2 * serving.sizes(config).active_parameters)
     found = Simulation(
         name=requests,
@@ -117,7 +118,7 @@ def simulate(
         settings=_settings(flags),
         source=reached.source,
         num_devices=devices,
-        optimal_tokens_per_s=optimal * served.num_replicas * reached.product_fraction,
+        optimal_tokens_per_s=optimal * setting.num_replicas * reached.product_fraction,
         runs=tuple(runs),
     )
     if flags.output:
@@ -143,24 +144,15 @@ def _settings(flags: absl_flags.FlagValues) -> dict[str, object]:
 def _served(
     flags: absl_flags.FlagValues, config: architecture.ModelConfig, cluster: serving.Cluster
 ) -> loop.Served:
-    tokens = int(flags.dense_batch or 2048)
-    sizes = serving.sizes(config)
-    room = serving.cache_bytes(sizes, cluster)
-    num_pages = int(room // (sizes.kv_bytes_per_token * flags.page_size))
-    if num_pages < 1:
-        raise ValueError("the weights leave no room for a page; take more devices, or larger ones")
-    buckets = bucket_list.default_buckets(max_requests=tokens, dense_batch=tokens)
-    if flags.fixed_batch:
-        buckets = (bucket_list.Bucket(tokens=tokens, decode_rows=tokens, prefill_rows=tokens),)
-    return loop.Served(
-        limits=scheduler.Limits(
-            max_requests=tokens,
-            dense_batch=tokens,
-            page_size=flags.page_size,
-            penalty_requests=0,
-        ),
-        buckets=buckets,
-        num_pages=num_pages,
+    found = served.fill_memory(
+        config,
+        cluster,
+        dense_batch=int(flags.dense_batch or 2048),
+        page_size=flags.page_size,
+        fixed_batch=flags.fixed_batch,
+    )
+    return dataclasses.replace(
+        found,
         num_replicas=flags.data_parallel,
         host_s=flags.host_ms / 1e3,
         run_ahead=flags.async_scheduling,

@@ -1,44 +1,67 @@
 """What operations reach on some devices, as measured by somebody; the rest is fitted to one mix.
 
-Source: NanoFlow (arXiv 2408.12757v2): operations by Table 2 (LLaMA-2-70B on 8 A100s, 2048 tokens),
-the rest by the 512/512 column of figure 9, which gives three throughputs and so three numbers. No
-other printed throughput is used, so that all others can be predicted.
+Source: NanoFlow (arXiv 2408.12757v2). Operations are those of Table 2 (LLaMA-2-70B on 8 A100s, 2048
+tokens); its four products are explained by one number, how fast an SM computes a tile of 128 rows
+and columns, within 3 %. What operations take of the SMs while they overlap products is Table 3 at
+the shares of figure 6. Four numbers are left and come from the four throughputs of the 512/512
+column of figure 9. No other printed throughput is used, so that all others can be predicted; but
+the form of the model was chosen with figure 9 and the 8B of figure 11 in sight.
 """
 
 import dataclasses
 
-from nanoflow_jax.cost import datasheets, iteration, nanoflow_figures, serving
-from nanoflow_jax.cost.nanoflow_figures import CALIBRATED_BY, FIGURE_9, Throughputs
+from nanoflow_jax.cost import datasheets, iteration, nanoflow_figures, serving, tiles
+from nanoflow_jax.cost.nanoflow_figures import CALIBRATED_BY, FIGURE_9, TABLE_2, Throughputs
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture, huggingface, presets
+from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.simulator import step_time
 from nanoflow_jax.simulator.step_time import Mode, Reached, Roofline, StepWork
 
 # The text on figure 7: 1857 tokens/s a GPU are optimal, 260 TFLOP/s of 312.
 _BEST_PRODUCT = 260 / 312
+_NUM_SMS = 108  # of an A100, by its datasheet
+_TILE = 128
+# Share of the SMs over speed (Table 3). Decode attention has 0.4 of them in figure 6 and 0.8 of its
+# speed. Of four passes of collectives, two have 0.2 of the SMs and 0.5 of their speed, and two have
+# 0.1 and 0.3.
+_SHARES = {
+    Resource.MEMORY: 0.4 / 0.8,
+    Resource.NETWORK: (0.2 / 0.5 + 0.1 / 0.3) / 2,
+}
 
 
 def nanoflow_a100() -> Reached:
     """What NanoFlow's kernels reach on A100s."""
-    # Prefill attention is mostly launches; what is beyond its bound is taken as time of each layer.
-    table = dict(nanoflow_figures.TABLE_2)
-    prefill = table.pop("prefill_attention")
+    config = huggingface.read_config(presets.load("llama-2-70b"))
+    table = {name: TABLE_2[name] for name in ("decode_attention", "collectives")}
+    # Prefill attention is mostly launches, as the paper says of it.
+    prefill = TABLE_2["prefill_attention"]
     start = Reached(
-        source="NanoFlow (arXiv 2408.12757v2), Table 2, and the 512/512 column of figure 9",
+        source="NanoFlow (arXiv 2408.12757v2), Tables 2 and 3, and the 512/512 column of figure 9",
         fractions={name: bound / taken for name, (bound, taken) in table.items()},
-        layer_s=(prefill.measured - prefill.bound) * 1e-3 / nanoflow_figures.LAYERS,
+        grid=_grid(config),
+        chunk_launch_s=(prefill.measured - prefill.bound) * 1e-3 / nanoflow_figures.LAYERS,
+        shares=_SHARES,
         product_fraction=_BEST_PRODUCT,
     )
     cluster = serving.Cluster(
         accelerator=datasheets.accelerator("paper:a100-80g"), num_devices=nanoflow_figures.DEVICES
     )
-    return fit(
-        start,
-        huggingface.read_config(presets.load("llama-2-70b")),
-        cluster,
-        steady_work(CALIBRATED_BY, nanoflow_figures.TOKENS),
-        FIGURE_9[CALIBRATED_BY],
+    work = steady_work(CALIBRATED_BY, nanoflow_figures.TOKENS)
+    return fit(start, config, cluster, work, FIGURE_9[CALIBRATED_BY])
+
+
+def _grid(config: architecture.ModelConfig) -> tiles.Grid:
+    """How fast an SM computes, so that the four products take together what Table 2 has."""
+    unit = tiles.Grid(num_sms=_NUM_SMS, side=_TILE, sm_flops=1.0)
+    products = tiles.products(config, nanoflow_figures.DEVICES)
+    flops = sum(
+        unit.time(one, nanoflow_figures.TOKENS, memory_bytes_per_s=float("inf")).seconds
+        for one in products
     )
+    taken_s = sum(TABLE_2[one.name].measured for one in products) * 1e-3
+    return dataclasses.replace(unit, sm_flops=flops / taken_s)
 
 
 def steady_work(mix: Mix, tokens: int) -> StepWork:
@@ -59,10 +82,11 @@ def fit(
     work: StepWork,
     measured: Throughputs,
 ) -> Reached:
-    """What is left of three throughputs once operations are known.
+    """What is left of four throughputs once operations are known.
 
-    What a sequential step takes beside its operations is work between them; a split step over a
-    sequential one, what cutting costs; and of an overlapped one, how much is hidden.
+    What a sequential step takes beside its operations is work between them; a split step beside
+    smaller products, what cutting costs; an overlapped one tells how much of the SMs' idle time is
+    used, and one that offloads, what that costs.
 
     Args:
         start: What operations reach.
@@ -72,31 +96,37 @@ def fit(
         measured: Throughputs of such steps.
 
     Raises:
-        ValueError: Operations alone take longer than the sequential step, or no overlap explains
-            the overlapped one.
+        ValueError: Operations alone take longer than the sequential step, no number explains one
+            of the others, or nothing is idle.
     """
-    devices = cluster.num_devices
-    whole, split, overlapped = (
-        work.tokens / devices / rate
-        for rate in (measured.sequential, measured.split, measured.overlapped)
+    whole, split, overlapped, offloaded = (
+        work.tokens / cluster.num_devices / rate
+        for rate in (measured.sequential, measured.split, measured.overlapped, measured.offloaded)
     )
-    known = sum(Roofline(config, cluster, start, Mode.SEQUENTIAL).operations_s(work).values())
-    one_pass = dataclasses.replace(start, other_passes=1.0)
-    one = Roofline(config, cluster, one_pass, Mode.SEQUENTIAL).operations_s(work)
-    passes = (whole - known) / one[step_time.OTHER]
-    if passes < 0:
+
+    def steps(reached: Reached, mode: Mode) -> float:
+        return Roofline(config, cluster, reached, mode).predict(work).device_s
+
+    known = steps(start, Mode.SEQUENTIAL)
+    a_pass = steps(dataclasses.replace(start, other_passes=1.0), Mode.SEQUENTIAL) - known
+    if known > whole:
         raise ValueError(
             f"operations alone take {known:.3f} s and the whole step {whole:.3f} s; what they "
             "reach of the datasheet is too low"
         )
-    longest = max(
-        Roofline(config, cluster, dataclasses.replace(start, other_passes=passes), Mode.SEQUENTIAL)
-        .lanes_s(work)
-        .values()
+    found = dataclasses.replace(start, other_passes=(whole - known) / a_pass)
+    cut_s = (split - steps(found, Mode.SPLIT)) / config.num_layers
+    found = dataclasses.replace(found, cut_s=cut_s)
+    unused, used = (
+        steps(dataclasses.replace(found, refilled_fraction=one), Mode.OVERLAPPED)
+        for one in (0.0, 1.0)
     )
-    hidden = (whole - overlapped * whole / split) / (whole - longest)
+    if unused == used:
+        raise ValueError("overlap uses nothing of a grid that leaves nothing idle; give a grid")
     return dataclasses.replace(
-        start, other_passes=passes, split_factor=split / whole, hidden_fraction=hidden
+        found,
+        refilled_fraction=(unused - overlapped) / (unused - used),
+        offload_factor=offloaded / overlapped,
     )
 
 

@@ -5,9 +5,10 @@ import enum
 from collections.abc import Mapping
 from typing import Protocol
 
-from nanoflow_jax.cost import iteration, serving
+from nanoflow_jax.cost import iteration, serving, tiles
 from nanoflow_jax.models import architecture
 from nanoflow_jax.nanobatch.operations import Resource
+from nanoflow_jax.simulator import cuts
 
 _BYTES = 2
 # What keeps a resource busy while it overlaps others; every other operation computes.
@@ -22,12 +23,14 @@ class Mode(enum.StrEnum):
     SEQUENTIAL: one after another.
     SPLIT: cut into nano-batches, and still one after another.
     OVERLAPPED: nano-batches of different resources beside each other.
-    BEST: the fastest of these for each step, as a gate by the size of the batch has it.
+    OFFLOADED: overlapped, while keys and values of new tokens are copied to the host.
+    BEST: the fastest of the first three for each step, as a gate by the size of the batch has it.
     """
 
     SEQUENTIAL = "sequential"
     SPLIT = "split"
     OVERLAPPED = "overlapped"
+    OFFLOADED = "offloaded"
     BEST = "best"
 
 
@@ -75,32 +78,58 @@ class Reached:
     Attributes:
         source: Where these come from, for people.
         fractions: Bound over time, of operations by name; 1 where none is given.
-        layer_s: Seconds beside that, of each layer in which there are chunks.
+        grid: How products are computed; None: as their bound says, however small.
+        chunk_launch_s: Beside that, of attention over chunks: for each nano-batch of each layer.
         other_passes: Over the activations of a layer, by each device, of all that is between the
             operations of `cost.iteration`.
-        split_factor: Time of all operations of a layer once they are cut, over before.
-        hidden_fraction: Of what the busiest resource does not bound, how much overlap hides.
+        cut_s: Of each layer that is cut, beside what smaller products and more launches take.
+        shares: Of a resource that overlaps computing: what its operations take of the SMs, as
+            seconds of all SMs for each second that they take alone.
+        refilled_fraction: Of the time of SMs that have no tile, what operations beside it use.
+        offload_factor: Time of an overlapped step that copies to the host, over one that does not.
         product_fraction: Of the datasheet, what the fastest product reaches: optimal throughput is
             counted by it.
     """
 
     source: str
     fractions: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    layer_s: float = 0.0
+    grid: tiles.Grid | None = None
+    chunk_launch_s: float = 0.0
     other_passes: float = 0.0
-    split_factor: float = 1.0
-    hidden_fraction: float = 1.0
+    cut_s: float = 0.0
+    shares: Mapping[Resource, float] = dataclasses.field(default_factory=dict)
+    refilled_fraction: float = 1.0
+    offload_factor: float = 1.0
     product_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        shares = [*self.fractions.values(), self.product_fraction]
-        if not all(0 < one <= 1 for one in shares) or not 0 <= self.hidden_fraction <= 1:
+        fractions = [*self.fractions.values(), self.product_fraction]
+        shares = [*self.shares.values(), self.refilled_fraction]
+        if not all(0 < one <= 1 for one in fractions) or not all(0 <= one <= 1 for one in shares):
             raise ValueError(f"what is reached of a datasheet is between 0 and 1; got {self}")
-        if self.split_factor < 1 or min(self.layer_s, self.other_passes) < 0:
+        more = (self.chunk_launch_s, self.other_passes, self.cut_s, self.offload_factor - 1)
+        if min(more) < 0:
             raise ValueError(f"neither cutting nor more work makes a step shorter; got {self}")
 
 
 DATASHEET = Reached(source="datasheet: every operation at its bound, overlap hides all it can")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lanes:
+    """A step by what its operations keep busy, each alone on the devices.
+
+    Attributes:
+        busy_s: Of each resource.
+        idle_s: Of computing, what SMs have no tile for.
+    """
+
+    busy_s: Mapping[Resource, float]
+    idle_s: float
+
+    @property
+    def sum_s(self) -> float:
+        return sum(self.busy_s.values())
 
 
 class Roofline:
@@ -135,48 +164,72 @@ class Roofline:
             Resource.MEMORY: sum(one.memory_s(self._cluster) for one in costs),
             Resource.NETWORK: sum(one.network_s(self._cluster) for one in costs),
         }
-        return StepTime(device_s=self._in_mode(_lanes(self._seconds(costs, work))), busy_s=busy)
+        match self._mode:
+            case Mode.SEQUENTIAL:
+                device_s = self.lanes(work, cut=False).sum_s
+            case Mode.SPLIT:
+                device_s = self.lanes(work, cut=True).sum_s
+            case Mode.OVERLAPPED:
+                device_s = self._overlapped_s(work)
+            case Mode.OFFLOADED:
+                device_s = self._overlapped_s(work) * self._reached.offload_factor
+            case Mode.BEST:
+                # Cut and one after another is never faster than not cut.
+                device_s = min(self.lanes(work, cut=False).sum_s, self._overlapped_s(work))
+        return StepTime(device_s=device_s, busy_s=busy)
 
-    def operations_s(self, work: StepWork) -> dict[str, float]:
-        """Of each operation of all layers, alone on the devices and not cut."""
-        return self._seconds(self._costs(work), work)
+    def _overlapped_s(self, work: StepWork) -> float:
+        """Computing, with what the rest takes of its SMs, less what it leaves idle and they use."""
+        lanes, reached = self.lanes(work, cut=True), self._reached
+        computed = lanes.busy_s[Resource.COMPUTE] - reached.refilled_fraction * lanes.idle_s
+        taken = sum(share * lanes.busy_s[one] for one, share in reached.shares.items())
+        return max(computed + taken, lanes.busy_s[Resource.MEMORY], lanes.busy_s[Resource.NETWORK])
 
-    def lanes_s(self, work: StepWork) -> dict[Resource, float]:
-        """How long these keep each resource."""
-        return _lanes(self.operations_s(work))
+    def lanes(self, work: StepWork, *, cut: bool) -> Lanes:
+        """What operations keep busy, if they are cut or not."""
+        cluster, reached = self._cluster, self._reached
+        seconds, idle_s = {}, 0.0
+        for cost in self._costs(work):
+            seconds[cost.name] = cost.least_s(cluster) / reached.fractions.get(cost.name, 1.0)
+        if reached.grid is not None:
+            products, idle_s = self._products(reached.grid, work, cut=cut)
+            seconds |= products
+        layers = self._config.num_layers
+        parts = cuts.halves(work.tokens) if cut else (work.tokens,)
+        if work.chunk_pairs:
+            seconds["prefill_attention"] += reached.chunk_launch_s * layers * len(parts)
+        passed = work.tokens * self._config.hidden_size * _BYTES * layers
+        # Each device passes over all of them: activations between products are not shared out.
+        seconds[OTHER] = reached.other_passes * passed / cluster.accelerator.memory_bytes_per_s
+        if len(parts) > 1:
+            seconds[OTHER] += reached.cut_s * layers
+        busy_s = dict.fromkeys(Resource, 0.0)
+        for name, taken in seconds.items():
+            busy_s[_LANES.get(name, Resource.COMPUTE)] += taken
+        return Lanes(busy_s=busy_s, idle_s=idle_s)
+
+    def _products(
+        self, grid: tiles.Grid, work: StepWork, *, cut: bool
+    ) -> tuple[dict[str, float], float]:
+        """Seconds of products by name, and what of them is idle."""
+        several = self._cluster.num_devices > 1 and work.decode_rows
+        memory = self._cluster.accelerator.memory_bytes_per_s
+        seconds: dict[str, float] = {}
+        idle_s = 0.0
+        for product in tiles.products(self._config, self._cluster.num_devices):
+            parts: tuple[int, ...] = (work.tokens,)
+            if cut:
+                # Beside the first product both decode attention and collectives run.
+                cutting = cuts.quarters if product.name == "kqv" and several else cuts.halves
+                parts = cutting(work.tokens)
+            for rows in parts:
+                time = grid.time(product, rows, memory)
+                seconds[product.name] = seconds.get(product.name, 0.0) + time.seconds
+                idle_s += time.idle_s
+        return seconds, idle_s
 
     def _costs(self, work: StepWork) -> tuple[iteration.OperationCost, ...]:
         return iteration.operation_costs(self._config, self._cluster, _step(work))
-
-    def _seconds(
-        self, costs: tuple[iteration.OperationCost, ...], work: StepWork
-    ) -> dict[str, float]:
-        reached, cluster = self._reached, self._cluster
-        found = {c.name: c.least_s(cluster) / reached.fractions.get(c.name, 1.0) for c in costs}
-        layers = self._config.num_layers
-        if work.chunk_pairs:
-            found["prefill_attention"] += reached.layer_s * layers
-        passed = work.tokens * self._config.hidden_size * _BYTES * layers
-        # Each device passes over all of them: activations between products are not shared out.
-        found[OTHER] = reached.other_passes * passed / cluster.accelerator.memory_bytes_per_s
-        return found
-
-    def _in_mode(self, lanes: Mapping[Resource, float]) -> float:
-        whole, longest = sum(lanes.values()), max(lanes.values())
-        shown = (1 - self._reached.hidden_fraction) * (whole - longest)
-        times = {
-            Mode.SEQUENTIAL: whole,
-            Mode.SPLIT: whole * self._reached.split_factor,
-            Mode.OVERLAPPED: (longest + shown) * self._reached.split_factor,
-        }
-        return min(times.values()) if self._mode is Mode.BEST else times[self._mode]
-
-
-def _lanes(seconds: Mapping[str, float]) -> dict[Resource, float]:
-    lanes = dict.fromkeys(Resource, 0.0)
-    for name, taken in seconds.items():
-        lanes[_LANES.get(name, Resource.COMPUTE)] += taken
-    return lanes
 
 
 def _step(work: StepWork) -> iteration.Step:

@@ -173,10 +173,17 @@ def test_where_splitting_gains_nothing_the_plan_splits_nothing(ask):
     assert "splitting does not pay here" in text
 
 
-def test_the_papers_ablation_is_told_beside_its_prediction(ask):
-    code, text, _ = ask("paper")
+def test_all_that_the_paper_prints_is_told_beside_its_prediction(ask):
+    code, text, _ = ask("paper", "--requests=40")
     assert code == 0
-    assert "982 of 982 -0.0 %" in " ".join(_line(text, "split"))
+    lines = text.splitlines()
+    assert "Nothing was measured here" in lines[0]
+    assert "Tables 2 and 3, and the 512/512 column" in lines[1]
+    assert "split 982 / 982 +0.0 %" in " ".join(_line(text, "  512/512 (fitted)"))
+    starts = {line.split()[0] for line in lines}
+    assert {"512/0", "512/512", "llama-3-8b", "splitwise", "lmsys", "sharegpt"} <= starts
+    assert sum(line.endswith(" %") for line in lines) == 4 + 3 + 6
+    assert any("traces of 40 requests" in line for line in lines)
 
 
 def test_the_papers_times_are_taken_where_they_are_asked_for(ask):
