@@ -56,12 +56,24 @@ class Summary:
     surplus_tokens: int
 
 
-def summarise(run: Run) -> Summary:
-    """A run in numbers."""
+def summarise(run: Run, *, warm_up_s: float = 0.0) -> Summary:
+    """A run in numbers.
+
+    Args:
+        run: What happened.
+        warm_up_s: Latencies are those of requests that come so long after the first, or later: a
+            queue takes time to become as long as it stays.
+
+    Raises:
+        ValueError: No request comes so late.
+    """
     asked = run.requests
     tokens = int(asked.input_lens.sum() + run.generated.sum())
     duration = float(run.end_s.max() - asked.arrivals_s[0])
-    several = run.generated > 1
+    timed = asked.arrivals_s >= asked.arrivals_s[0] + warm_up_s
+    if not timed.any():
+        raise ValueError(f"no request comes after {warm_up_s:g} s of warm-up; simulate for longer")
+    several = timed & (run.generated > 1)
     rest_s = (run.end_s - run.first_s)[several] / (run.generated[several] - 1)
     return Summary(
         num_requests=len(run.end_s),
@@ -69,9 +81,9 @@ def summarise(run: Run) -> Summary:
         duration_s=duration,
         tokens_per_s=tokens / duration,
         steady_tokens_per_s=steady_tokens_per_s(run),
-        ttft_s=_spread(run.first_s - asked.arrivals_s),
+        ttft_s=_spread((run.first_s - asked.arrivals_s)[timed]),
         tpot_s=_spread(rest_s) if len(rest_s) else None,
-        normalised_s=_spread((run.end_s - asked.arrivals_s) / run.generated),
+        normalised_s=_spread(((run.end_s - asked.arrivals_s) / run.generated)[timed]),
         num_steps=len(run.steps),
         num_preemptions=run.num_preemptions,
         surplus_tokens=run.surplus_tokens,

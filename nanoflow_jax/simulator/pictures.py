@@ -1,7 +1,7 @@
 """Draws simulations: latency against rate, throughput against optimal, resources over time."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nanoflow_jax.nanobatch.operations import Resource
 from nanoflow_jax.results import svg
@@ -96,8 +96,15 @@ def _page(parts: Sequence[str], *, charts: int = 1) -> str:
     return svg.page(width, height, parts)
 
 
-def latency(found: Simulation, *, objective_s: float) -> str:
+def latency(
+    found: Simulation, *, objective_s: float, printed: Mapping[float, float] | None = None
+) -> str:
     """Normalised latency against rate, with the objective across; as figure 8 of arXiv 2408.12757.
+
+    Args:
+        found: A simulation.
+        objective_s: Wanted of the mean.
+        printed: By somebody else: seconds by rate.
 
     Raises:
         ValueError: It was not run at any rate.
@@ -105,7 +112,7 @@ def latency(found: Simulation, *, objective_s: float) -> str:
     runs = _by_rate(found)
     chart = _Chart(
         found.title,
-        x=("requests/s", 1.05 * max(runs)),
+        x=("requests/s", 1.05 * max(*runs, *(printed or {}), 0.0)),
         y=("normalised latency, ms a token of output", 4e3 * objective_s),
     )
     for name in ("mean", "p50", "p99"):
@@ -113,6 +120,10 @@ def latency(found: Simulation, *, objective_s: float) -> str:
             (rate, 1e3 * getattr(one.summary.normalised_s, name)) for rate, one in runs.items()
         ]
         chart.line(name, points, dots=True)
+    if printed:
+        chart.line(
+            "mean, as printed", [(r, 1e3 * s) for r, s in sorted(printed.items())], dots=True
+        )
     chart.level(1e3 * objective_s, f"objective, {1e3 * objective_s:g} ms")
     return _page(chart.parts)
 

@@ -41,6 +41,24 @@ def test_the_same_flags_give_the_same_run_and_another_seed_another(ask):
     assert first != other
 
 
+@pytest.mark.parametrize(("model", "beside"), [("llama-2-70b", True), ("llama-3-70b", False)])
+def test_latency_of_what_nanoflow_ran_is_drawn_beside_its_own(ask, tmp_path, model, beside):
+    plot = tmp_path / "p.svg"
+    code, _, _ = ask(
+        *(
+            "simulate",
+            f"--model={model}",
+            "--device=paper:a100-80g",
+            "--devices=8",
+            "--trace=lmsys",
+        ),
+        *("--reached=nanoflow-a100", "--rate=10", "--requests=5", "--picture=latency"),
+        f"--plot={plot}",
+    )
+    assert code == 0
+    assert ("mean, as printed" in plot.read_text()) == beside
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on the path")
 def test_a_picture_in_pixels_has_the_size_of_the_drawing(ask, tmp_path):
     plot = tmp_path / "p.png"
@@ -72,6 +90,7 @@ def test_a_browser_that_makes_no_picture_is_told_of(ask, tmp_path, monkeypatch):
         ((*_ASKED, "--rates=1,2", "--rate=1"), "--rate and --rates cannot both be given"),
         ((*_ASKED, "--rates=-1"), "a rate of -1 requests/s brings none"),
         ((*_ASKED, "--duration_s=3"), "--duration_s needs --rate or --rates: without, all"),
+        ((*_ASKED, "--warm_up_s=1"), "no request comes after 1 s of warm-up; simulate for longer"),
         ((*_ASKED, "--device=l4", "--page_size=1000000"), "the weights leave no room for a page"),
         ((*_ASKED, "--requests=2", "--output=/nowhere/s"), "--output=/nowhere/s cannot be written"),
         ((*_ASKED, "--requests=2", "--plot=/nowhere/s.svg"), "--plot=/nowhere/s.svg cannot be"),

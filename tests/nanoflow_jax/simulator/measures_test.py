@@ -54,6 +54,14 @@ def test_a_run_in_numbers_is_what_a_hand_finds():
     assert found.normalised_s.p50 == pytest.approx(2.5)
 
 
+def test_only_requests_after_the_warm_up_are_timed():
+    found = measures.summarise(_RUN, warm_up_s=1.0)
+    assert (found.ttft_s.mean, found.normalised_s.mean, found.tpot_s) == (3.0, 3.0, None)
+    assert (found.num_requests, found.tokens) == (2, 20)
+    with pytest.raises(ValueError, match=r"no request comes after 1\.5 s of warm-up; simulate for"):
+        measures.summarise(_RUN, warm_up_s=1.5)
+
+
 def test_a_run_without_a_queue_is_measured_whole():
     steps = (_step(0, 2, new=18), _step(2, 4, new=2))
     assert measures.steady_tokens_per_s(dataclasses.replace(_RUN, steps=steps)) == 5.0
@@ -128,6 +136,15 @@ def test_latency_is_drawn_by_rate_under_its_objective():
     assert len(dots) == 6
     assert float(dots[0].get("cy")) == pytest.approx(46 + 260 * (1 - 2.5 / 8), abs=0.1)
     assert float(dots[0].get("cx")) == pytest.approx(64 + 560 / 2.1, abs=0.1)
+
+
+def test_what_is_printed_elsewhere_is_drawn_beside_and_fits_in():
+    root = seen.parse(pictures.latency(_simulation(2.0), objective_s=2.0, printed={4.0: 2.0}))
+    assert "mean, as printed" in seen.texts(root)
+    dots = [one for one in root.iter() if one.tag.endswith("circle")]
+    assert len(dots) == 4
+    assert float(dots[-1].get("cx")) == pytest.approx(64 + 560 / 1.05, abs=0.1)
+    assert float(dots[-1].get("cy")) == pytest.approx(46 + 260 * (1 - 2 / 8), abs=0.1)
 
 
 def test_latency_is_not_drawn_of_requests_that_are_there_at_once():
