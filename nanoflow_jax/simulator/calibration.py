@@ -5,7 +5,7 @@ tokens); its four products are explained by one number, how fast an SM computes 
 and columns, within 3 %. What operations take of the SMs while they overlap products is Table 3 at
 the shares of figure 6. Four numbers are left and come from the four throughputs of the 512/512
 column of figure 9. No other printed throughput is used, so that all others can be predicted; but
-the form of the model was chosen with figure 9 and the 8B of figure 11 in sight.
+the form of the model was chosen with them in sight (docs/simulator.md).
 """
 
 import dataclasses
