@@ -29,7 +29,6 @@ def made(*points, sizes=None, num_sms=None, pairs=(), **more):
         device=manifest.Device(platform=platform, name="Toy 1"),
         num_sms=num_sms,
         memory_bytes=10**9,
-        ceilings={},
         dtype="float32",
         method="wall",
         date="2026-11-26",

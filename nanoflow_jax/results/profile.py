@@ -82,7 +82,6 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         device: What was measured.
         num_sms: Of a GPU; None of what has no shares to give.
         memory_bytes: Of the device.
-        ceilings: What it reaches at most; see `bench.ceilings`.
         dtype: Of weights and activations.
         method: Of timing: `cupti` or `wall`.
         date: Of the measurement.
@@ -102,7 +101,6 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: manifest.Device
     num_sms: int | None
     memory_bytes: int
-    ceilings: dict[str, float]
     dtype: str
     method: str
     date: str
@@ -181,7 +179,7 @@ def to_json(profile: Profile) -> str:
     """A profile as text, a line for each point."""
     fields = msgspec.structs.asdict(profile)
     head = [f' "{name}": {_json(value)},' for name, value in fields.items() if name not in _LISTS]
-    lists = [f' "{name}": [\n{_lines(fields[name])}\n ]' for name in _LISTS]
+    lists = [f' "{name}": [{_lines(fields[name])}]' for name in _LISTS]
     return "{\n" + "\n".join(head) + "\n" + ",\n".join(lists) + "\n}\n"
 
 
@@ -193,7 +191,8 @@ def _json(value: object) -> str:
 
 
 def _lines(rows: Iterable[Point | Pair]) -> str:
-    return ",\n".join(f"  {_json(row)}" for row in rows)
+    lines = ",".join(f"\n  {_json(row)}" for row in rows)
+    return lines + "\n " if lines else ""
 
 
 def write(profile: Profile, path: Path) -> None:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -52,8 +53,7 @@ class Times:
         """
         if tokens == 0:
             return 0.0
-        parts = _PARTS.get(operation, ())
-        if operation not in self._points and self._points.keys() >= set(parts) and parts:
+        if parts := self._parts(operation):
             return sum(self.seconds(part, tokens, context) for part in parts)
         curves = self._of(operation)
         try:
@@ -64,10 +64,25 @@ class Times:
                 "more with search profile --tokens and --contexts"
             ) from None
 
-    def spread(self, operation: str, tokens: int, context: int = 0) -> float:
-        """Standard deviation of samples at a measured place, as a share of their median."""
-        curve = self._of(operation)[context]
-        return curve.spread(tokens) / curve(tokens)
+    def spread_s(self, operation: str, tokens: float, context: float = 0.0) -> float:
+        """Standard deviation of samples of an operation over some tokens, at the nearest context.
+
+        Raises:
+            ValueError: As `seconds`.
+        """
+        if tokens == 0:
+            return 0.0
+        if parts := self._parts(operation):
+            return math.hypot(*(self.spread_s(part, tokens, context) for part in parts))
+        curves = {c: curve for c, curve in self._of(operation).items() if tokens <= curve.end}
+        self.seconds(operation, tokens, context)
+        return curves[min(curves, key=lambda measured: abs(measured - context))].spread(tokens)
+
+    def _parts(self, operation: str) -> tuple[str, ...]:
+        """Of an operation that was timed in parts only."""
+        parts = _PARTS.get(operation, ())
+        is_there = operation in self._points or not self._points.keys() >= set(parts)
+        return () if is_there else parts
 
     def _of(self, operation: str) -> Mapping[int, monotone.Curve]:
         if operation not in self._points:
@@ -137,14 +152,26 @@ class Measured:
         Raises:
             ValueError: It was not measured, or not so far.
         """
+        return self.times.seconds(*self._place(operation, tokens))
+
+    def spread_s(self, operation: str, tokens: int) -> float:
+        """Standard deviation of samples of that.
+
+        Raises:
+            ValueError: As `seconds`.
+        """
+        return self.times.spread_s(*self._place(operation, tokens))
+
+    def _place(self, operation: str, tokens: int) -> tuple[str, int, float]:
+        """What to look up: name, rows, cached tokens."""
         name, load = operation.removesuffix("_columns"), self.load
         rows = round(load.decode_rows * tokens / load.tokens)
         match name:
             case "decode_attention":
-                return self.times.seconds(name, rows, load.context_len)
+                return name, rows, load.context_len
             case "prefill_attention":
-                return self.times.seconds(name, tokens - rows, load.prefix_len)
-        return self.times.seconds(name, tokens)
+                return name, tokens - rows, load.prefix_len
+        return name, tokens, 0.0
 
 
 def shares(points: Iterable[Point], num_sms: int) -> list[tuple[float, float]]:

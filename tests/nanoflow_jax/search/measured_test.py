@@ -28,13 +28,15 @@ def test_the_best_cap_and_tile_count_and_an_empty_program_is_taken_off():
     assert times.seconds("o", 192) == 3.75
     assert times.seconds("o", 0) == 0.0
     assert times.operations == {"o"}
-    assert times.spread("o", 256) == pytest.approx(2.16 / 5.0, rel=1e-3)
+    assert times.spread_s("o", 256) == pytest.approx(2.16, rel=1e-3)
 
 
 def test_an_operation_that_was_timed_in_two_parts_takes_both():
     times = _times(point("norm", 128, 1.0), point("kqv", 128, 2.0))
     assert times.seconds("norm_kqv", 128) == 3.0
     assert times.operations == {"norm", "kqv", "norm_kqv"}
+    spread = _times(point("norm", 128, 1.0, 7.0), point("kqv", 128, 2.0, 10.0))
+    assert spread.spread_s("norm_kqv", 128) == 5.0
 
 
 def test_attention_lies_between_contexts_that_were_measured_for_so_many_rows():
