@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from nanoflow_jax.bench import kernel_tasks, profile_points
-from nanoflow_jax.bench.draw import Draw
 from nanoflow_jax.bench.kernel_ways import Setting, Task, Variant, Way
 from nanoflow_jax.bench.profile_points import Item
 from nanoflow_jax.kv_cache import layout as layout_lib
 from nanoflow_jax.kv_cache import tiles
-from nanoflow_jax.models import architecture, layers, loading, transformer
+from nanoflow_jax.models import architecture, layers, transformer
 from nanoflow_jax.models.operations import ANYWHERE, PLAIN, SortedRows
 from nanoflow_jax.models.paged_attention import PlainDecode, PlainPrefill
 from nanoflow_jax.results import kernels
@@ -71,16 +70,16 @@ class Tasks:
         """
         self.ground = ground
         last = ground.config.num_layers - 1
-        [model] = loading.random_spans(
-            ground.config,
-            [architecture.Span(last, last + 1)],
-            seed=0,
-            dtype=ground.dtype,
-            placement=loading.place_model(ground.config, [ground.device]),
-        )
-        self._graph, state = nnx.split(model)
-        weights, self._tree = jax.tree.flatten(state)
-        self._weights = {0: weights}
+        random = np.random.default_rng(0)
+
+        def make(spec: layers.ParamSpec) -> Any:
+            whole = spec.mean + spec.std * _normal(random, *spec.shape)
+            return whole.astype(ground.dtype)
+
+        span = architecture.Span(last, last + 1)
+        self._graph, state = nnx.split(transformer.Transformer(make, ground.config, span))
+        self._host_weights, self._tree = jax.tree.flatten(state)
+        self._weights: dict[int, list[Array]] = {}
 
     def build(self, item: Item, caps: tuple[int, ...]) -> Task:
         """An item as it is timed.
@@ -110,7 +109,8 @@ class Tasks:
         operation = _OPERATIONS[item.operation]
 
         def draw(seed: int) -> tuple[list[Array], Any]:
-            return self._copied_weights(seed), operation.draw(self.ground, item, Draw(seed))
+            drawn = operation.draw(self.ground, item, np.random.default_rng(seed))
+            return self._copied_weights(seed), jax.device_put(drawn, self.ground.device)
 
         def run(operands: tuple[list[Array], Any]) -> tuple[Any, ...]:
             weights, drawn = operands
@@ -129,8 +129,14 @@ class Tasks:
     def _copied_weights(self, seed: int) -> list[Array]:
         """The last layer and the head; in memory of its own for each set of operands."""
         if seed not in self._weights:
-            self._weights[seed] = [jnp.copy(weight) for weight in self._weights[0]]
+            device = self.ground.device
+            self._weights[seed] = [jax.device_put(one, device) for one in self._host_weights]
         return self._weights[seed]
+
+
+def _normal(random: np.random.Generator, *shape: int) -> Float[np.ndarray, "*X"]:
+    """Made on the host, for which nothing is compiled."""
+    return random.standard_normal(shape, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +148,14 @@ class _Operation:
         run: Of the last layer.
     """
 
-    draw: Callable[[Ground, Item, Draw], Any]
+    draw: Callable[[Ground, Item, np.random.Generator], Any]
     run: Callable[[Ground, transformer.Transformer, Any], Any]
 
 
-def _rows(*axes: str) -> Callable[[Ground, Item, Draw], list[Array]]:
+def _rows(*axes: str) -> Callable[[Ground, Item, np.random.Generator], list[Any]]:
     """Draws arrays of some rows, with axes by their letters."""
 
-    def draw(ground: Ground, item: Item, draw: Draw) -> list[Array]:
+    def draw(ground: Ground, item: Item, random: np.random.Generator) -> list[Any]:
         c = ground.config
         sizes = {
             "D": (c.hidden_size,),
@@ -157,7 +163,7 @@ def _rows(*axes: str) -> Callable[[Ground, Item, Draw], list[Array]]:
             "K": (c.num_kv_heads, c.head_dim),
             "F": (c.intermediate_size,),
         }
-        return [draw.normal(item.tokens, *sizes[one], dtype=ground.dtype) for one in axes]
+        return [_normal(random, item.tokens, *sizes[one]).astype(ground.dtype) for one in axes]
 
     return draw
 
@@ -203,25 +209,22 @@ class _Cached:
 jax.tree_util.register_dataclass(_Cached)
 
 
-def _cached(ground: Ground, draw: Draw, *, rows: int, length: int) -> _Cached:
+def _cached(ground: Ground, random: np.random.Generator, *, rows: int, length: int) -> _Cached:
     """A cache full of random numbers, and where rows of so many tokens lie in it."""
     pages_each = -(-length // ground.page_size)
     num_pages = rows * pages_each
-    layout = _layout(ground, num_pages)
-    c, count = ground.config, num_pages * ground.page_size
-    k, v = (draw.normal(count, c.num_kv_heads, c.head_dim, dtype=ground.dtype) for _ in range(2))
-    order = draw.host.permutation(num_pages).astype(np.int32).reshape(rows, pages_each)
-    return _Cached(_filled(layout, k, v), jnp.asarray(order))
+    whole = jax.eval_shape(_layout(ground, num_pages).allocate)
+
+    def numbers(leaf: jax.ShapeDtypeStruct) -> Any:
+        drawn = _normal(random, *leaf.shape).astype(ground.dtype)
+        return drawn if leaf.dtype == ground.dtype else drawn.view(leaf.dtype)  # as its bits
+
+    order = random.permutation(num_pages).astype(np.int32).reshape(rows, pages_each)
+    return _Cached(jax.tree.map(numbers, whole), jnp.asarray(order))
 
 
-def _filled(layout: layout_lib.KvLayout, k: Array, v: Array) -> Any:
-    token = jnp.arange(k.shape[0], dtype=jnp.int32)
-    size = layout.shape.page_size
-    return layout.append(layout.allocate(), k, v, token // size, token % size)
-
-
-def _append_draw(ground: Ground, item: Item, draw: Draw) -> Any:
-    k, v = _rows("K", "K")(ground, item, draw)
+def _append_draw(ground: Ground, item: Item, random: np.random.Generator) -> Any:
+    k, v = _rows("K", "K")(ground, item, random)
     return k, v, _layout(ground, -(-item.tokens // ground.page_size)).allocate()
 
 
@@ -233,10 +236,10 @@ def _append(ground: Ground, model: transformer.Transformer, drawn: Any) -> Any:
     return layout.append(cache, k, v, token // size, token % size)
 
 
-def _decode_draw(ground: Ground, item: Item, draw: Draw) -> Any:
-    (q,) = _rows("N")(ground, item, draw)
-    lens = jnp.full(item.tokens, item.context, jnp.int32)
-    return q, _cached(ground, draw, rows=item.tokens, length=item.context), lens
+def _decode_draw(ground: Ground, item: Item, random: np.random.Generator) -> Any:
+    (q,) = _rows("N")(ground, item, random)
+    lens = np.full(item.tokens, item.context, np.int32)
+    return q, _cached(ground, random, rows=item.tokens, length=item.context), lens
 
 
 def _decode(ground: Ground, model: transformer.Transformer, drawn: Any) -> Any:
@@ -247,8 +250,8 @@ def _decode(ground: Ground, model: transformer.Transformer, drawn: Any) -> Any:
     return attend(q, cached.cache, cached.table, lens, spec, place=ANYWHERE)
 
 
-def _prefill_draw(ground: Ground, item: Item, draw: Draw) -> Any:
-    (q,) = _rows("N")(ground, item, draw)
+def _prefill_draw(ground: Ground, item: Item, random: np.random.Generator) -> Any:
+    (q,) = _rows("N")(ground, item, random)
     count, length, prefix = profile_points.chunks(item.tokens, item.context)
     tile_len = min(ground.tile_len, item.tokens)
     cut = tiles.build_prefill_tiles(
@@ -256,8 +259,8 @@ def _prefill_draw(ground: Ground, item: Item, draw: Draw) -> Any:
         tile_len=tile_len,
         capacity=tiles.max_tiles(item.tokens, count, tile_len=tile_len),
     )
-    cached = _cached(ground, draw, rows=count, length=prefix + length)
-    return q, cached, tiles.PrefillTiles(*map(jnp.asarray, cut))
+    cached = _cached(ground, random, rows=count, length=prefix + length)
+    return q, cached, cut
 
 
 def _prefill(ground: Ground, model: transformer.Transformer, drawn: Any) -> Any:
@@ -268,30 +271,31 @@ def _prefill(ground: Ground, model: transformer.Transformer, drawn: Any) -> Any:
     return attend(q, cached.cache, cached.table, _layer(model).spec, place=ANYWHERE)
 
 
-def _expand_draw(ground: Ground, item: Item, draw: Draw) -> Any:
+def _expand_draw(ground: Ground, item: Item, random: np.random.Generator) -> Any:
     """Normalised rows, and of a mixture of experts which of them every row goes to."""
-    (x,) = _rows("D")(ground, item, draw)
-    return x, _routed(ground, item, draw, x)
+    (x,) = _rows("D")(ground, item, random)
+    return x, _routed(ground, item, random, x)
 
 
-def _contract_draw(ground: Ground, item: Item, draw: Draw) -> Any:
+def _contract_draw(ground: Ground, item: Item, random: np.random.Generator) -> Any:
     moe = ground.config.moe
     if not ground.config.layer_shape.is_sparse or moe is None:
-        return _rows("D", "F")(ground, item, draw)
-    (x,) = _rows("D")(ground, item, draw)
-    hidden = draw.normal(item.tokens * moe.num_active, moe.intermediate_size, dtype=ground.dtype)
-    return x, dataclasses.replace(_routed(ground, item, draw, x), rows=hidden)
+        return _rows("D", "F")(ground, item, random)
+    (x,) = _rows("D")(ground, item, random)
+    rows = item.tokens * moe.num_active
+    hidden = _normal(random, rows, moe.intermediate_size).astype(ground.dtype)
+    return x, dataclasses.replace(_routed(ground, item, random, x), rows=hidden)
 
 
-def _routed(ground: Ground, item: Item, draw: Draw, x: Array) -> Any:
+def _routed(ground: Ground, item: Item, random: np.random.Generator, x: Any) -> Any:
     moe = ground.config.moe
     if not ground.config.layer_shape.is_sparse or moe is None:
         return None
-    order = np.argsort(draw.host.random((item.tokens, moe.num_experts)), axis=1)
+    order = np.argsort(random.random((item.tokens, moe.num_experts)), axis=1)
     experts = jnp.asarray(order[:, : moe.num_active], jnp.int32)
     groups = PLAIN.experts.group(experts, num_experts=moe.num_experts)
     shares = jnp.full(experts.shape, 1 / moe.num_active, jnp.float32)
-    rows = PLAIN.experts.spread(x, groups)
+    rows = PLAIN.experts.spread(jnp.asarray(x), groups)
     return layers.Routed(rows=rows, groups=(groups.order, groups.sizes), shares=shares)
 
 
