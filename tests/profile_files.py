@@ -32,6 +32,7 @@ def made(*points, sizes=None, num_sms=None, pairs=(), **more):
         dtype="float32",
         method="wall",
         date="2026-11-26",
+        load=1.0,
         command=("search", "profile"),
         versions={"jax": "0.10.2"},
         commit=None,

@@ -87,9 +87,7 @@ def here(config: architecture.ModelConfig) -> Bench:
         setting = Setting(on_gpu=True, num_sms=device.core_count, interpret=None)
     return Bench(
         device=device,
-        kind=manifest.Device(platform="gpu", name=device.device_kind)
-        if on_gpu
-        else provenance.processor(),
+        kind=kind_of_device(),
         machine=Machine(
             num_sms=num_sms, memory_bytes=_memory_bytes(device), item_bytes=dtype.itemsize
         ),
@@ -106,6 +104,14 @@ def here(config: architecture.ModelConfig) -> Bench:
         ),
         clock=clock_lib.Clock(),
     )
+
+
+def kind_of_device() -> manifest.Device:
+    """The first device of this process, as files name it."""
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        return manifest.Device(platform="gpu", name=device.device_kind)
+    return provenance.processor()
 
 
 def _memory_bytes(device: Any) -> int:
@@ -279,6 +285,7 @@ def _profile(
         dtype=header["dtype"],
         method=header["method"],
         date=today.isoformat(),
+        load=round(os.getloadavg()[0], 1),
         command=tuple(options.command),
         versions=header["versions"],
         commit=header["commit"],

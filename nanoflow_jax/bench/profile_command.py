@@ -1,4 +1,4 @@
-"""The command `search profile`: its flags, and what it says."""
+"""The commands `search profile` and `search check`: flags, and what is measured for them."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -7,10 +7,10 @@ from typing import TextIO
 
 from absl import flags as absl_flags
 
-from nanoflow_jax.bench import measured, profile_bench
+from nanoflow_jax.bench import measured, profile_bench, profile_check
 from nanoflow_jax.bench.profile_bench import Bench, Options
 from nanoflow_jax.models import architecture
-from nanoflow_jax.results import profile
+from nanoflow_jax.results import manifest, profile
 
 AUTO = "auto"
 
@@ -89,6 +89,35 @@ def run(
     with contextlib.ExitStack() as stack:
         bar = measured.Bar(stack, stream, unit="program")
         return profile_bench.run(options, bench(config), measured.Reports(say=say, progress=bar))
+
+
+def check(
+    model: str, device: manifest.Device, *, stream: TextIO, count: int = 40
+) -> list[profile_check.Steps]:
+    """Measures steps of an engine on the device of a profile.
+
+    Args:
+        model: What --model says.
+        device: Of the profile.
+        stream: Where progress goes.
+        count: Steps of each batch.
+
+    Raises:
+        ValueError: This machine has another device.
+    """
+    here = profile_bench.kind_of_device()
+    if here != device:
+        raise ValueError(
+            f"the profile was measured on {device.name} x{device.count} and this is {here.name} "
+            f"x{here.count}; check it there, or measure this one with search profile"
+        )
+    with contextlib.ExitStack() as stack:
+        return profile_check.measure(
+            profile_check.engine_config(model),
+            profile_check.USUAL,
+            count=count,
+            progress=measured.Bar(stack, stream, unit="load"),
+        )
 
 
 def _numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:

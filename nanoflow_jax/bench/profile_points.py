@@ -73,14 +73,14 @@ CPU = Scale(
     tokens=(16, 32, 64, 128, 256, 512),
     decode_rows=(1, 4, 16, 64, 256),
     contexts=(64, 256, 1024),
-    effort=kernel_timing.Effort(rounds=7, sample_s=0.02),
+    effort=kernel_timing.Effort(rounds=15, sample_s=0.005),
 )
 QUICK_CPU = dataclasses.replace(
     CPU,
     tokens=(64, 512),
     decode_rows=(4, 256),
     contexts=(64, 1024),
-    effort=kernel_timing.Effort(rounds=3, sample_s=0.01),
+    effort=kernel_timing.Effort(rounds=3, sample_s=0.005),
 )
 
 

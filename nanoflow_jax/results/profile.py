@@ -40,10 +40,6 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tile: str = ""
     seconds: tuple[float, ...]
 
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.seconds)
-
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A product and another operation side by side.
@@ -85,6 +81,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         dtype: Of weights and activations.
         method: Of timing: `cupti` or `wall`.
         date: Of the measurement.
+        load: Of the host at the end: programs that wanted to run, these times too.
         command: The command line.
         versions: Of packages.
         commit: Of the code; None if it was not known.
@@ -104,6 +101,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dtype: str
     method: str
     date: str
+    load: float
     command: tuple[str, ...]
     versions: dict[str, str]
     commit: str | None
@@ -116,7 +114,23 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def source(self) -> str:
         """Where its times come from, for people."""
         jax = self.versions.get("jax", "of an unknown version")
-        return f"measured on {self.device.name}, {self.date}, {self.dtype}, jax {jax}"
+        busy = ""
+        if self.is_busy:
+            busy = f", which was busy (load {self.load:g}; so the fastest samples count)"
+        return f"measured on {self.device.name}{busy}, {self.date}, {self.dtype}, jax {jax}"
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other programs took turns with what was timed."""
+        return self.device.platform == "cpu" and self.load > self.device.count + 1
+
+    def time_s(self, point: Point) -> float:
+        """Of an operation alone: the median of its samples.
+
+        On a busy machine it is the fastest, which was disturbed least: nothing makes it faster than
+        it is.
+        """
+        return min(point.seconds) if self.is_busy else statistics.median(point.seconds)
 
     def check(self) -> None:
         """Refuses what nobody can have measured.

@@ -8,6 +8,8 @@
 `python -m nanoflow_jax.search gate ...` with the same flags: from which dense batch on to split
 `python -m nanoflow_jax.search profile --model=llama-3-8b [--quick] [--tokens=128,256,512]
     [--contexts=256,1024] [--output=configs/profiles]`: times operations on this machine
+`python -m nanoflow_jax.search check --model=checkpoints/embedded --profile=configs/profiles`:
+    steps of an engine here, measured beside what the profile predicts
 `python -m nanoflow_jax.search paper`: NanoFlow's ablation, predicted beside what it printed
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 `python -m nanoflow_jax.search simulate --model=llama-3-8b --trace=sharegpt --rates=5,10,20
@@ -43,6 +45,7 @@ from nanoflow_jax.search import (
     plan_question,
     plan_report,
     profile_report,
+    profile_steps,
     profiles,
     simulate_command,
 )
@@ -287,6 +290,21 @@ def _measure() -> int:
     return 0
 
 
+def _check() -> int:
+    name, config = named.read(_FLAGS.model)
+    given = _given(name, config)
+    if given is None:
+        raise ValueError("--profile names the profile to check against measured steps")
+    found = profile_command.check(_FLAGS.model, given.file.device, stream=sys.stderr)
+    steps = [
+        profile_report.Step(requests=str(one.lengths), work=one.work, seconds=one.seconds)
+        for one in found
+    ]
+    predicted = profile_steps.ProfileSteps(given, _cluster(given))
+    print(profile_report.beside(predicted, steps, source=given.source))
+    return 0
+
+
 def _trace() -> int:
     if not _FLAGS.output:
         raise ValueError("--output names the CSV file that the requests go into")
@@ -334,6 +352,7 @@ def _paper() -> int:
 
 
 _COMMANDS = {
+    "check": _check,
     "cost": _cost,
     "draw": _draw_saved,
     "gate": _gate,
@@ -356,11 +375,14 @@ def _run(arguments: list[str]) -> int:
 
 def _check_profile(command: str) -> None:
     """Refuses a profile that would be left aside."""
-    takes = {"plan": True, "gate": True, "simulate": _FLAGS.profile != given_profile.PAPER}
-    if _FLAGS.profile != given_profile.DATASHEET and not takes.get(command, False):
+    known = {
+        given_profile.DATASHEET: _COMMANDS.keys(),
+        given_profile.PAPER: {"plan"},
+    }
+    if command not in known.get(_FLAGS.profile, {"plan", "gate", "simulate", "check"}):
         raise ValueError(
-            f"{command} does not go by --profile={_FLAGS.profile}: files are for plan, gate and "
-            "simulate, paper is for plan and gate"
+            f"{command} does not go by --profile={_FLAGS.profile}: files are for plan, gate, "
+            "simulate and check, paper is for plan"
         )
 
 

@@ -95,7 +95,7 @@ class Given:
                 context_len=point.context,
                 prefix_len=0,
             )
-            yield layer_work.work(self.config, point.operation, load), point.median_s
+            yield layer_work.work(self.config, point.operation, load), self.file.time_s(point)
 
 
 def read(

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from nanoflow_jax.cost import layer_work
 from nanoflow_jax.nanobatch.operations import Resource
@@ -29,7 +29,7 @@ class Times:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._points = by_operation(profile)
-        launches = [one.median_s for one in self._points.get(LAUNCH, ())]
+        launches = [profile.time_s(one) for one in self._points.get(LAUNCH, ())]
         # What a kernel's own clock saw has no launch in it.
         self.launch_s = min(launches, default=0.0)
         self._curves: dict[str, dict[int, monotone.Curve]] = {}
@@ -91,7 +91,7 @@ class Times:
                 f"{', '.join(sorted(self.operations))}; measure it again with search profile"
             )
         if operation not in self._curves:
-            self._curves[operation] = _curves(self._points[operation])
+            self._curves[operation] = _curves(self._profile, self._points[operation])
         return self._curves[operation]
 
     @staticmethod
@@ -111,17 +111,21 @@ class Times:
         return across(context)
 
 
-def _curves(points: Iterable[Point]) -> dict[int, monotone.Curve]:
+def _curves(profile: Profile, points: Iterable[Point]) -> dict[int, monotone.Curve]:
     """Curves over tokens by context, each point at its best cap and tile."""
-    best: dict[tuple[int, int], Point] = {}
+    best: dict[int, dict[int, Point]] = collections.defaultdict(dict)
     for point in points:
-        key = point.context, point.tokens
-        if key not in best or point.median_s < best[key].median_s:
-            best[key] = point
-    samples: dict[int, dict[int, Sequence[float]]] = collections.defaultdict(dict)
-    for (context, tokens), point in best.items():
-        samples[context][tokens] = point.seconds
-    return {context: monotone.fit(samples[context]) for context in sorted(samples)}
+        others = best[point.context]
+        known = others.get(point.tokens)
+        if known is None or profile.time_s(point) < profile.time_s(known):
+            others[point.tokens] = point
+    return {
+        context: monotone.fit(
+            {tokens: profile.time_s(point) for tokens, point in some.items()},
+            {tokens: statistics.pstdev(point.seconds) for tokens, point in some.items()},
+        )
+        for context, some in sorted(best.items())
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,17 +178,19 @@ class Measured:
         return name, tokens, 0.0
 
 
-def shares(points: Iterable[Point], num_sms: int) -> list[tuple[float, float]]:
+def shares(profile: Profile, points: Iterable[Point]) -> list[tuple[float, float]]:
     """Shares of a device and the best time on them, those that no other beats.
 
     Args:
+        profile: Of a device that has shares.
         points: Of one operation at one size.
-        num_sms: Of the device.
 
     Returns:
-        Pairs of SMs / num_sms and seconds; the first rise and the second fall.
+        Shares of its SMs, and seconds; the first rise and the second fall.
     """
-    found = [((one.num_ctas or num_sms) / num_sms, -one.median_s) for one in points]
+    sms = profile.num_sms
+    assert sms is not None, "the device has no shares"
+    found = [((one.num_ctas or sms) / sms, -profile.time_s(one)) for one in points]
     return [(share, -seconds) for share, seconds in monotone.unbeaten(found)]
 
 

@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -52,18 +51,18 @@ class Curve:
         return values[right - 1] + share * (values[right] - values[right - 1])
 
 
-def fit(samples: Mapping[int, Sequence[float]]) -> Curve:
-    """The never falling curve nearest to the medians of samples, in the sum of squares.
+def fit(values: Mapping[int, float], spreads: Mapping[int, float]) -> Curve:
+    """The never falling curve nearest to some values, in the sum of squares.
 
     Args:
-        samples: By place, at least one at each.
+        values: By place, at least one.
+        spreads: Of the samples there.
     """
-    places = tuple(sorted(samples))
-    medians = [statistics.median(samples[place]) for place in places]
+    places = tuple(sorted(values))
     return Curve(
         places=places,
-        values=tuple(rising(medians)),
-        spreads=tuple(statistics.pstdev(samples[place]) for place in places),
+        values=tuple(rising([values[place] for place in places])),
+        spreads=tuple(spreads[place] for place in places),
     )
 
 

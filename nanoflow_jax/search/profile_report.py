@@ -1,10 +1,14 @@
 """A profile in lines for people: times, their spread, and what is kept side by side."""
 
-from collections.abc import Iterator
+import dataclasses
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanoflow_jax.results.profile import LAUNCH, Point, Profile, by_operation
 from nanoflow_jax.search import measured
+from nanoflow_jax.search.profile_steps import ProfileSteps
+from nanoflow_jax.simulator.step_time import StepWork
 
 _MICRO = 1e6
 
@@ -33,9 +37,51 @@ def _lines(profile: Profile, path: Path) -> Iterator[str]:
             yield f"{name:20}{context or '':>8}  {row}"
     if profile.num_sms is not None:
         for name, points in by_operation(profile).items():
-            yield from _shares(name, points, profile.num_sms)
+            yield from _shares(profile, name, points)
     yield from measured.kept_lines(profile)
     yield from profile.notes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """Steps that were measured beside what is predicted of them.
+
+    Attributes:
+        requests: Which, for people.
+        work: Of a step.
+        seconds: Of each.
+    """
+
+    requests: str
+    work: StepWork
+    seconds: Sequence[float]
+
+
+def beside(steps: ProfileSteps, measured_steps: Sequence[Step], *, source: str) -> str:
+    """Predicted times of steps beside measured ones.
+
+    Args:
+        steps: What predicts them.
+        measured_steps: What was measured.
+        source: Of the prediction.
+    """
+    lines = [
+        f"predicted by operations {source}; without embedding, sampling and host",
+        f"{'requests':>10}{'tokens':>8}{'decoded':>9}{'cached':>8}"
+        f"{'predicted ms':>14}{'fastest ms':>12}{'median':>9}{'90 %':>9}"
+        f"{'of fastest':>12}{'of median':>11}",
+    ]
+    for step in measured_steps:
+        work, predicted = step.work, steps.predict(step.work).device_s
+        median = statistics.median(step.seconds)
+        least, high = min(step.seconds), statistics.quantiles(step.seconds, n=10)[-1]
+        context = work.decode_context / max(work.decode_rows, 1)
+        lines.append(
+            f"{step.requests:>10}{work.tokens:>8,}{work.decode_rows:>9,}{context:>8.0f}"
+            f"{1e3 * predicted:>14.2f}{1e3 * least:>12.2f}{1e3 * median:>9.2f}{1e3 * high:>9.2f}"
+            f"{100 * (predicted / least - 1):>+10.0f} %{100 * (predicted / median - 1):>+9.0f} %"
+        )
+    return "\n".join(lines)
 
 
 def _time(times: measured.Times, name: str, tokens: int, context: int) -> str:
@@ -43,11 +89,11 @@ def _time(times: measured.Times, name: str, tokens: int, context: int) -> str:
     return f"{tokens:,}: {seconds * _MICRO:,.0f} +- {spread * _MICRO:,.0f}"
 
 
-def _shares(name: str, points: list[Point], num_sms: int) -> Iterator[str]:
+def _shares(profile: Profile, name: str, points: list[Point]) -> Iterator[str]:
     """At the largest size: on which share of the SMs it takes how much longer."""
     largest = max((point.context, point.tokens) for point in points)
     some = [point for point in points if (point.context, point.tokens) == largest]
-    found = measured.shares(some, num_sms)
+    found = measured.shares(profile, some)
     if len(found) > 1:
         speeds = ", ".join(f"{share:.2f}: {found[-1][1] / s:.2f}" for share, s in found)
         yield f"{name} of {largest[1]:,} tokens, speed by share of the SMs: {speeds}"

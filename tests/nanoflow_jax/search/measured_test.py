@@ -31,6 +31,15 @@ def test_the_best_cap_and_tile_count_and_an_empty_program_is_taken_off():
     assert times.spread_s("o", 256) == pytest.approx(2.16, rel=1e-3)
 
 
+def test_on_a_busy_machine_the_sample_that_was_disturbed_least_counts():
+    samples = point("o", 128, 9.0, 2.0, 5.0)
+    assert _times(samples).seconds("o", 128) == 5.0
+    busy = profile_files.made(samples, load=2.5)
+    assert measured.Times(busy).seconds("o", 128) == 2.0
+    assert "Toy 1, which was busy (load 2.5; so the fastest samples count), 2026-" in busy.source
+    assert not profile_files.made(samples, load=2.5, num_sms=8).is_busy  # a GPU has its own clock
+
+
 def test_an_operation_that_was_timed_in_two_parts_takes_both():
     times = _times(point("norm", 128, 1.0), point("kqv", 128, 2.0))
     assert times.seconds("norm_kqv", 128) == 3.0
@@ -78,7 +87,8 @@ def test_shares_that_others_beat_are_left_out():
     points = [
         point("o", 128, seconds, num_ctas=sms) for sms, seconds in ((2, 4.0), (4, 5.0), (6, 2.0))
     ]
-    assert measured.shares([*points, point("o", 128, 1.0)], 8) == [
+    whole = profile_files.made(*points, point("o", 128, 1.0), num_sms=8)
+    assert measured.shares(whole, whole.points) == [
         (0.25, 4.0),
         (0.75, 2.0),
         (1.0, 1.0),
