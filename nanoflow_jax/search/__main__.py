@@ -284,7 +284,12 @@ def _plan() -> int:
 def _measure() -> int:
     name, config = named.read(_FLAGS.model)
     path = profile_command.run(
-        _FLAGS, name=name, config=config, say=print, stream=sys.stderr, command=sys.argv
+        _FLAGS,
+        name=name,
+        config=config,
+        say=print,
+        stream=sys.stderr,
+        command=("python", "-m", "nanoflow_jax.search", *sys.argv[1:]),
     )
     print(profile_report.text(profile_lib.read(path), path))
     return 0

@@ -68,18 +68,18 @@ def beside(steps: ProfileSteps, measured_steps: Sequence[Step], *, source: str) 
     lines = [
         f"predicted by operations {source}; without embedding, sampling and host",
         f"{'requests':>10}{'tokens':>8}{'decoded':>9}{'cached':>8}"
-        f"{'predicted ms':>14}{'fastest ms':>12}{'median':>9}{'90 %':>9}"
-        f"{'of fastest':>12}{'of median':>11}",
+        f"{'predicted ms':>14}{'measured ms':>13}{'10 to 90 %':>18}{'error':>9}",
     ]
     for step in measured_steps:
         work, predicted = step.work, steps.predict(step.work).device_s
         median = statistics.median(step.seconds)
-        least, high = min(step.seconds), statistics.quantiles(step.seconds, n=10)[-1]
+        low, *_, high = statistics.quantiles(step.seconds, n=10)
         context = work.decode_context / max(work.decode_rows, 1)
+        spread = f"{1e3 * low:.2f} - {1e3 * high:.2f}"
         lines.append(
             f"{step.requests:>10}{work.tokens:>8,}{work.decode_rows:>9,}{context:>8.0f}"
-            f"{1e3 * predicted:>14.2f}{1e3 * least:>12.2f}{1e3 * median:>9.2f}{1e3 * high:>9.2f}"
-            f"{100 * (predicted / least - 1):>+10.0f} %{100 * (predicted / median - 1):>+9.0f} %"
+            f"{1e3 * predicted:>14.2f}{1e3 * median:>13.2f}{spread:>18}"
+            f"{100 * (predicted / median - 1):>+7.0f} %"
         )
     return "\n".join(lines)
 

@@ -3,11 +3,12 @@ import profile_files
 import pytest
 from profile_files import point
 
-from nanoflow_jax.bench import profile_points
+from nanoflow_jax.bench import profile_bench, profile_command, profile_points
+from nanoflow_jax.bench.steady_state import Lengths, Load
 from nanoflow_jax.cost import serving
 from nanoflow_jax.engine import model_source
 from nanoflow_jax.models import named
-from nanoflow_jax.results import manifest, profile
+from nanoflow_jax.results import manifest, profile, provenance
 from nanoflow_jax.search import given_profile, profile_steps
 from nanoflow_jax.simulator.step_time import StepWork
 
@@ -16,6 +17,7 @@ _MODEL = f"--model={_FOLDER}"
 _, _CONFIG = named.read(_FOLDER)
 _SOURCE = "measured on Toy 1, 2026-11-26, float32, jax 0.10.2"
 _H200 = manifest.Device(platform="gpu", name="NVIDIA H200")
+_LOAD = Load(lengths=Lengths(prompt=6, output=10), dense_batch=16)
 # Microseconds a token, and a cached token of a row.
 _PRODUCTS = {"norm_kqv": 2.0, "o": 1.0, "up_gate": 6.0, "down": 3.0, "norm": 0.1, "rope": 0.1}
 _MORE = {"append": 0.1, "head": 5.0}
@@ -169,3 +171,38 @@ def test_a_model_is_measured_read_and_planned_with(ask, tmp_path):
     code, text, _ = ask("plan", _MODEL, f"--profile={tmp_path}", "--time_limit_s=1", *lengths)
     assert code == 0
     assert str(path) in text and "256 tokens a step" in text
+
+
+def test_a_profile_is_checked_on_its_own_device_alone(ask, cpu_profile):
+    code, _, complaint = ask("check", _MODEL, f"--profile={cpu_profile}")
+    assert code == 2
+    assert complaint.startswith("error: the profile was measured on Toy 1 x1 and this is ")
+    code, _, complaint = ask("check", _MODEL)
+    assert code == 2
+    assert complaint.startswith("error: --profile names the profile to check against measured")
+
+
+@pytest.mark.slow
+def test_predicted_steps_stand_beside_measured_ones(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_command.profile_check, "USUAL", (_LOAD,))
+    path = _write(tmp_path, device=profile_bench.kind_of_device(), memory_bytes=10**11)
+    code, text, progress = ask("check", _MODEL, f"--profile={path}")
+    assert code == 0
+    assert "1 of 1 loads" in progress
+    source, head, row = text.splitlines()
+    assert source.startswith("predicted by operations measured on ") and str(path) in source
+    requests, tokens, decoded, cached, predicted, median, *_ = row.split()
+    assert (requests, tokens) == ("6/10", "16")
+    assert 0 < int(decoded) <= 16 and 6 <= int(cached) <= 16
+    # In proportion to what was measured at 64 tokens, the fewest.
+    assert float(predicted) > 4 * 12.3 * 64e-3
+    assert float(median) > 0
+    assert head.split()[0] == "requests"
+
+
+def test_by_the_committed_profile_of_a_cpu_the_plan_of_one_nano_batch_wins(ask):
+    (path,) = (provenance.PROJECT / profile.FOLDER).glob("cpu-*/embedded.json")
+    lengths = ("--input_len=64", "--output_len=64")
+    code, text, _ = ask("plan", _MODEL, f"--profile={path}", *lengths)
+    assert code == 0
+    assert "best plan: one, " in text and f"({path})" in text
