@@ -45,6 +45,7 @@ class Outcome:
         period_s: Of it.
         bound_s: No plan of the ways that were asked for has a shorter period.
         candidates: All that were looked at, in order of their bounds.
+        least_gain: See `search`.
     """
 
     sequential_s: float
@@ -52,6 +53,7 @@ class Outcome:
     period_s: float
     bound_s: float
     candidates: tuple[Candidate, ...] = ()
+    least_gain: float = 0.0
 
     @property
     def gap(self) -> float:
@@ -133,6 +135,7 @@ def search(
         plan=builders.one(shape, num_tokens=num_tokens, num_sms=num_sms),
         period_s=best_s,
         bound_s=best_s,
+        least_gain=least_gain,
     )
     queue = sorted(
         ((bound_s(split, profile, speeds), name, split) for name, split in candidates), key=_key

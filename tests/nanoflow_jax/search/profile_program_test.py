@@ -206,3 +206,4 @@ def test_by_the_committed_profile_of_a_cpu_the_plan_of_one_nano_batch_wins(ask):
     code, text, _ = ask("plan", _MODEL, f"--profile={path}", *lengths)
     assert code == 0
     assert "best plan: one, " in text and f"({path})" in text
+    assert " %, the spread of what was measured" in text  # on a busy machine it is large
