@@ -95,16 +95,18 @@ def _draw_product(shape: shapes.Product, draw: Draw) -> Operands:
 
 
 def _product(shape: shapes.Product, setting: Setting) -> Task:
+    tile = setting.tile
+
     def draw(seed: int) -> Operands:
         drawn = _draw_product(shape, Draw(seed))
         weights = [drawn[name] for name in ("w", "w_up") if name in drawn]
         return {"ours": drawn, "stacked": jnp.stack(weights)}
 
     def run(operands: Operands, **how: Any) -> Array:
-        return gemm(**operands["ours"], **how)
+        return gemm(**operands["ours"], tile=tile, **how)
 
     found = [
-        *_on_shares(lambda operands: prepare_gemm(**operands["ours"]), setting),
+        *_on_shares(lambda operands: prepare_gemm(**operands["ours"], tile=tile), setting),
         *_static(run, setting),
         *baselines.products(setting),
     ]
@@ -292,7 +294,7 @@ def _pair(shape: shapes.Pair, setting: Setting) -> Task:
     def draw(seed: int) -> Operands:
         drawn = Draw(seed)
         product = _draw_product(shape.product, drawn)
-        weights = jnp.stack([product[name] for name in ("w", "w_up")])
+        weights = jnp.stack([product[name] for name in ("w", "w_up") if name in product])
         return {
             "product": product,
             "decode": _draw_decode(shape.decode, drawn),
@@ -423,6 +425,6 @@ def _plain_attention(operands: Operands, *, prefix_len: int | None) -> tuple[Arr
     return (jnp.moveaxis(mixed, 3, 1).reshape(R * T, N, H),)
 
 
-def operand_bytes(operands: Operands) -> int:
+def operand_bytes(operands: Any) -> int:
     """Of all arrays."""
     return sum(array.nbytes for array in jax.tree.leaves(operands))

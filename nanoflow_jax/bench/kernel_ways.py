@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
-from pallas_kernels import problem_shapes
+from pallas_kernels.gemm_role import GemmTile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,14 @@ class Setting:
         on_gpu: Else they are interpreted.
         num_sms: SMs of the device; of an interpreter, what it pretends to have.
         interpret: None on a GPU, or InterpretGPUParams.
+        tile: How our products are cut, `gemm_role.default_tile` unless given; grouped products
+            keep their own.
     """
 
     on_gpu: bool
     num_sms: int
     interpret: Any
+    tile: GemmTile | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,11 +81,20 @@ class Variant:
         return {"way": self.way.name, "num_ctas": self.num_ctas, "split": self.split}
 
 
+class Sized(Protocol):
+    """What is known of a problem before it is drawn."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what it reads and writes."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """One problem.
 
     Attributes:
+        shape: How much it moves.
         draw: Operands of a seed.
         reference: Takes operands; the results that each way must give.
         relative_error: Largest distance from them, as a share of them, in the 2-norm.
@@ -90,7 +102,7 @@ class Task:
         missing: Ways that cannot be had here, and why.
     """
 
-    shape: problem_shapes.Shape
+    shape: Sized
     draw: Callable[[int], Any]
     reference: Callable[[Any], tuple[Any, ...]]
     relative_error: float

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from nanoflow_jax.results.manifest import Device, Origin
@@ -76,10 +76,15 @@ def kernel_sources(kernels: Iterable[str], *, project: Path = PROJECT) -> dict[s
     return dict(sorted(found.items()))
 
 
-def changed_kernels(origin: Origin, *, project: Path = PROJECT) -> list[str]:
-    """Paths of kernel sources that are no longer what they were."""
+def changed_kernels(sources: Mapping[str, str], *, project: Path = PROJECT) -> list[str]:
+    """Paths of kernel sources that are no longer what they were.
+
+    Args:
+        sources: What `kernel_sources` found.
+        project: The checkout.
+    """
     changed = []
-    for path, digest in origin.kernel_sources.items():
+    for path, digest in sources.items():
         file = project / path
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             changed.append(path)

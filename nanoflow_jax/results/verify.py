@@ -56,7 +56,9 @@ def verify(path: Path, *, project: Path = provenance.PROJECT) -> Verdict:
         complaints = [*folder.damages(path, result.manifest, result.kind), *_claims(result)]
     except (ResultError, OSError) as error:
         return Verdict(path=path, result=None, complaints=(str(error),))
-    changed = tuple(provenance.changed_kernels(result.manifest.origin, project=project))
+    changed = tuple(
+        provenance.changed_kernels(result.manifest.origin.kernel_sources, project=project)
+    )
     if not changed and not complaints and result.manifest.status == "done":
         complaints += result.kind.complaints_today(result.manifest.run)
     return Verdict(path=path, result=result, complaints=tuple(complaints), changed=changed)

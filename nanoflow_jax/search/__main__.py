@@ -3,11 +3,15 @@
 `python -m nanoflow_jax.search cost --model=llama-2-70b --device=a100-80g --devices=8
     --input_len=512 --output_len=512 [--plot=FILE.svg]`
 `python -m nanoflow_jax.search plan --model=llama-3-8b --device=h200 --input_len=512
-    --output_len=512 [--dense_batch=2048] [--time_limit_s=120] [--output=FILE.json]
-    [--plot=FILE.svg]`
+    --output_len=512 [--dense_batch=2048] [--time_limit_s=120] [--profile=FILE_OR_FOLDER]
+    [--output=FILE.json] [--plot=FILE.svg]`
 `python -m nanoflow_jax.search gate ...` with the same flags: from which dense batch on to split
 `python -m nanoflow_jax.search paper [--requests=5000]`: what NanoFlow's paper prints, beside what
     is predicted
+`python -m nanoflow_jax.search profile --model=llama-3-8b [--quick] [--tokens=128,256,512]
+    [--contexts=256,1024] [--output=configs/profiles]`: times operations on this machine
+`python -m nanoflow_jax.search check --model=checkpoints/embedded --profile=configs/profiles`:
+    steps of an engine here, measured beside what the profile predicts
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 `python -m nanoflow_jax.search trace --trace=lmsys --compare=FILE.csv`: beside the trace itself
 `python -m nanoflow_jax.search simulate --model=llama-3-8b --trace=sharegpt --rates=5,10,20
@@ -15,28 +19,35 @@
 `python -m nanoflow_jax.search draw --input=FILE.json --picture=latency --plot=FILE.png`
 `python -m nanoflow_jax.search draw --plan=FILE.json --model=llama-3-8b --plot=FILE.html`
 
-Exit codes: 0 done, 2 wrong flags or files, 130 interrupted.
+Exit codes: 0 done, 1 failed while it ran, 2 wrong flags or files, 130 interrupted.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 
 from absl import flags as absl_flags
 
 from nanoflow_jax import console
+from nanoflow_jax.bench import profile_command
 from nanoflow_jax.cost import datasheets, serving
 from nanoflow_jax.cost.steady_state import Mix
-from nanoflow_jax.models import named, presets
+from nanoflow_jax.models import architecture, named, presets
 from nanoflow_jax.nanobatch import plan_file
 from nanoflow_jax.results import picture_file
+from nanoflow_jax.results import profile as profile_lib
 from nanoflow_jax.search import (
     cost_plot,
     cost_report,
+    given_profile,
+    interference,
     paper,
     plan_picture,
     plan_question,
     plan_report,
+    profile_report,
+    profile_steps,
     profiles,
     simulate_command,
 )
@@ -121,11 +132,11 @@ def define(values: absl_flags.FlagValues) -> None:
         "simulated, in an SVG, HTML or PNG file.",
         flag_values=values,
     )
-    absl_flags.DEFINE_enum(
+    absl_flags.DEFINE_string(
         "profile",
-        "datasheet",
-        ["datasheet", "paper"],
-        "Times of operations: the least by the device's datasheet, or what NanoFlow's authors "
+        given_profile.DATASHEET,
+        "Times of operations, of plan, gate and simulate: a file that search profile wrote, or a "
+        "folder of such; datasheet: the least by the device's; paper: what NanoFlow's authors "
         "measured of llama-2-70b on 8 A100s.",
         flag_values=values,
     )
@@ -137,10 +148,21 @@ def define(values: absl_flags.FlagValues) -> None:
         flag_values=values,
     )
     simulate_command.define(values)
+    profile_command.define(values)
 
 
-def _cluster() -> serving.Cluster:
-    accelerator = datasheets.accelerator(_FLAGS.device)
+def _given(name: str, config: architecture.ModelConfig) -> given_profile.Given | None:
+    """The profile that is named, if it fits the rest."""
+    given = given_profile.read(
+        _FLAGS.profile, name=name, config=config, num_devices=_FLAGS.devices // _FLAGS.stages
+    )
+    if given is not None and _FLAGS["device"].present:
+        given_profile.check_device(given, _FLAGS.device)
+    return given
+
+
+def _cluster(given: given_profile.Given | None = None) -> serving.Cluster:
+    accelerator = datasheets.accelerator(_FLAGS.device) if given is None else given.sheet
     if _FLAGS.teraflops is not None:
         accelerator = dataclasses.replace(accelerator, bf16_flops=_FLAGS.teraflops * 1e12)
     return serving.Cluster(
@@ -199,23 +221,47 @@ def _write(flag: str, content: str) -> None:
         raise ValueError(f"--{flag}={path} cannot be written: {error.strerror}") from error
 
 
-def _profile(asked: plan_question.Question) -> profiles.Profile:
-    return plan_question.profile(asked, from_paper=_FLAGS.profile == "paper")
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """Which plan is sought, by which times."""
+
+    name: str
+    question: plan_question.Question
+    given: given_profile.Given | None
+
+    def profile(self, question: plan_question.Question) -> profiles.Profile:
+        if self.given is not None:
+            return self.given.measured(question.load)
+        return plan_question.profile(question, from_paper=_FLAGS.profile == given_profile.PAPER)
+
+    @functools.cached_property
+    def speeds(self) -> interference.Speeds:
+        known = plan_question.speeds(self.question)
+        return known if self.given is None else self.given.speeds(known)
 
 
-def _asked() -> tuple[str, plan_question.Question]:
+def _asked() -> _Asked:
     name, config = named.read(_FLAGS.model)
-    return name, plan_question.Question(
-        config=config, cluster=_cluster(), mix=_mix(), dense_batch=_FLAGS.dense_batch
+    given = _given(name, config)
+    question = plan_question.Question(
+        config=config,
+        cluster=_cluster(given),
+        mix=_mix(),
+        dense_batch=_FLAGS.dense_batch,
+        most_tokens=None if given is None else given.most_tokens,
     )
+    return _Asked(name, question, given)
 
 
 def _gate() -> int:
-    name, asked = _asked()
-    found = plan_question.by_size(asked, seconds=_FLAGS.time_limit_s)
+    asked = _asked()
+    found = plan_question.by_size(
+        asked.question, seconds=_FLAGS.time_limit_s, times=asked.profile, speeds=asked.speeds
+    )
     if _FLAGS.output:
         _write("output", plan_file.to_json([one.plan for one in found.values()]))
-    print(f"{name}, {asked.mix}: predicted by {plan_question.profile(asked).source}")
+    source = asked.profile(asked.question).source
+    print(f"{asked.name}, {asked.question.mix}: predicted by {source}")
     for tokens, one in found.items():
         gain = one.sequential_s / one.period_s
         print(f"{tokens:>7,} tokens a step: {gain:.3f} x by {one.plan.name}")
@@ -225,17 +271,50 @@ def _gate() -> int:
 
 
 def _plan() -> int:
-    name, asked = _asked()
-    profile, speeds = _profile(asked), plan_question.speeds(asked)
-    outcome = plan_question.answer(asked, profile, speeds, seconds=_FLAGS.time_limit_s)
-    cluster = asked.cluster
-    where = f"{name} on {cluster.num_devices} x {cluster.accelerator.name}"
+    asked = _asked()
+    question, speeds = asked.question, asked.speeds
+    profile = asked.profile(question)
+    outcome = plan_question.answer(question, profile, speeds, seconds=_FLAGS.time_limit_s)
+    cluster = question.cluster
+    where = f"{asked.name} on {cluster.num_devices} x {cluster.accelerator.name}"
     if _FLAGS.output:
         _write("output", plan_file.to_json([outcome.plan]))
     if _FLAGS.plot:
         _write("plot", plan_report.draw(outcome.plan, profile, speeds, title=where))
-    print(f"{where}, {asked.mix}, {asked.tokens:,} tokens a step, {asked.decode_rows:,} decoded")
+    print(
+        f"{where}, {question.mix}, {question.tokens:,} tokens a step, "
+        f"{question.decode_rows:,} decoded"
+    )
     print(plan_report.text(outcome, profile, speeds))
+    return 0
+
+
+def _measure() -> int:
+    name, config = named.read(_FLAGS.model)
+    path = profile_command.run(
+        _FLAGS,
+        name=name,
+        config=config,
+        say=print,
+        stream=sys.stderr,
+        command=("python", "-m", "nanoflow_jax.search", *sys.argv[1:]),
+    )
+    print(profile_report.text(profile_lib.read(path), path))
+    return 0
+
+
+def _check() -> int:
+    name, config = named.read(_FLAGS.model)
+    given = _given(name, config)
+    if given is None:
+        raise ValueError("--profile names the profile to check against measured steps")
+    found = profile_command.check(_FLAGS.model, given.file.device, stream=sys.stderr)
+    steps = [
+        profile_report.Step(requests=str(one.lengths), work=one.work, seconds=one.seconds)
+        for one in found
+    ]
+    predicted = profile_steps.ProfileSteps(given, _cluster(given))
+    print(profile_report.beside(predicted, steps, source=given.source))
     return 0
 
 
@@ -266,7 +345,9 @@ def _trace() -> int:
 
 def _simulate() -> int:
     name, config = named.read(_FLAGS.model)
-    print(simulate_command.simulate(_FLAGS, name=name, config=config, cluster=_cluster()))
+    given = _given(name, config)
+    cluster = _cluster(given)
+    print(simulate_command.simulate(_FLAGS, name=name, config=config, cluster=cluster, given=given))
     return 0
 
 
@@ -292,11 +373,13 @@ def _paper() -> int:
 
 
 _COMMANDS = {
+    "check": _check,
     "cost": _cost,
     "draw": _draw_saved,
     "gate": _gate,
     "paper": _paper,
     "plan": _plan,
+    "profile": _measure,
     "simulate": _simulate,
     "trace": _trace,
 }
@@ -307,7 +390,21 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(
             f"say what to do: one of {', '.join(_COMMANDS)}; got {' '.join(arguments) or 'nothing'}"
         )
+    _check_profile(arguments[0])
     return _COMMANDS[arguments[0]]()
+
+
+def _check_profile(command: str) -> None:
+    """Refuses a profile that would be left aside."""
+    known = {
+        given_profile.DATASHEET: _COMMANDS.keys(),
+        given_profile.PAPER: {"plan"},
+    }
+    if command not in known.get(_FLAGS.profile, {"plan", "gate", "simulate", "check"}):
+        raise ValueError(
+            f"{command} does not go by --profile={_FLAGS.profile}: files are for plan, gate, "
+            "simulate and check, paper is for plan"
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -40,6 +40,11 @@ class Speeds:
         shares, speeds = zip(*self.points[resource], strict=True)
         return float(np.interp(share, shares, speeds))
 
+    @property
+    def gains_nothing(self) -> bool:
+        """Whether what one operation gets others lose: side by side is no faster than in turn."""
+        return all(speed <= share for points in self.points.values() for share, speed in points)
+
 
 # The table elides .3 to .7; decode attention at .4 is from the text on its figure 6, the rest of
 # the elided points are taken to lie on straight lines.

@@ -1,15 +1,17 @@
 """Which plan is sought: of a model, some devices and requests of one kind."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 from nanoflow_jax.cost import layer_work, serving
 from nanoflow_jax.cost.datasheets import Datasheet
 from nanoflow_jax.cost.steady_state import Mix
 from nanoflow_jax.models import architecture, huggingface, presets
+from nanoflow_jax.nanobatch import builders
 from nanoflow_jax.nanobatch.operations import LayerShape
 from nanoflow_jax.nanobatch.plan import GRANULE
-from nanoflow_jax.search import candidates, interference, plan_search, profiles
+from nanoflow_jax.search import candidates, interference, measured, plan_search, profiles
 
 # NanoFlow's dense batch; with more tokens products gain little.
 _USUAL_TOKENS = 2048
@@ -24,12 +26,14 @@ class Question:
         cluster: Where it runs.
         mix: The requests.
         dense_batch: Tokens of a step; None for the usual ones, or fewer where memory feeds fewer.
+        most_tokens: Where times are known of no more; None where they are known of any number.
     """
 
     config: architecture.ModelConfig
     cluster: serving.Cluster
     mix: Mix
     dense_batch: float | None = None
+    most_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,7 +46,8 @@ class Question:
         if self.mix.output_len:
             sizes = serving.sizes(self.config)
             largest = serving.largest_batch(sizes, self.cluster, self.mix)[1]
-        wanted = min(_USUAL_TOKENS, largest) if self.dense_batch is None else self.dense_batch
+        usual = min(_USUAL_TOKENS, largest, self.most_tokens or _USUAL_TOKENS)
+        wanted = usual if self.dense_batch is None else self.dense_batch
         if self.mix.output_len and wanted > largest:
             raise ValueError(
                 f"--dense_batch={wanted:g} is more than memory can feed, which is {largest:,.0f}"
@@ -75,6 +80,16 @@ class Question:
         return found
 
     @property
+    def load(self) -> layer_work.Load:
+        """Of a step."""
+        return layer_work.Load(
+            tokens=self.tokens,
+            decode_rows=self.decode_rows,
+            context_len=self.mix.decode_context,
+            prefix_len=self.mix.prefix,
+        )
+
+    @property
     def shape(self) -> LayerShape:
         """Of a layer on the devices of one stage."""
         return dataclasses.replace(self.config.layer_shape, num_devices=self.cluster.group_size)
@@ -95,17 +110,11 @@ def profile(asked: Question, *, from_paper: bool = False) -> profiles.Profile:
                 "ask for these, or take --profile=datasheet"
             )
         return profiles.PAPER_70B
-    load = layer_work.Load(
-        tokens=asked.tokens,
-        decode_rows=asked.decode_rows,
-        context_len=asked.mix.decode_context,
-        prefix_len=asked.mix.prefix,
-    )
     return profiles.Roofline(
         config=asked.config,
         num_devices=asked.cluster.group_size,
         sheet=asked.sheet,
-        load=load,
+        load=asked.load,
     )
 
 
@@ -116,7 +125,11 @@ def speeds(asked: Question) -> interference.Speeds:
 
 
 def answer(
-    asked: Question, profile: profiles.Profile, speeds: interference.Speeds, *, seconds: float
+    asked: Question,
+    profile: profiles.Profile,
+    speeds: interference.Speeds,
+    *,
+    seconds: float,
 ) -> plan_search.Outcome:
     """The best plan that an engine can load.
 
@@ -137,7 +150,22 @@ def answer(
         num_tokens=asked.tokens,
         num_sms=asked.sheet.num_sms,
         seconds=seconds,
+        least_gain=uncertainty(asked, profile),
     )
+
+
+def uncertainty(asked: Question, profile: profiles.Profile) -> float:
+    """Of the time of a layer, by how much samples of its operations were spread; 0 if unmeasured.
+
+    Raises:
+        ValueError: See `Question`.
+    """
+    if not isinstance(profile, measured.Measured):
+        return 0.0
+    names = [nano.operation for nano in builders.one(asked.shape, num_tokens=asked.tokens).order]
+    variance = sum(profile.spread_s(name, asked.tokens) ** 2 for name in names)
+    whole = sum(profile.seconds(name, asked.tokens) for name in names)
+    return math.sqrt(variance) / whole
 
 
 def sizes(asked: Question) -> tuple[int, ...]:
@@ -148,12 +176,20 @@ def sizes(asked: Question) -> tuple[int, ...]:
     return tuple(found if found[-1] == most else [*found, most])
 
 
-def by_size(asked: Question, *, seconds: float) -> dict[int, plan_search.Outcome]:
-    """The best plan of each of `sizes`, by times of datasheets.
+def by_size(
+    asked: Question,
+    *,
+    seconds: float,
+    times: Callable[[Question], profiles.Profile],
+    speeds: interference.Speeds,
+) -> dict[int, plan_search.Outcome]:
+    """The best plan of each of `sizes`.
 
     Args:
         asked: With the largest dense batch.
         seconds: Time to search, in all.
+        times: Of operations.
+        speeds: Of shares of a device.
 
     Raises:
         ValueError: See `Question`.
@@ -161,8 +197,7 @@ def by_size(asked: Question, *, seconds: float) -> dict[int, plan_search.Outcome
     questions = {tokens: dataclasses.replace(asked, dense_batch=tokens) for tokens in sizes(asked)}
     each = seconds / len(questions)
     return {
-        tokens: answer(one, profile(one), speeds(one), seconds=each)
-        for tokens, one in questions.items()
+        tokens: answer(one, times(one), speeds, seconds=each) for tokens, one in questions.items()
     }
 
 

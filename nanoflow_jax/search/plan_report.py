@@ -100,7 +100,11 @@ def _times(outcome: Outcome, profile: Profile) -> list[str]:
         f"nothing split, one after another: {whole * _MICRO:,.1f} us, {whole / period:.3f} x",
     ]
     if outcome.plan.name == "one":
-        lines.append("splitting does not pay here: no plan that splits is predicted to be shorter")
+        more = f" by more than {100 * outcome.least_gain:.0f} %, the spread of what was measured"
+        lines.append(
+            "splitting does not pay here: no plan that splits is predicted to be shorter"
+            + (more if outcome.least_gain else "")
+        )
     else:
         split = plan_search.split_s(outcome.plan, profile)
         lines.append(

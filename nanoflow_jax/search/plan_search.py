@@ -15,6 +15,7 @@ from nanoflow_jax.search.profiles import Profile
 
 # Layers of the model of which a plan's period is told: the middle ones are in the steady state.
 LAYERS = 24
+_ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Outcome:
         period_s: Of it.
         bound_s: No plan of the ways that were asked for has a shorter period.
         candidates: All that were looked at, in order of their bounds.
+        least_gain: See `search`.
     """
 
     sequential_s: float
@@ -51,6 +53,7 @@ class Outcome:
     period_s: float
     bound_s: float
     candidates: tuple[Candidate, ...] = ()
+    least_gain: float = 0.0
 
     @property
     def gap(self) -> float:
@@ -83,14 +86,16 @@ def sequential_s(shape: operations.LayerShape, num_tokens: int, profile: Profile
     return sum(profile.seconds(nano.operation, nano.tokens.length) for nano in plan.order)
 
 
-def bound_s(split: Split, profile: Profile) -> float:
-    """The busiest lane: no order and no sharing has a shorter period."""
+def bound_s(split: Split, profile: Profile, speeds: Speeds) -> float:
+    """The busiest lane, or all of them where sharing gains nothing: no period is shorter."""
     busy: dict[object, float] = {}
     for op in operations.layer_graph(split.shape).operations:
         for tokens in split.ranges.get(op.name, ()):
             lane = pipeline.lane(op)
             seconds = profile.seconds(op.name, tokens.length)
             busy[lane] = busy.get(lane, 0.0) + seconds
+    if speeds.gains_nothing:
+        return sum(busy.values())
     busy.pop(None, None)
     return max(busy.values())
 
@@ -104,6 +109,7 @@ def search(
     num_tokens: int,
     num_sms: int,
     seconds: float,
+    least_gain: float = 0.0,
     report: Callable[[Candidate], None] = lambda candidate: None,
 ) -> Outcome:
     """The best plan.
@@ -116,27 +122,34 @@ def search(
         num_tokens: Of the dense batch.
         num_sms: Of a device.
         seconds: Time to search, in all.
+        least_gain: By which share of the time of the plan that splits nothing another has to be
+            shorter: as much as times are uncertain by.
         report: Called with each candidate that was looked at.
     """
     until = time.monotonic() + seconds
     best_s = sequential_s(shape, num_tokens, profile)
+    # What has to be beaten; sums of the same times differ in their last bits.
+    enough_s = best_s * (1 - max(least_gain, _ROUNDING))
     outcome = Outcome(
         sequential_s=best_s,
         plan=builders.one(shape, num_tokens=num_tokens, num_sms=num_sms),
         period_s=best_s,
         bound_s=best_s,
+        least_gain=least_gain,
     )
-    queue = sorted(((bound_s(split, profile), name, split) for name, split in candidates), key=_key)
+    queue = sorted(
+        ((bound_s(split, profile, speeds), name, split) for name, split in candidates), key=_key
+    )
     for number, (bound, name, split) in enumerate(queue):
         candidate = Candidate(name=name, bound_s=bound)
         left = until - time.monotonic()
-        if bound < outcome.period_s and left > 0:
+        if bound < min(outcome.period_s, enough_s) and left > 0:
             each = max(left / (len(queue) - number), 1.0)
             found = _try(split, profile, speeds, num_sms=num_sms, name=name, seconds=each)
             if found is not None:
                 period_s = timeline.period_s(predict(found.plan, profile, speeds))
                 candidate = dataclasses.replace(candidate, plan=found.plan, period_s=period_s)
-                if period_s < outcome.period_s:
+                if period_s < min(outcome.period_s, enough_s):
                     outcome = dataclasses.replace(outcome, plan=found.plan, period_s=period_s)
         outcome = dataclasses.replace(
             outcome,

@@ -10,9 +10,10 @@ from nanoflow_jax.cost import serving
 from nanoflow_jax.cost.nanoflow_figures import FIGURE_8
 from nanoflow_jax.models import architecture
 from nanoflow_jax.results import picture_file
+from nanoflow_jax.search import given_profile, profile_steps
 from nanoflow_jax.simulator import calibration, loop, measures, pictures, result_file, served
 from nanoflow_jax.simulator.result_file import OneRate, Simulation
-from nanoflow_jax.simulator.step_time import Mode, Roofline
+from nanoflow_jax.simulator.step_time import Mode, Roofline, StepTimes
 from nanoflow_jax.workload import traces
 
 _PICTURES = ("latency", "resources", "throughput")
@@ -98,8 +99,16 @@ def simulate(
     name: str,
     config: architecture.ModelConfig,
     cluster: serving.Cluster,
+    given: given_profile.Given | None = None,
 ) -> str:
     """Runs simulations and writes what came of them.
+
+    Args:
+        flags: With those of `define`.
+        name: Of the model.
+        config: Its shape.
+        cluster: Where it runs.
+        given: A profile to go by, in place of what operations reach of a datasheet.
 
     Returns:
         Lines for people.
@@ -109,7 +118,10 @@ def simulate(
     """
     reached = calibration.REACHED[flags.reached]()
     setting = _served(flags, config, cluster)
-    times = Roofline(config, cluster, reached, flags.mode)
+    times: StepTimes = Roofline(config, cluster, reached, flags.mode)
+    mode, source = flags.mode, reached.source
+    if given is not None:
+        times, mode, source = _by_profile(flags, given, cluster), Mode.SEQUENTIAL, given.source
     requests = flags.trace or f"{flags.input_len:g}/{flags.output_len:g}"
     runs = []
     for rate in _rates(flags):
@@ -123,9 +135,9 @@ def simulate(
     optimal = cluster.flops / (2 * serving.sizes(config).active_parameters)
     found = Simulation(
         name=requests,
-        title=f"{name} on {devices} x {cluster.accelerator.name}, {requests}, {flags.mode.value}",
+        title=f"{name} on {devices} x {cluster.accelerator.name}, {requests}, {mode.value}",
         settings=_settings(flags),
-        source=reached.source,
+        source=source,
         num_devices=devices,
         optimal_tokens_per_s=optimal * setting.num_replicas * reached.product_fraction,
         runs=tuple(runs),
@@ -141,11 +153,24 @@ def simulate(
     return "\n".join(_text(found, flags.objective_ms / 1e3))
 
 
+def _by_profile(
+    flags: absl_flags.FlagValues, given: given_profile.Given, cluster: serving.Cluster
+) -> profile_steps.ProfileSteps:
+    asked = {"mode": flags.mode is not Mode.SEQUENTIAL, "reached": True}
+    for name, is_other in asked.items():
+        if flags[name].present and is_other:
+            raise ValueError(
+                f"--{name} and --profile={given.path} cannot both be given: steps of a profile are "
+                "one operation after another, as measured; leave one out"
+            )
+    return profile_steps.ProfileSteps(given, cluster)
+
+
 def _settings(flags: absl_flags.FlagValues) -> dict[str, object]:
     names = (
         *("model", "device", "devices", "teraflops", "input_len", "output_len", "trace"),
         *("requests", "duration_s", "warm_up_s", "seed", "reached", "data_parallel", "page_size"),
-        *("dense_batch", "fixed_batch", "host_ms", "async_scheduling", "max_tokens"),
+        *("profile", "dense_batch", "fixed_batch", "host_ms", "async_scheduling", "max_tokens"),
     )
     return {"mode": flags.mode.value, **{name: flags[name].value for name in names}}
 
@@ -192,7 +217,9 @@ def _requests(flags: absl_flags.FlagValues, name: str, rate: float | None) -> tr
 
 def _text(found: Simulation, objective_s: float) -> Iterator[str]:
     devices, top = found.num_devices, found.optimal_tokens_per_s
-    yield f"{found.title}; nothing was measured: steps by {found.source}"
+    by_profile = found.settings.get("profile", given_profile.DATASHEET) != given_profile.DATASHEET
+    how = "simulated" if by_profile else "nothing was measured"
+    yield f"{found.title}; {how}: steps by {found.source}"
     yield (
         "    rate  tokens/s a device  of optimal  TTFT mean / p99 s  TPOT mean / p99 ms  "
         "normalised mean / p50 / p90 / p99 ms"

@@ -1,22 +1,26 @@
 """What is timed at the sizes that are served, lowered and compiled for a GPU that is not there."""
 
+import dataclasses
+
 import deviceless
 import jax
 import kernel_runs
 import numpy as np
 import pytest
 
-from nanoflow_jax.bench import kernel_baselines, kernel_peers, kernel_tasks
+from nanoflow_jax.bench import kernel_baselines, kernel_peers, kernel_tasks, profile_points
 from nanoflow_jax.bench.kernel_ways import Setting
+from nanoflow_jax.bench.profile_points import Item
+from nanoflow_jax.models import huggingface, presets
 from pallas_kernels import mosaic, problem_shapes
 
 _H200 = Setting(on_gpu=True, num_sms=132, interpret=None)
 _SHAPES = {problem.name: problem.shape for problem in problem_shapes.problems()}
 
 
-def _programs(shape):
+def _programs(shape, setting=_H200):
     """Our ways with the shapes of what they take."""
-    task = kernel_tasks.build(shape, _H200)
+    task = kernel_tasks.build(shape, setting)
     operands = jax.eval_shape(lambda: task.draw(0))
     more = {variant.way: variant.more for variant in task.variants}
     return {
@@ -39,6 +43,23 @@ def _programs(shape):
 )
 def test_all_that_is_timed_of_ours_lowers_for_hopper(name):
     for function, *shapes in _programs(_SHAPES[name]).values():
+        assert "mosaic_gpu_v2" in kernel_runs.lowered(function, *shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "item",
+    [
+        Item(operation="up_gate", tokens=512, by_kernel=True, tile=profile_points.tiles(2)[0]),
+        Item(operation="kqv", tokens=512, context=1024, by_kernel=True, beside=64),
+    ],
+    ids=lambda item: item.name,
+)
+def test_what_a_profile_adds_to_that_lowers_for_hopper(item):
+    """Products cut otherwise than by default, and pairs with products that have one weight."""
+    config = huggingface.read_config(presets.load("llama-3-8b"))
+    setting = dataclasses.replace(_H200, tile=item.tile)
+    for function, *shapes in _programs(profile_points.shape_of(config, item), setting).values():
         assert "mosaic_gpu_v2" in kernel_runs.lowered(function, *shapes)
 
 

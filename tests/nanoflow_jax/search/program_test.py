@@ -7,7 +7,7 @@ from nanoflow_jax.engine import model_source
 from nanoflow_jax.nanobatch import builders, operations, plan_file
 from nanoflow_jax.search import plan_question, plan_search
 
-_COMMANDS = "cost, draw, gate, paper, plan, simulate, trace"
+_COMMANDS = "check, cost, draw, gate, paper, plan, profile, simulate, trace"
 
 
 def _line(text, start):
