@@ -69,3 +69,8 @@ ROOFLINE = Speeds(
     },
     source="how many SMs fill memory, by its bandwidth; of the network, " + TABLE_3.source,
 )
+
+
+def of_device(name: str) -> Speeds:
+    """What is known of sharing a device of that name; of an A100 the paper measured it."""
+    return TABLE_3 if name.startswith("A100") else ROOFLINE

@@ -63,10 +63,14 @@ def durations_s(plan: Plan, profile: Profile, speeds: Speeds) -> dict[str, float
     found = {}
     for place, (key, nano) in enumerate(zip(plan.keys, plan.order, strict=True)):
         seconds = profile.seconds(nano.operation, nano.tokens.length)
-        if nano.lane is not None:
-            seconds /= speeds.speed(nano.lane, plan.num_ctas(place) / plan.num_sms)
-        found[key] = seconds
+        found[key] = seconds / speed(plan, place, speeds)
     return found
+
+
+def speed(plan: Plan, place: int, speeds: Speeds) -> float:
+    """Of a nano-operation on its share of the device, as a share of that on all of it."""
+    lane = plan.order[place].lane
+    return 1.0 if lane is None else speeds.speed(lane, plan.num_ctas(place) / plan.num_sms)
 
 
 def predict(

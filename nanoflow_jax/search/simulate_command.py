@@ -1,5 +1,6 @@
 """`simulate` and `draw`: a serving loop in simulated time, and pictures of what came of it."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 
@@ -10,11 +11,13 @@ from nanoflow_jax.models import architecture
 from nanoflow_jax.results import picture_file
 from nanoflow_jax.scheduler import buckets as bucket_list
 from nanoflow_jax.scheduler import scheduler
+from nanoflow_jax.search import given_plans, interference, plan_steps
 from nanoflow_jax.simulator import calibration, loop, measures, pictures, result_file
 from nanoflow_jax.simulator.result_file import OneRate, Simulation
-from nanoflow_jax.simulator.step_time import Mode, Roofline
+from nanoflow_jax.simulator.step_time import Mode, Reached, Roofline, StepTimes
 from nanoflow_jax.workload import traces
 
+_USUAL_TOKENS = 2048  # of a dense batch
 _PICTURES = ("latency", "resources", "throughput")
 
 
@@ -77,7 +80,11 @@ def define(values: absl_flags.FlagValues) -> None:
         flag_values=values,
     )
     absl_flags.DEFINE_string(
-        "plan", None, "A file of plans: its pipeline is drawn.", flag_values=values
+        "plan",
+        None,
+        "A file of plans: its pipeline is drawn; or steps are simulated as these plans run them, "
+        "beside the same without plans.",
+        flag_values=values,
     )
     absl_flags.DEFINE_list("input", [], "Saved simulations to draw.", flag_values=values)
     absl_flags.DEFINE_enum(
@@ -101,8 +108,70 @@ def simulate(
         ValueError: Flags that do not go together.
     """
     reached = calibration.REACHED[flags.reached]()
-    served = _served(flags, config, cluster)
+    if flags.plan:
+        return _simulate_plans(flags, name=name, config=config, cluster=cluster, reached=reached)
     times = Roofline(config, cluster, reached, flags.mode)
+    served = _served(flags, config, cluster, tokens=int(flags.dense_batch or _USUAL_TOKENS))
+    asked = _Asked(name, config, cluster, reached, served)
+    found = _run(flags, asked, times, how=flags.mode.value)
+    _keep(flags, found)
+    return "\n".join(_text(found, flags.objective_ms / 1e3))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is simulated."""
+
+    name: str
+    config: architecture.ModelConfig
+    cluster: serving.Cluster
+    reached: Reached
+    served: loop.Served
+
+
+def _simulate_plans(
+    flags: absl_flags.FlagValues,
+    *,
+    name: str,
+    config: architecture.ModelConfig,
+    cluster: serving.Cluster,
+    reached: Reached,
+) -> str:
+    """The loop as plans run it, and beside it as it runs without them."""
+    if flags["mode"].present:
+        raise ValueError(
+            f"--mode={flags.mode.value} and --plan cannot both be given: a plan says how the "
+            "operations of a layer run; leave one out"
+        )
+    device = cluster.accelerator
+    plans = given_plans.read(
+        flags.plan, given_plans.shape(config, num_devices=cluster.group_size), device
+    )
+    largest = given_plans.choose(flags.plan, plans, flags.dense_batch)
+    served = _served(flags, config, cluster, tokens=largest.num_tokens)
+    sizes = {bucket.tokens for bucket in served.buckets}
+    fitting = {tokens: plan for tokens, plan in plans.items() if tokens in sizes}
+    speeds = interference.of_device(device.name)
+    asked = _Asked(name, config, cluster, reached, served)
+    plain = _run(
+        flags, asked, Roofline(config, cluster, reached, Mode.SEQUENTIAL), how="sequential"
+    )
+    steps = plan_steps.PlanSteps(config, cluster, reached, plans=fitting, speeds=speeds)
+    found = _run(flags, asked, steps, how=f"plan {largest.name}")
+    found = dataclasses.replace(
+        found, source=f"{found.source}; speeds on shares of a device: {speeds.source}"
+    )
+    _keep(flags, found)
+    lines = [*_text(found, flags.objective_ms / 1e3), "", *_text(plain, flags.objective_ms / 1e3)]
+    for with_plan, without in zip(found.runs, plain.runs, strict=True):
+        gain = with_plan.summary.steady_tokens_per_s / without.summary.steady_tokens_per_s
+        lines.append(f"{_rate(with_plan)}: {gain:.3f} x the throughput without plans")
+    return "\n".join(lines)
+
+
+def _run(flags: absl_flags.FlagValues, asked: _Asked, times: StepTimes, *, how: str) -> Simulation:
+    """Simulates each rate."""
+    served, cluster, reached = asked.served, asked.cluster, asked.reached
     requests = flags.trace or f"{flags.input_len:g}/{flags.output_len:g}"
     runs = []
     for rate in _rates(flags):
@@ -110,16 +179,20 @@ def simulate(
         shown = measures.timeline(run, num_pages=served.num_pages, num_replicas=served.num_replicas)
         runs.append(OneRate(rate=rate, summary=measures.summarise(run), timeline=shown))
     devices = cluster.num_devices * served.num_replicas
-    optimal = cluster.flops / (2 * serving.sizes(config).active_parameters)
-    found = Simulation(
+    optimal = cluster.flops / (2 * serving.sizes(asked.config).active_parameters)
+    return Simulation(
         name=requests,
-        title=f"{name} on {devices} x {cluster.accelerator.name}, {requests}, {flags.mode.value}",
+        title=f"{asked.name} on {devices} x {cluster.accelerator.name}, {requests}, {how}",
         settings=_settings(flags),
         source=reached.source,
         num_devices=devices,
         optimal_tokens_per_s=optimal * served.num_replicas * reached.product_fraction,
         runs=tuple(runs),
     )
+
+
+def _keep(flags: absl_flags.FlagValues, found: Simulation) -> None:
+    """Saves and draws it, where that is asked for."""
     if flags.output:
         try:
             result_file.write(found, pathlib.Path(flags.output))
@@ -128,22 +201,25 @@ def simulate(
             raise ValueError(message) from error
     if flags.plot:
         _plot(flags, [found])
-    return "\n".join(_text(found, flags.objective_ms / 1e3))
 
 
 def _settings(flags: absl_flags.FlagValues) -> dict[str, object]:
     names = (
         *("model", "device", "devices", "teraflops", "input_len", "output_len", "trace"),
         *("requests", "duration_s", "seed", "reached", "data_parallel", "page_size"),
-        *("dense_batch", "fixed_batch", "host_ms", "async_scheduling", "max_tokens"),
+        *("dense_batch", "fixed_batch", "host_ms", "async_scheduling", "max_tokens", "plan"),
     )
-    return {"mode": flags.mode.value, **{name: flags[name].value for name in names}}
+    mode = None if flags.plan else flags.mode.value
+    return {"mode": mode, **{name: flags[name].value for name in names}}
 
 
 def _served(
-    flags: absl_flags.FlagValues, config: architecture.ModelConfig, cluster: serving.Cluster
+    flags: absl_flags.FlagValues,
+    config: architecture.ModelConfig,
+    cluster: serving.Cluster,
+    *,
+    tokens: int,
 ) -> loop.Served:
-    tokens = int(flags.dense_batch or 2048)
     sizes = serving.sizes(config)
     room = serving.cache_bytes(sizes, cluster)
     num_pages = int(room // (sizes.kv_bytes_per_token * flags.page_size))
@@ -198,12 +274,11 @@ def _text(found: Simulation, objective_s: float) -> Iterator[str]:
     )
     for one in found.runs:
         s = one.summary
-        rate = "at once" if one.rate is None else f"{one.rate:g}"
         tpot = "-" if s.tpot_s is None else f"{1e3 * s.tpot_s.mean:.0f} / {1e3 * s.tpot_s.p99:.0f}"
         each = s.normalised_s
         spread = " / ".join(f"{1e3 * v:.0f}" for v in (each.mean, each.p50, each.p90, each.p99))
         yield (
-            f"{rate:>8} {s.steady_tokens_per_s / devices:>18,.0f} "
+            f"{_rate(one):>8} {s.steady_tokens_per_s / devices:>18,.0f} "
             f"{100 * s.steady_tokens_per_s / top:>9.1f} % "
             f"{f'{s.ttft_s.mean:.2f} / {s.ttft_s.p99:.2f}':>18} {tpot:>19} {spread:>37}"
         )
@@ -219,6 +294,10 @@ def _text(found: Simulation, objective_s: float) -> Iterator[str]:
             f"{s.num_steps:,} steps; {s.num_preemptions} preemptions, {s.surplus_tokens} surplus "
             "tokens"
         )
+
+
+def _rate(one: OneRate) -> str:
+    return "at once" if one.rate is None else f"{one.rate:g}"
 
 
 def draw(flags: absl_flags.FlagValues) -> str:
