@@ -24,9 +24,14 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from scipy import optimize, sparse
 
+from nanoflow_jax.search import standard_output
+
 _MOST_AHEAD = 3  # layers under way at once
 # Of each task, in periods, as a sum of variables.
 Lengths = Mapping[str, Mapping[Hashable, float]]
+# HiGHS of scipy 1.17 prints it whatever its options, where it mends a solution that rounding has
+# moved off a row.
+_SOLVER_LINE = "HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();"
 _PREFER_EARLY = 1e-4  # of a period: among equal schedules, the one with fewer layers under way
 
 
@@ -144,13 +149,14 @@ class Program:
         shape = (len(self._rows), len(self._low))
         matrix = sparse.csr_array((data, (row_of, column_of)), shape=shape)
         lows, highs = np.array([[low, high] for _, low, high in self._rows]).T
-        found = optimize.milp(
-            np.array(self._cost),
-            integrality=np.array(self._is_whole, int),
-            bounds=optimize.Bounds(np.array(self._low), np.array(self._high)),
-            constraints=optimize.LinearConstraint(matrix, lows, highs),
-            options={"time_limit": seconds, "mip_rel_gap": 1e-6},
-        )
+        with standard_output.without(_SOLVER_LINE):
+            found = optimize.milp(
+                np.array(self._cost),
+                integrality=np.array(self._is_whole, int),
+                bounds=optimize.Bounds(np.array(self._low), np.array(self._high)),
+                constraints=optimize.LinearConstraint(matrix, lows, highs),
+                options={"time_limit": seconds, "mip_rel_gap": 1e-6},
+            )
         if found.x is None:
             raise ProgramError(f"no schedule was found within {seconds:g} s: {found.message}")
         values = {name: float(found.x[i]) for name, i in self._number.items()}
