@@ -5,7 +5,7 @@ What those make of it is measured, and is more than 0.4: they are not bound by w
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -39,6 +39,30 @@ class Speeds:
         """Speed on a share."""
         shares, speeds = zip(*self.points[resource], strict=True)
         return float(np.interp(share, shares, speeds))
+
+    def rounded(self, shares: Sequence[float], num_sms: int) -> "Speeds":
+        """Speeds on some shares of a device of so many SMs, of which each task gets whole ones.
+
+        Args:
+            shares: Rising, the last is 1.
+            num_sms: Of the device.
+        """
+        whole = {share: num_ctas(share, num_sms) / num_sms for share in shares}
+        return Speeds(
+            points={
+                resource: (
+                    (0.0, 0.0),
+                    *((share, self.speed(resource, whole[share])) for share in shares),
+                )
+                for resource in self.points
+            },
+            source=self.source,
+        )
+
+
+def num_ctas(share: float, num_sms: int) -> int:
+    """SMs of a share: whole ones, at least one."""
+    return max(1, int(share * num_sms + 1e-6))
 
 
 # The table elides .3 to .7; decode attention at .4 is from the text on its figure 6, the rest of

@@ -32,7 +32,8 @@ Lengths = Mapping[str, Mapping[Hashable, float]]
 # HiGHS of scipy 1.17 prints it whatever its options, where it mends a solution that rounding has
 # moved off a row.
 _SOLVER_LINE = "HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();"
-_PREFER_EARLY = 1e-4  # of a period: among equal schedules, the one with fewer layers under way
+_INFEASIBLE = 2  # a status of scipy.optimize.milp
+_PREFER_EARLY = 1e-5  # of a period: among equal schedules, the one with fewer layers under way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,10 @@ class Schedule:
 
 class ProgramError(Exception):
     """No schedule was found."""
+
+
+class NoScheduleError(ProgramError):
+    """There is none."""
 
 
 class Program:
@@ -157,6 +162,8 @@ class Program:
                 constraints=optimize.LinearConstraint(matrix, lows, highs),
                 options={"time_limit": seconds, "mip_rel_gap": 1e-6},
             )
+        if found.status == _INFEASIBLE:
+            raise NoScheduleError("there is no such schedule")
         if found.x is None:
             raise ProgramError(f"no schedule was found within {seconds:g} s: {found.message}")
         values = {name: float(found.x[i]) for name, i in self._number.items()}
@@ -207,9 +214,14 @@ def best_schedule(
     return Schedule(
         period_s=period_s,
         starts={task.name: values["start", task.name] for task in tasks},
-        bound_s=min(period_s, scale / max(-bound, 1e-12)),
+        bound_s=min(period_s, scale / highest_rate(bound)),
         is_best=is_best,
     )
+
+
+def highest_rate(bound: float) -> float:
+    """The most that the rate can be by the bound of the cost, which starts are a small part of."""
+    return max(-bound + _PREFER_EARLY * _MOST_AHEAD, 1e-12)
 
 
 def lane_pairs(tasks: Sequence[Task]) -> list[tuple[str, str]]:
@@ -255,6 +267,23 @@ def add_order(program: Program, one: str, other: str, lengths: Lengths) -> None:
     program.variable(ahead, low=-most, high=most, is_whole=True)
     program.row({**_after(one, other, lengths), ahead: 1.0}, low=0.0)
     program.row({**_after(other, one, lengths), ahead: -1.0}, low=-1.0)
+
+
+def add_order_unless(
+    program: Program, one: str, other: str, lengths: Lengths, *, unless: Hashable
+) -> None:
+    """Adds that two tasks never run at once unless a variable is 1, which is 0 or 1."""
+    most = 2.0 * _MOST_AHEAD
+    ahead: Hashable = ("ahead", one, other)
+    program.variable(ahead, low=-most, high=most, is_whole=True)
+    # For two that run at once some whole number is short of the rows by less than a period.
+    program.row({**_after(one, other, lengths), ahead: 1.0, unless: 1.0}, low=0.0)
+    program.row({**_after(other, one, lengths), ahead: -1.0, unless: 1.0}, low=-1.0)
+
+
+def add_start(program: Program, name: str) -> None:
+    """Adds when one task starts: a schedule may be shifted, and needs to be found in one place."""
+    program.row({("start", name): 1.0}, low=1.0, high=1.0)
 
 
 def add_fixed_order(program: Program, one: str, other: str, ahead: int, lengths: Lengths) -> None:

@@ -136,6 +136,7 @@ def answer(
         num_tokens=asked.tokens,
         num_sms=asked.sheet.num_sms,
         seconds=seconds,
+        near=candidates.near,
     )
 
 
