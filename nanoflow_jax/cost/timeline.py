@@ -78,12 +78,10 @@ def durations(
 def predict(dependencies: Dependencies, durations_s: Mapping[str, float]) -> tuple[Span, ...]:
     """When each nano-operation would run: as soon as all that it waits for has ended."""
     plan = dependencies.plan
-    ends: dict[object, float] = {}
     spans = []
-    for node in dependencies.nodes:
+    times = times_s(dependencies, durations_s)
+    for node, (start, end) in zip(dependencies.nodes, times, strict=True):
         key, nano = plan.keys[node.place], plan.order[node.place]
-        start = max((ends[first] for first in dependencies.waits_for(node)), default=0.0)
-        ends[node] = start + durations_s[key]
         spans.append(
             Span(
                 layer=node.layer,
@@ -91,10 +89,22 @@ def predict(dependencies: Dependencies, durations_s: Mapping[str, float]) -> tup
                 resource=nano.lane or plan.graph.by_name[nano.operation].resource,
                 num_ctas=plan.num_ctas(node.place),
                 start_s=start,
-                end_s=ends[node],
+                end_s=end,
             )
         )
     return tuple(spans)
+
+
+def times_s(
+    dependencies: Dependencies, durations_s: Mapping[str, float]
+) -> list[tuple[float, float]]:
+    """When each nano-operation would start and end, in order of issue."""
+    seconds = [durations_s[key] for key in dependencies.plan.keys]
+    found: list[tuple[float, float]] = []
+    for node, firsts in zip(dependencies.nodes, dependencies.waits, strict=True):
+        start = max([found[first][1] for first in firsts], default=0.0)
+        found.append((start, start + seconds[node.place]))
+    return found
 
 
 def period_s(spans: Sequence[Span]) -> float:

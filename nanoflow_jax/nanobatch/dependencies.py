@@ -156,6 +156,11 @@ class Dependencies:
         return {self.nodes[i]: rule for i, rule in sorted(found.items())}
 
     @functools.cached_property
+    def waits(self) -> tuple[tuple[int, ...], ...]:
+        """What each node waits for directly, all of them by their number in `nodes`."""
+        return tuple(tuple(sorted(rules)) for rules in self._rules)
+
+    @functools.cached_property
     def ancestors(self) -> list[int]:
         """For each node a set, in bits by number in `nodes`, of those that run before it."""
         found: list[int] = []

@@ -150,6 +150,15 @@ class Plan:
         """Layers that are under way at once, less one."""
         return max(nano.shift for nano in self.order)
 
+    def decode_share(self, tokens: TokenRange) -> float:
+        """Of a step's decode rows, the share that lies among some tokens: a row of `cells`."""
+        inside = (
+            weight
+            for weight, cell in zip(self.decode_weights, self.cells, strict=True)
+            if cell.overlaps(tokens)
+        )
+        return sum(inside) / sum(self.decode_weights)
+
     def num_ctas(self, place: int) -> int:
         """SMs that a nano-operation may use: its cap, or all."""
         cap = self.order[place].num_ctas

@@ -135,8 +135,9 @@ class Analysis:
 
         Beside attention that is products and, over several devices, sums; beside sums it is
         products and prefill attention, which computes too. Where none is found, nano-operations
-        are left out if the plan wants some of which the compiler does not tell, or none because
-        nothing comes after their layer.
+        are left out if the plan wants some of which the compiler does not tell; or none, because
+        nothing comes after their layer, or because the pipeline still fills: the turn lacks what
+        belongs to layers before the first.
         """
         for node in self.seen:
             if self.operation(node).name not in names:
@@ -145,9 +146,14 @@ class Analysis:
             told = [other for other in others if other in self._works]
             found = tuple(other for other in told if self.are_unordered(node, other))
             wanted = [other for other in others if self.wanted.are_unordered(node, other)]
-            is_last = not wanted and node.layer == self.wanted.nodes[-1].layer
-            if found or not (is_last or any(other not in self._works for other in wanted)):
+            is_at_end = self._is_filling(node) or node.layer == self.wanted.nodes[-1].layer
+            is_missing = any(other not in self._works for other in wanted)
+            if found or not (is_missing or (is_at_end and not wanted)):
                 yield Beside(node=node, others=found)
+
+    def _is_filling(self, node: Node) -> bool:
+        """Whether its turn has parts of some layers only, as the first layer has just begun."""
+        return node.layer < self.plan.order[node.place].shift
 
     def _are_partners(self, node: Node, other: Node) -> bool:
         if self._share_tokens(node, other):

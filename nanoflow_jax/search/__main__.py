@@ -15,7 +15,8 @@
 `python -m nanoflow_jax.search trace --trace=lmsys --requests=50000 --output=FILE.csv [--rate=10]`
 `python -m nanoflow_jax.search trace --trace=lmsys --compare=FILE.csv`: beside the trace itself
 `python -m nanoflow_jax.search simulate --model=llama-3-8b --trace=sharegpt --rates=5,10,20
-    --duration_s=300 [--mode=best] [--reached=datasheet] [--output=FILE.json] [--plot=FILE.png]`
+    --duration_s=300 [--mode=best | --plan=FILE.json] [--reached=datasheet] [--output=FILE.json]
+    [--plot=FILE.png]`
 `python -m nanoflow_jax.search draw --input=FILE.json --picture=latency --plot=FILE.png`
 `python -m nanoflow_jax.search draw --plan=FILE.json --model=llama-3-8b --plot=FILE.html`
 

@@ -1,6 +1,7 @@
 """Ways of splitting a layer's operations, among which a search chooses."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 from nanoflow_jax.nanobatch import operations
 from nanoflow_jax.nanobatch.plan import TokenRange, cut_at
@@ -32,7 +33,7 @@ def splits(
             fine = halves if parts == len(halves) else _cut_each(halves, granule)
             if fine is None:
                 continue
-            for way, chosen in _ways(shape, halves, mixes_ways=mixes_ways):
+            for chosen in _ways(shape, halves, mixes_ways=mixes_ways):
                 ranges = {
                     **dict.fromkeys(("norm_kqv", "rope", "append", "decode_attention"), fine),
                     **dict.fromkeys(("prefill_attention", "norm", "route", "up_gate"), halves),
@@ -42,10 +43,43 @@ def splits(
                 split = Split(
                     shape=shape,
                     num_tokens=num_tokens,
-                    ranges={name: found for name, found in ranges.items() if name in known},
+                    ranges={op: found for op, found in ranges.items() if op in known},
                     granule=granule,
                 )
-                yield f"{first} + {num_tokens - first}, attention in {parts}{way}", split
+                yield name(split), split
+
+
+def near(split: Split) -> Iterator[tuple[str, Split]]:
+    """Ways in which one border is elsewhere between those before and after it, on any granule."""
+    ranges = split.ranges.values()
+    borders = sorted({border for found in ranges for tokens in found for border in tokens})
+    for before, border, after in zip(borders, borders[1:], borders[2:], strict=False):
+        for moved in range(before + split.granule, after, split.granule):
+            if moved != border:
+                other = dataclasses.replace(split, ranges=_moved(split, {border: moved}))
+                yield name(other), other
+
+
+def _moved(split: Split, moves: Mapping[int, int]) -> dict[str, tuple[TokenRange, ...]]:
+    return {
+        operation: tuple(TokenRange(*(moves.get(one, one) for one in tokens)) for tokens in found)
+        for operation, found in split.ranges.items()
+    }
+
+
+def name(split: Split) -> str:
+    """What a way of splitting is called: its sizes, and how o goes over several devices."""
+    halves, fine = split.ranges["up_gate"], split.ranges["decode_attention"]
+    parts = str(len(fine))
+    if fine not in (halves, _cut_each(halves, split.granule)):
+        parts = " + ".join(str(tokens.length) for tokens in fine)
+    way = ""
+    if "o_columns" in split.ranges:
+        way = ", o of the first gathered" if "o" in split.ranges else ", o gathered"
+    elif "o_reduce" in split.ranges:
+        way = ", o reduced"
+    sizes = " + ".join(str(tokens.length) for tokens in halves)
+    return f"{sizes}, attention in {parts}{way}"
 
 
 def _cut_each(halves: tuple[TokenRange, ...], granule: int) -> tuple[TokenRange, ...] | None:
@@ -60,17 +94,17 @@ def _cut_each(halves: tuple[TokenRange, ...], granule: int) -> tuple[TokenRange,
 
 def _ways(
     shape: operations.LayerShape, halves: tuple[TokenRange, ...], *, mixes_ways: bool
-) -> Iterator[tuple[str, dict[str, tuple[TokenRange, ...]]]]:
+) -> Iterator[dict[str, tuple[TokenRange, ...]]]:
     """How o and down go over several devices: by sum or by columns."""
     down = {"down": halves}
     if shape.num_devices == 1:
-        yield "", {"o": halves, **down}
+        yield {"o": halves, **down}
         return
     down["down_reduce"] = halves
     first, second = halves[:1], halves[1:]
     gathers = ("attention_gather", "o_columns", "o_gather")
-    yield ", o reduced", {"o": halves, "o_reduce": halves, **down}
-    yield ", o gathered", {**dict.fromkeys(gathers, halves), **down}
+    yield {"o": halves, "o_reduce": halves, **down}
+    yield {**dict.fromkeys(gathers, halves), **down}
     if mixes_ways:
         mixed = {**dict.fromkeys(gathers, first), "o": second, "o_reduce": second}
-        yield ", o of the first gathered", {**mixed, **down}
+        yield {**mixed, **down}

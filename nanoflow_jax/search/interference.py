@@ -5,7 +5,7 @@ What those make of it is measured, and is more than 0.4: they are not bound by w
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -45,6 +45,30 @@ class Speeds:
         """Whether what one operation gets others lose: side by side is no faster than in turn."""
         return all(speed <= share for points in self.points.values() for share, speed in points)
 
+    def rounded(self, shares: Sequence[float], num_sms: int) -> "Speeds":
+        """Speeds on some shares of a device of so many SMs, of which each task gets whole ones.
+
+        Args:
+            shares: Rising, the last is 1.
+            num_sms: Of the device.
+        """
+        whole = {share: num_ctas(share, num_sms) / num_sms for share in shares}
+        return Speeds(
+            points={
+                resource: (
+                    (0.0, 0.0),
+                    *((share, self.speed(resource, whole[share])) for share in shares),
+                )
+                for resource in self.points
+            },
+            source=self.source,
+        )
+
+
+def num_ctas(share: float, num_sms: int) -> int:
+    """SMs of a share: whole ones, at least one."""
+    return max(1, int(share * num_sms + 1e-6))
+
 
 # The table elides .3 to .7; decode attention at .4 is from the text on its figure 6, the rest of
 # the elided points are taken to lie on straight lines.
@@ -74,3 +98,8 @@ ROOFLINE = Speeds(
     },
     source="how many SMs fill memory, by its bandwidth; of the network, " + TABLE_3.source,
 )
+
+
+def of_device(name: str) -> Speeds:
+    """What is known of sharing a device of that name; of an A100 the paper measured it."""
+    return TABLE_3 if name.startswith("A100") else ROOFLINE

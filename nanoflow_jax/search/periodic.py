@@ -24,10 +24,16 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from scipy import optimize, sparse
 
+from nanoflow_jax.search import standard_output
+
 _MOST_AHEAD = 3  # layers under way at once
 # Of each task, in periods, as a sum of variables.
 Lengths = Mapping[str, Mapping[Hashable, float]]
-_PREFER_EARLY = 1e-4  # of a period: among equal schedules, the one with fewer layers under way
+# HiGHS of scipy 1.17 prints it whatever its options, where it mends a solution that rounding has
+# moved off a row.
+_SOLVER_LINE = "HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();"
+_INFEASIBLE = 2  # a status of scipy.optimize.milp
+_PREFER_EARLY = 1e-5  # of a period: among equal schedules, the one with fewer layers under way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +95,10 @@ class ProgramError(Exception):
     """No schedule was found."""
 
 
+class NoScheduleError(ProgramError):
+    """There is none."""
+
+
 class Program:
     """A mixed-integer linear program, built name by name.
 
@@ -144,13 +154,16 @@ class Program:
         shape = (len(self._rows), len(self._low))
         matrix = sparse.csr_array((data, (row_of, column_of)), shape=shape)
         lows, highs = np.array([[low, high] for _, low, high in self._rows]).T
-        found = optimize.milp(
-            np.array(self._cost),
-            integrality=np.array(self._is_whole, int),
-            bounds=optimize.Bounds(np.array(self._low), np.array(self._high)),
-            constraints=optimize.LinearConstraint(matrix, lows, highs),
-            options={"time_limit": seconds, "mip_rel_gap": 1e-6},
-        )
+        with standard_output.without(_SOLVER_LINE):
+            found = optimize.milp(
+                np.array(self._cost),
+                integrality=np.array(self._is_whole, int),
+                bounds=optimize.Bounds(np.array(self._low), np.array(self._high)),
+                constraints=optimize.LinearConstraint(matrix, lows, highs),
+                options={"time_limit": seconds, "mip_rel_gap": 1e-6},
+            )
+        if found.status == _INFEASIBLE:
+            raise NoScheduleError("there is no such schedule")
         if found.x is None:
             raise ProgramError(f"no schedule was found within {seconds:g} s: {found.message}")
         values = {name: float(found.x[i]) for name, i in self._number.items()}
@@ -201,9 +214,14 @@ def best_schedule(
     return Schedule(
         period_s=period_s,
         starts={task.name: values["start", task.name] for task in tasks},
-        bound_s=min(period_s, scale / max(-bound, 1e-12)),
+        bound_s=min(period_s, scale / highest_rate(bound)),
         is_best=is_best,
     )
+
+
+def highest_rate(bound: float) -> float:
+    """The most that the rate can be by the bound of the cost, which starts are a small part of."""
+    return max(-bound + _PREFER_EARLY * _MOST_AHEAD, 1e-12)
 
 
 def lane_pairs(tasks: Sequence[Task]) -> list[tuple[str, str]]:
@@ -249,6 +267,23 @@ def add_order(program: Program, one: str, other: str, lengths: Lengths) -> None:
     program.variable(ahead, low=-most, high=most, is_whole=True)
     program.row({**_after(one, other, lengths), ahead: 1.0}, low=0.0)
     program.row({**_after(other, one, lengths), ahead: -1.0}, low=-1.0)
+
+
+def add_order_unless(
+    program: Program, one: str, other: str, lengths: Lengths, *, unless: Hashable
+) -> None:
+    """Adds that two tasks never run at once unless a variable is 1, which is 0 or 1."""
+    most = 2.0 * _MOST_AHEAD
+    ahead: Hashable = ("ahead", one, other)
+    program.variable(ahead, low=-most, high=most, is_whole=True)
+    # For two that run at once some whole number is short of the rows by less than a period.
+    program.row({**_after(one, other, lengths), ahead: 1.0, unless: 1.0}, low=0.0)
+    program.row({**_after(other, one, lengths), ahead: -1.0, unless: 1.0}, low=-1.0)
+
+
+def add_start(program: Program, name: str) -> None:
+    """Adds when one task starts: a schedule may be shifted, and needs to be found in one place."""
+    program.row({("start", name): 1.0}, low=1.0, high=1.0)
 
 
 def add_fixed_order(program: Program, one: str, other: str, ahead: int, lengths: Lengths) -> None:

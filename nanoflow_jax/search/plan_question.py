@@ -120,8 +120,7 @@ def profile(asked: Question, *, from_paper: bool = False) -> profiles.Profile:
 
 def speeds(asked: Question) -> interference.Speeds:
     """What is known of sharing such a device; of an A100 the paper measured it."""
-    is_ampere = asked.sheet.name.startswith("A100")
-    return interference.TABLE_3 if is_ampere else interference.ROOFLINE
+    return interference.of_device(asked.sheet.name)
 
 
 def answer(
@@ -151,6 +150,7 @@ def answer(
         num_sms=asked.sheet.num_sms,
         seconds=seconds,
         least_gain=uncertainty(asked, profile),
+        near=candidates.near,
     )
 
 

@@ -124,8 +124,9 @@ class Measured:
         return whole * (self.fixed + (1 - self.fixed) * tokens / self.tokens)
 
 
-# Two gathers move what one all-reduce moves, and a layer has two such pairs.
-_SHARES = {
+# Of all collectives of a layer: two gathers move what one all-reduce moves, and a layer has two
+# such pairs.
+COLLECTIVE_SHARES = {
     "attention_gather": 1 / 4,
     "o_gather": 1 / 4,
     "o_reduce": 1 / 2,
@@ -140,7 +141,7 @@ def _measured_ms() -> dict[str, float]:
     found = {name: times.measured for name, times in nanoflow_figures.TABLE_2.items()}
     found["norm_kqv"] = found.pop("kqv")
     collectives = found.pop("collectives")
-    return found | {name: collectives * share for name, share in _SHARES.items()}
+    return found | {name: collectives * share for name, share in COLLECTIVE_SHARES.items()}
 
 
 # The fixed part is such that the paper's split runs 1106 / 982 times as long as nothing split, one

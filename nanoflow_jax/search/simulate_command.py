@@ -10,12 +10,19 @@ from nanoflow_jax.cost import serving
 from nanoflow_jax.cost.nanoflow_figures import FIGURE_8
 from nanoflow_jax.models import architecture
 from nanoflow_jax.results import picture_file
-from nanoflow_jax.search import given_profile, profile_steps
+from nanoflow_jax.search import (
+    given_plans,
+    given_profile,
+    interference,
+    plan_steps,
+    profile_steps,
+)
 from nanoflow_jax.simulator import calibration, loop, measures, pictures, result_file, served
 from nanoflow_jax.simulator.result_file import OneRate, Simulation
-from nanoflow_jax.simulator.step_time import Mode, Roofline, StepTimes
+from nanoflow_jax.simulator.step_time import Mode, Reached, Roofline, StepTimes
 from nanoflow_jax.workload import traces
 
+_USUAL_TOKENS = 2048  # of a dense batch
 _PICTURES = ("latency", "resources", "throughput")
 
 
@@ -85,7 +92,11 @@ def define(values: absl_flags.FlagValues) -> None:
         flag_values=values,
     )
     absl_flags.DEFINE_string(
-        "plan", None, "A file of plans: its pipeline is drawn.", flag_values=values
+        "plan",
+        None,
+        "A file of plans: its pipeline is drawn; or steps are simulated as these plans run them, "
+        "beside the same without plans.",
+        flag_values=values,
     )
     absl_flags.DEFINE_list("input", [], "Saved simulations to draw.", flag_values=values)
     absl_flags.DEFINE_enum(
@@ -117,11 +128,79 @@ def simulate(
         ValueError: Flags that do not go together.
     """
     reached = calibration.REACHED[flags.reached]()
-    setting = _served(flags, config, cluster)
-    times: StepTimes = Roofline(config, cluster, reached, flags.mode)
-    mode, source = flags.mode, reached.source
+    if flags.plan:
+        if given is not None:
+            raise ValueError(
+                f"--plan={flags.plan} and --profile={given.path} cannot both be given: plans are "
+                "simulated by what operations reach of a datasheet; leave one out"
+            )
+        return _simulate_plans(flags, name=name, config=config, cluster=cluster, reached=reached)
+    setting = _served(flags, config, cluster, tokens=int(flags.dense_batch or _USUAL_TOKENS))
+    asked = _Asked(name, config, cluster, reached, setting)
     if given is not None:
-        times, mode, source = _by_profile(flags, given, cluster), Mode.SEQUENTIAL, given.source
+        found = _run(flags, asked, _by_profile(flags, given, cluster), how=Mode.SEQUENTIAL.value)
+        found = dataclasses.replace(found, source=given.source)
+    else:
+        times = Roofline(config, cluster, reached, flags.mode)
+        found = _run(flags, asked, times, how=flags.mode.value)
+    _keep(flags, found)
+    return "\n".join(_text(found, flags.objective_ms / 1e3))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is simulated."""
+
+    name: str
+    config: architecture.ModelConfig
+    cluster: serving.Cluster
+    reached: Reached
+    setting: loop.Served
+
+
+def _simulate_plans(
+    flags: absl_flags.FlagValues,
+    *,
+    name: str,
+    config: architecture.ModelConfig,
+    cluster: serving.Cluster,
+    reached: Reached,
+) -> str:
+    """The loop as plans run it, and beside it as it runs without them."""
+    if flags["mode"].present:
+        raise ValueError(
+            f"--mode={flags.mode.value} and --plan cannot both be given: a plan says how the "
+            "operations of a layer run; leave one out"
+        )
+    device = cluster.accelerator
+    plans = given_plans.read(
+        flags.plan, given_plans.shape(config, num_devices=cluster.group_size), device
+    )
+    largest = given_plans.choose(flags.plan, plans, flags.dense_batch)
+    setting = _served(flags, config, cluster, tokens=largest.num_tokens)
+    sizes = {bucket.tokens for bucket in setting.buckets}
+    fitting = {tokens: plan for tokens, plan in plans.items() if tokens in sizes}
+    speeds = interference.of_device(device.name)
+    asked = _Asked(name, config, cluster, reached, setting)
+    plain = _run(
+        flags, asked, Roofline(config, cluster, reached, Mode.SEQUENTIAL), how="sequential"
+    )
+    steps = plan_steps.PlanSteps(config, cluster, reached, plans=fitting, speeds=speeds)
+    found = _run(flags, asked, steps, how=f"plan {largest.name}")
+    found = dataclasses.replace(
+        found, source=f"{found.source}; speeds on shares of a device: {speeds.source}"
+    )
+    _keep(flags, found)
+    lines = [*_text(found, flags.objective_ms / 1e3), "", *_text(plain, flags.objective_ms / 1e3)]
+    for with_plan, without in zip(found.runs, plain.runs, strict=True):
+        gain = with_plan.summary.steady_tokens_per_s / without.summary.steady_tokens_per_s
+        lines.append(f"{_rate(with_plan)}: {gain:.3f} x the throughput without plans")
+    return "\n".join(lines)
+
+
+def _run(flags: absl_flags.FlagValues, asked: _Asked, times: StepTimes, *, how: str) -> Simulation:
+    """Simulates each rate."""
+    setting, cluster, reached = asked.setting, asked.cluster, asked.reached
     requests = flags.trace or f"{flags.input_len:g}/{flags.output_len:g}"
     runs = []
     for rate in _rates(flags):
@@ -132,16 +211,20 @@ def simulate(
         summary = measures.summarise(run, warm_up_s=flags.warm_up_s)
         runs.append(OneRate(rate=rate, summary=summary, timeline=shown))
     devices = cluster.num_devices * setting.num_replicas
-    optimal = cluster.flops / (2 * serving.sizes(config).active_parameters)
-    found = Simulation(
+    optimal = cluster.flops / (2 * serving.sizes(asked.config).active_parameters)
+    return Simulation(
         name=requests,
-        title=f"{name} on {devices} x {cluster.accelerator.name}, {requests}, {mode.value}",
+        title=f"{asked.name} on {devices} x {cluster.accelerator.name}, {requests}, {how}",
         settings=_settings(flags),
-        source=source,
+        source=reached.source,
         num_devices=devices,
         optimal_tokens_per_s=optimal * setting.num_replicas * reached.product_fraction,
         runs=tuple(runs),
     )
+
+
+def _keep(flags: absl_flags.FlagValues, found: Simulation) -> None:
+    """Saves and draws it, where that is asked for."""
     if flags.output:
         try:
             result_file.write(found, pathlib.Path(flags.output))
@@ -150,7 +233,6 @@ def simulate(
             raise ValueError(message) from error
     if flags.plot:
         _plot(flags, [found])
-    return "\n".join(_text(found, flags.objective_ms / 1e3))
 
 
 def _by_profile(
@@ -171,17 +253,23 @@ def _settings(flags: absl_flags.FlagValues) -> dict[str, object]:
         *("model", "device", "devices", "teraflops", "input_len", "output_len", "trace"),
         *("requests", "duration_s", "warm_up_s", "seed", "reached", "data_parallel", "page_size"),
         *("profile", "dense_batch", "fixed_batch", "host_ms", "async_scheduling", "max_tokens"),
+        "plan",
     )
-    return {"mode": flags.mode.value, **{name: flags[name].value for name in names}}
+    mode = None if flags.plan else flags.mode.value
+    return {"mode": mode, **{name: flags[name].value for name in names}}
 
 
 def _served(
-    flags: absl_flags.FlagValues, config: architecture.ModelConfig, cluster: serving.Cluster
+    flags: absl_flags.FlagValues,
+    config: architecture.ModelConfig,
+    cluster: serving.Cluster,
+    *,
+    tokens: int,
 ) -> loop.Served:
     found = served.fill_memory(
         config,
         cluster,
-        dense_batch=int(flags.dense_batch or 2048),
+        dense_batch=tokens,
         page_size=flags.page_size,
         fixed_batch=flags.fixed_batch,
     )
@@ -226,12 +314,11 @@ def _text(found: Simulation, objective_s: float) -> Iterator[str]:
     )
     for one in found.runs:
         s = one.summary
-        rate = "at once" if one.rate is None else f"{one.rate:g}"
         tpot = "-" if s.tpot_s is None else f"{1e3 * s.tpot_s.mean:.0f} / {1e3 * s.tpot_s.p99:.0f}"
         each = s.normalised_s
         spread = " / ".join(f"{1e3 * v:.0f}" for v in (each.mean, each.p50, each.p90, each.p99))
         yield (
-            f"{rate:>8} {s.steady_tokens_per_s / devices:>18,.0f} "
+            f"{_rate(one):>8} {s.steady_tokens_per_s / devices:>18,.0f} "
             f"{100 * s.steady_tokens_per_s / top:>9.1f} % "
             f"{f'{s.ttft_s.mean:.2f} / {s.ttft_s.p99:.2f}':>18} {tpot:>19} {spread:>37}"
         )
@@ -247,6 +334,10 @@ def _text(found: Simulation, objective_s: float) -> Iterator[str]:
             f"{s.num_steps:,} steps; {s.num_preemptions} preemptions, {s.surplus_tokens} surplus "
             "tokens"
         )
+
+
+def _rate(one: OneRate) -> str:
+    return "at once" if one.rate is None else f"{one.rate:g}"
 
 
 def draw(flags: absl_flags.FlagValues) -> str:

@@ -185,8 +185,20 @@ class Roofline:
         taken = sum(share * lanes.busy_s[one] for one, share in reached.shares.items())
         return max(computed + taken, lanes.busy_s[Resource.MEMORY], lanes.busy_s[Resource.NETWORK])
 
+    def operations_s(self, work: StepWork) -> dict[str, float]:
+        """Of each operation of all layers and the head, alone on the devices and not cut."""
+        return self._seconds(work, cut=False)[0]
+
     def lanes(self, work: StepWork, *, cut: bool) -> Lanes:
         """What operations keep busy, if they are cut or not."""
+        seconds, idle_s = self._seconds(work, cut=cut)
+        busy_s = dict.fromkeys(Resource, 0.0)
+        for name, taken in seconds.items():
+            busy_s[_LANES.get(name, Resource.COMPUTE)] += taken
+        return Lanes(busy_s=busy_s, idle_s=idle_s)
+
+    def _seconds(self, work: StepWork, *, cut: bool) -> tuple[dict[str, float], float]:
+        """Of operations by name, and what of computing is idle."""
         cluster, reached = self._cluster, self._reached
         seconds, idle_s = {}, 0.0
         for cost in self._costs(work):
@@ -203,10 +215,7 @@ class Roofline:
         seconds[OTHER] = reached.other_passes * passed / cluster.accelerator.memory_bytes_per_s
         if len(parts) > 1:
             seconds[OTHER] += reached.cut_s * layers
-        busy_s = dict.fromkeys(Resource, 0.0)
-        for name, taken in seconds.items():
-            busy_s[_LANES.get(name, Resource.COMPUTE)] += taken
-        return Lanes(busy_s=busy_s, idle_s=idle_s)
+        return seconds, idle_s
 
     def _products(
         self, grid: tiles.Grid, work: StepWork, *, cut: bool

@@ -55,6 +55,48 @@ def test_in_a_chain_nothing_may_run_beside_anything():
     assert len(found.most_ctas()[1]) == 1
 
 
+def _fills_alone(plan):
+    """The plan, in which the second half waits for the first one's attention.
+
+    So nothing is beside that of the first layer, where the pipeline fills; later the rest of the
+    layer before is.
+    """
+    order = tuple(
+        dataclasses.replace(nano, after=("decode_attention.0",)) if key == "norm_kqv.1" else nano
+        for key, nano in zip(plan.keys, plan.order, strict=True)
+    )
+    return dataclasses.replace(plan, order=order)
+
+
+def test_attention_that_fills_the_pipeline_may_be_alone_if_the_plan_has_nothing_beside_it():
+    plan = _fills_alone(HALVES)
+    found = _beside(_analysis(planned_programs.program(plan), plan), "decode_attention")
+    assert "layer 0 decode_attention.0" not in found
+    assert len(found) == 2 * NUM_LAYERS - 1
+    assert all(found.values())
+
+
+def test_a_chain_is_found_in_every_other_turn_of_such_a_plan():
+    plan = _fills_alone(HALVES)
+    program = planned_programs.program(plan, planned_programs.chain(plan))
+    found = _beside(_analysis(program, plan), "decode_attention")
+    assert len(found) == 2 * NUM_LAYERS - 1
+    assert not any(found.values())
+
+
+def test_attention_that_is_alone_in_full_turns_too_is_not_left_out():
+    """All else waits for it, and it for all else."""
+    attention = [key for key in HALVES.keys if key.startswith("decode_attention")]
+    others = [key for key in HALVES.keys if key not in attention]
+    order = tuple(
+        dataclasses.replace(nano, after=tuple(others if key in attention else attention))
+        for key, nano in zip(HALVES.keys, HALVES.order, strict=True)
+    )
+    plan = dataclasses.replace(HALVES, order=order)
+    found = _beside(_analysis(planned_programs.program(plan), plan), "decode_attention")
+    assert found == {f"layer {i} {key}": [] for i in (1, 2) for key in attention}
+
+
 def test_a_lost_lane_is_found_as_two_products_at_once():
     edges = planned_programs.wanted_edges(HALVES, rules=(Rule.VALUE, Rule.CACHE))
     found = _analysis(planned_programs.program(HALVES, edges))

@@ -24,7 +24,7 @@ def _search(profile, seconds):
         [
             entry
             for entry in candidates.splits(_SHAPE, num_tokens=512, granule=128)
-            if "in 2" in entry[0]
+            if entry[0] == "256 + 256, attention in 2"
         ],
         profile,
         interference.ROOFLINE,
@@ -34,7 +34,8 @@ def _search(profile, seconds):
         seconds=seconds,
         report=looked_at.append,
     )
-    assert tuple(looked_at) == outcome.candidates
+    last = {candidate.name: candidate for candidate in looked_at}
+    assert {candidate.name: candidate for candidate in outcome.candidates} == last
     return outcome
 
 
@@ -42,9 +43,10 @@ def test_overlap_beats_the_plan_that_splits_nothing_where_splitting_is_cheap():
     outcome = _search(_measured(0.0), 600)
     legality.check(outcome.plan)
     assert outcome.sequential_s == pytest.approx(25e-4)
-    assert outcome.bound_s == pytest.approx(16e-4)  # all products, one after another
+    # Products take all of the device, and attention a third of it while it runs.
+    assert outcome.bound_s >= (16e-4 + 9e-4 / 3) * (1 - 1e-9)
     assert outcome.bound_s <= outcome.period_s < 0.9 * outcome.sequential_s
-    assert outcome.gap == pytest.approx(outcome.period_s / 16e-4 - 1)
+    assert outcome.gap == pytest.approx(outcome.period_s / outcome.bound_s - 1)
     assert plan_search.split_s(outcome.plan, _measured(0.0)) == pytest.approx(25e-4)
 
 
@@ -58,7 +60,7 @@ def test_nothing_is_split_where_each_part_takes_as_long_as_the_whole():
 def test_without_time_the_plan_that_splits_nothing_is_left_and_its_gap_is_told():
     outcome = _search(_measured(0.0), 0)
     assert outcome.plan.name == "one"
-    assert outcome.gap == pytest.approx(25 / 16 - 1)
+    assert outcome.gap == pytest.approx(25 / 19 - 1)
 
 
 def test_a_plan_that_splits_nothing_is_predicted_to_take_the_sum_of_its_operations():

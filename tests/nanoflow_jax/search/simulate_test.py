@@ -1,6 +1,7 @@
 """`simulate` and `draw` as programs."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -10,6 +11,9 @@ from nanoflow_jax.nanobatch.operations import LayerShape
 
 _ASKED = ("simulate", "--model=llama-3-8b", "--device=h200", "--input_len=64", "--output_len=8")
 
+_PLANS = pathlib.Path(__file__).parents[3] / "configs" / "plans"
+_FOUND = f"--plan={_PLANS}/h200/llama-3-8b.json"
+_FOUND_TP8 = f"--plan={_PLANS}/a100-80g/llama-2-70b-tp8.json"
 _PLAN = ("draw", "--model=llama-3-8b", "--plot=p.svg")
 
 
@@ -32,6 +36,23 @@ def test_rates_are_simulated_saved_and_drawn(ask, tmp_path):
         assert f"shows {name} of llama-3-8b on 2 x H200 SXM" in text
         start = "<!doctype html>" if ending == "html" else "<svg "
         assert plot.read_text().startswith(start)
+
+
+def test_a_plan_is_simulated_beside_the_same_loop_without_plans(ask, tmp_path):
+    saved = tmp_path / "s.json"
+    asked = (*_ASKED, "--output_len=64", "--requests=200", "--fixed_batch")
+    code, text, _ = ask(*asked, _FOUND, f"--output={saved}")
+    assert code == 0
+    assert "64/64, plan 768 + 1280, attention in 2; nothing was measured: steps by" in text
+    assert "speeds on shares of a device: how many SMs fill memory" in text
+    assert "64/64, sequential; nothing was measured" in text
+    gain = float(text.splitlines()[-1].removeprefix("at once: ").split()[0])
+    (run,) = json.loads(saved.read_text())["runs"]
+    plain = ask(*asked, "--mode=sequential", f"--output={saved}")[1]
+    assert plain.splitlines()[2] in text.splitlines()  # the same loop to the last digit
+    (without,) = json.loads(saved.read_text())["runs"]
+    speeds = [one["summary"]["steady_tokens_per_s"] for one in (run, without)]
+    assert speeds[0] / speeds[1] == pytest.approx(gain, abs=1e-3)
 
 
 def test_the_same_flags_give_the_same_run_and_another_seed_another(ask):
@@ -95,6 +116,34 @@ def test_a_browser_that_makes_no_picture_is_told_of(ask, tmp_path, monkeypatch):
         ((*_ASKED, "--requests=2", "--output=/nowhere/s"), "--output=/nowhere/s cannot be written"),
         ((*_ASKED, "--requests=2", "--plot=/nowhere/s.svg"), "--plot=/nowhere/s.svg cannot be"),
         ((*_ASKED, "--requests=2", "--plot=p.gif"), "--plot ends in '.gif'; pictures are .svg"),
+        ((*_ASKED, "--plan=/nowhere"), "--plan=/nowhere cannot be read: No such file"),
+        (
+            (*_ASKED, _FOUND, "--mode=split"),
+            "--mode=split and --plan cannot both be given: a plan says how the operations",
+        ),
+        (
+            (*_ASKED, _FOUND, "--dense_batch=1024"),
+            f"--dense_batch=1024: {_PLANS}/h200/llama-3-8b.json has plans for 2048",
+        ),
+        (
+            (*_ASKED, _FOUND_TP8),
+            f"{_FOUND_TP8}: plan '1280 + 768, attention in 2, o reduced' is for dense layers on 8 "
+            "devices, and the model has dense layers on 1 device; give the model and --devices",
+        ),
+        (
+            (*_ASKED, _FOUND, "--model=mixtral-8x7b"),
+            f"{_FOUND}: plan '768 + 1280, attention in 2' is for dense layers on 1 device, and the "
+            "model has sparse layers on 1 device; give",
+        ),
+        (
+            (*_ASKED, _FOUND, "--device=h100-pcie"),
+            f"{_FOUND}: plan '768 + 1280, attention in 2' shares out 132 SMs, and a H100 PCIe has "
+            "114; give the --device that it is made for",
+        ),
+        (
+            (*_ASKED, _FOUND, "--device=paper:h200"),
+            "--device=paper:h200 has no number of SMs, which plans share out; take one without",
+        ),
         (("draw",), "--input names files that simulate wrote, or --plan one of plans; and"),
         (("draw", "--plan=p"), "--input names files that simulate wrote, or --plan one of plans"),
         ((*_PLAN, "--plan=/nowhere"), "--plan=/nowhere cannot be read: No such file"),
