@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,19 @@ import split_runs
 
 from nanoflow_jax import config
 from nanoflow_jax.engine import model_source
-from nanoflow_jax.split import client, codecs, cut, driver, errors, identity, settings, transport
+from nanoflow_jax.serve import keys
+from nanoflow_jax.split import (
+    client,
+    codecs,
+    cut,
+    driver,
+    engine_process,
+    errors,
+    gateway,
+    identity,
+    settings,
+    transport,
+)
 from nanoflow_jax.split import engine as split_engine
 
 _KNOBS = {"max_requests": 4, "dense_batch": 24, "buckets": "24:4:4", "cache_page_size": 8}
@@ -250,3 +263,30 @@ def test_a_gateway_that_drains_opens_no_session():
                 await ends.client.generate(split_runs.PROMPT, split_runs.PARAMS, split_model.MIDDLE)
 
     split_runs.run(body())
+
+
+def test_what_the_process_is_told_of_its_gateway_comes_out_as_it_went_in():
+    tls = transport.TlsFiles(certificate="a.pem", key="b.pem", authority="c.pem")
+    flags = engine_process.GatewayFlags(
+        endpoint=transport.Endpoint(host="10.0.0.1", port=7, tls=tls),
+        grid=(2, 4),
+        limits=settings.GatewaySection(lease_s=1.5),
+        api_key_file="keys",
+    )
+    assert msgspec.json.decode(flags.encoded(), type=engine_process.GatewayFlags) == flags
+
+
+def test_a_gateway_that_cannot_begin_says_why_and_leaves_no_thread(tmp_path):
+    tls = transport.TlsFiles(certificate=f"{tmp_path}/none.pem", key=f"{tmp_path}/none.pem")
+    made = gateway.Gateway(
+        split_model.ToyEngine(),
+        split_model.IDENTITY,
+        limits=settings.GatewaySection(),
+        keys=keys.ApiKeys([]),
+    )
+    thread = engine_process.GatewayThread(
+        made, transport.Endpoint(host="127.0.0.1", port=0, tls=tls), lambda act: None
+    )
+    with pytest.raises(ValueError, match=r"none\.pem"), thread.running():
+        pass
+    assert "gateway" not in {one.name for one in threading.enumerate()}
