@@ -23,8 +23,8 @@ from nanoflow_jax.parallel import peers
 from nanoflow_jax.serve import keys as keys_lib
 from nanoflow_jax.serve import log
 from nanoflow_jax.split import engine as engine_lib
+from nanoflow_jax.split import engine_thread, identity, settings, shared_engine, transport
 from nanoflow_jax.split import gateway as gateway_lib
-from nanoflow_jax.split import identity, settings, shared_engine, transport
 
 # While it waits, the engine says that it is well, so that the front does not take it for stuck:
 # requests may wait for pages of sessions whose clients think.
@@ -32,7 +32,7 @@ _PULSE_S = 5.0
 
 
 class GatewayFlags(msgspec.Struct, frozen=True, kw_only=True):
-    """What the process is told of its gateway, as its second argument.
+    """What a gateway is made of, beside its engine; the process's second argument.
 
     Attributes:
         endpoint: Where it listens.
@@ -49,6 +49,24 @@ class GatewayFlags(msgspec.Struct, frozen=True, kw_only=True):
     def encoded(self) -> str:
         """As an argument; it holds no secret."""
         return msgspec.json.encode(self).decode()
+
+    def gateway(
+        self,
+        config: config_lib.EngineConfig,
+        source: model_source.ModelSource,
+        engine: engine_lib.SplitEngine,
+        *,
+        host: engine_thread.Host | None = None,
+    ) -> gateway_lib.Gateway:
+        """The gateway in front of an engine that was built of this model; see `Gateway`."""
+        return gateway_lib.Gateway(
+            engine,
+            identity.of(config.model, source, engine.held.dtype),
+            limits=self.limits,
+            keys=keys_lib.ApiKeys.load(self.api_key_file),
+            borders=self.grid,
+            host=host,
+        )
 
 
 class _Host:
@@ -146,14 +164,8 @@ def program(flags: GatewayFlags) -> worker.Program:
     ) -> Iterator[companion.Companion]:
         engine = model.engine
         assert isinstance(engine, shared_engine.SharedEngine)
-        made = gateway_lib.Gateway(
-            engine.pieces,
-            identity.of(config.model, model.source, engine.pieces.held.dtype),
-            limits=flags.limits,
-            keys=keys_lib.ApiKeys.load(flags.api_key_file),
-            borders=flags.grid,
-            host=_Host(engine, post),
-        )
+        host = _Host(engine, post)
+        made = flags.gateway(config, model.source, engine.pieces, host=host)
         with GatewayThread(made, flags.endpoint, post).running() as thread:
             yield thread
 

@@ -23,7 +23,6 @@ from nanoflow_jax.split import (
     command_flags,
     engine_process,
     gateway,
-    identity,
     pieces,
     settings,
     transport,
@@ -83,14 +82,14 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     where = command_flags.endpoint(
         values, values.host, values.port, uses_tls=bool(values.tls_certificate)
     )
-    keys = keys_lib.ApiKeys.load(values.api_key_file)
+    keys_lib.ApiKeys.load(values.api_key_file)  # what is wrong with it is said before a start
     grid = command_flags.borders(values.grid)
     source = model_source.open_model(config.model)
     pieces.held_spans(source.config.num_layers, grid, None)  # or it would be said only later
+    flags = engine_process.GatewayFlags(
+        endpoint=where, grid=grid, limits=sections.gateway, api_key_file=values.api_key_file
+    )
     if values.http_port is not None:
-        flags = engine_process.GatewayFlags(
-            endpoint=where, grid=grid, limits=sections.gateway, api_key_file=values.api_key_file
-        )
         return _serve_both(values, config, source, flags)
     _check_no_server_knob(values)
     log.to_stderr(access=False)
@@ -98,14 +97,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         config, source, grid=grid, reports=start_up.reports(command_flags.tell)
     )
     try:
-        served = gateway.Gateway(
-            engine,
-            identity.of(config.model, source, engine.held.dtype),
-            limits=sections.gateway,
-            keys=keys,
-            borders=grid,
-        )
-        asyncio.run(_serve(served, where))
+        asyncio.run(_serve(flags.gateway(config, source, engine), where))
     finally:
         engine.close()
     return 0
