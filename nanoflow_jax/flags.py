@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from absl import flags
@@ -10,17 +11,21 @@ from absl import flags
 from nanoflow_jax import config
 
 
-def define_sections(config_type: type, values: flags.FlagValues) -> None:
+def define_sections(
+    config_type: type, values: flags.FlagValues, *, but: Collection[str] = ()
+) -> None:
     """Defines one flag per knob of a composed configuration.
 
     Args:
         config_type: A dataclass whose fields are sections with a PREFIX.
         values: Where the flags go; programs pass `absl.flags.FLAGS`.
+        but: Names of flags that the program has defined itself.
     """
     for section in dataclasses.fields(config_type):
         kind = config.section_type(section)
         for field in dataclasses.fields(kind):
-            _define(f"{kind.PREFIX}{field.name}", field, values)
+            if (name := f"{kind.PREFIX}{field.name}") not in but:
+                _define(name, field, values)
 
 
 def main_module() -> str:

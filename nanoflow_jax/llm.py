@@ -26,6 +26,15 @@ from nanoflow_jax.tokenizer import words as words_lib
 __all__ = ["LLM", "Choice", "FinishReason", "Result", "SamplingParams", "TokenLogprobs"]
 
 Prompt = str | Sequence[int]
+MakeEngine = Callable[
+    [
+        config_lib.EngineConfig,
+        model_source.ModelSource,
+        build.Reports | None,
+        peers.Group | None,
+    ],
+    interface.TokenEngine,
+]
 Message = Mapping[str, Any]
 
 
@@ -103,10 +112,19 @@ class LLM:
         config: config_lib.EngineConfig,
         reports: build.Reports | None = None,
         group: peers.Group | None = None,
+        make_engine: MakeEngine = build.build_engine,
     ) -> "LLM":
-        """The same from a whole configuration, as programs have it; see `build.build_engine`."""
+        """The same from a whole configuration, as programs have it.
+
+        Args:
+            config: The knobs.
+            reports: Called while loading and compiling.
+            group: The processes that share the model, if there are several.
+            make_engine: Builds the engine from the above and the opened model; see
+                `build.build_engine`.
+        """
         made = cls.__new__(cls)
-        made._start(config, reports, group)
+        made._start(config, reports, group, make_engine)
         return made
 
     def _start(
@@ -114,12 +132,11 @@ class LLM:
         config: config_lib.EngineConfig,
         reports: build.Reports | None,
         group: peers.Group | None = None,
+        make_engine: MakeEngine = build.build_engine,
     ) -> None:
         self._source = model_source.open_model(config.model)
         self.words = self._load_words(config.model.tool_format)
-        self.engine: interface.TokenEngine = build.build_engine(
-            config, self._source, reports, group
-        )
+        self.engine: interface.TokenEngine = make_engine(config, self._source, reports, group)
         self.generator = generator.Generator(self.engine, self.words.tokenizer)
         self._num_requests = 0
 

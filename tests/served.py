@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from golden import cases
@@ -167,7 +167,7 @@ class Served:
         (found,) = (
             int(pid)
             for pid in children.split()
-            if b"nanoflow_jax.engine_process" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"engine_process\0" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
         )
         return found
 
@@ -195,17 +195,23 @@ def read_events(answer: http.client.HTTPResponse) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
-def launch(folder: pathlib.Path, *flags: str, **environment: str) -> Served:
+SERVE = ("nanoflow_jax.serve", "--port=0")
+
+
+def launch(
+    folder: pathlib.Path, *flags: str, program: Sequence[str] = SERVE, **environment: str
+) -> Served:
     """Starts a server and returns at once.
 
     Args:
         folder: Of the test: takes the log, and uploaded files unless a flag says otherwise.
-        flags: Of the program; the port is a free one.
+        flags: Of the program.
+        program: A module, and what comes before the flags: the port is a free one.
         environment: Further variables.
     """
     log_path = folder / "server.log"
     cache = os.environ.get("NANOFLOW_TEST_CACHE", "/tmp/nanoflow-test-cache")
-    command = [sys.executable, "-m", "nanoflow_jax.serve", "--port=0", f"--data_dir={folder}/data"]
+    command = [sys.executable, "-m", *program, f"--data_dir={folder}/data"]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [*command, f"--compile_cache_dir={cache}", *flags],
@@ -218,9 +224,11 @@ def launch(folder: pathlib.Path, *flags: str, **environment: str) -> Served:
 
 
 @contextlib.contextmanager
-def start(folder: pathlib.Path, *flags: str, **environment: str) -> Iterator[Served]:
+def start(
+    folder: pathlib.Path, *flags: str, program: Sequence[str] = SERVE, **environment: str
+) -> Iterator[Served]:
     """A server that is ready, and is ended afterwards; see `launch`."""
-    served = launch(folder, *flags, **environment)
+    served = launch(folder, *flags, program=program, **environment)
     try:
         served.wait_ready()
         yield served

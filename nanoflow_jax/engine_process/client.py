@@ -57,6 +57,7 @@ class EngineClient:
         on_abort: Callable[[], None] = lambda: None,
         max_restarts: int = 3,
         stall_s: float = 300.0,
+        program: Sequence[str] = ("nanoflow_jax.engine_process",),
     ) -> None:
         """Makes a client; `run` starts the engine.
 
@@ -67,6 +68,8 @@ class EngineClient:
             on_abort: Called for each request that is taken back before its end.
             max_restarts: In ten minutes; after one more end of the engine, `run` raises.
             stall_s: An engine that has requests and says nothing for so long is ended.
+            program: Module that is the engine's process, and what it is told after the descriptor
+                of its socket.
         """
         self.config = config
         self._say = say
@@ -74,6 +77,8 @@ class EngineClient:
         self._on_abort = on_abort
         self._max_restarts = max_restarts
         self._stall_s = stall_s
+        self._program = tuple(program)
+        self._is_leaving = False
         self._codec = wire.Codec(messages.FromEngine)
         self._tickets: dict[str, tickets.Ticket] = {}
         self._num_submitted = 0
@@ -150,6 +155,25 @@ class EngineClient:
                 self._send(messages.Abort(request_id=name))
         self._drop_tickets(reason)
 
+    def drain(self) -> None:
+        """Lets no new sessions in."""
+        if self.state is State.READY:
+            self._send(messages.Drain())
+
+    async def leave(self, within_s: float) -> None:
+        """Has the engine's process tell its sessions and end; `run` returns then.
+
+        Args:
+            within_s: How long this may take. Afterwards the process is there still.
+        """
+        self._is_leaving = True
+        process = self._process
+        if self.state is State.READY and process is not None:
+            self._send(messages.Leave())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await process.wait()
+
     async def start_trace(self, folder: str) -> None:
         """Begins to record what the device does.
 
@@ -190,6 +214,8 @@ class EngineClient:
         try:
             while True:
                 await self._run_once()
+                if self._is_leaving:
+                    return
                 self._check_restart()
         finally:
             self.state = State.STOPPED
@@ -219,8 +245,9 @@ class EngineClient:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "nanoflow_jax.engine_process",
+                self._program[0],
                 str(its.fileno()),
+                *self._program[1:],
                 pass_fds=[its.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,

@@ -52,7 +52,15 @@ class StopTrace(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Writes what was recorded."""
 
 
-ToEngine = Start | Submit | Abort | StartTrace | StopTrace
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The server is about to stop: no new sessions are opened; those that are open go on."""
+
+
+class Leave(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The last message to the engine: its process tells sessions that are left, and ends."""
+
+
+ToEngine = Start | Submit | Abort | StartTrace | StopTrace | Drain | Leave
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -75,6 +83,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         num_pages: Pages of the cache.
         page_size: Tokens in one page.
         identity: What a batch job must know of the model.
+        sessions_at: HOST:PORT where split sessions are opened; empty if nowhere.
     """
 
     device: str
@@ -87,6 +96,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_pages: int
     page_size: int
     identity: record.ModelIdentity
+    sessions_at: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -118,6 +128,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         late_compiles: Programs compiled inside a step; anything but 0 is a defect.
         cpu_s: Processor time of the engine's process.
         failed_steps: Steps that the device gave up.
+        sessions: Split sessions that are open, those that wait for their client included.
     """
 
     running: int = 0
@@ -131,6 +142,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     late_compiles: int = 0
     cpu_s: float = 0.0
     failed_steps: int = 0
+    sessions: int = 0
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

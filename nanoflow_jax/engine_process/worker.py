@@ -1,5 +1,6 @@
 """The loop of the engine's process: messages in, steps, what they gave out."""
 
+import contextlib
 import dataclasses
 import os
 import queue
@@ -9,35 +10,59 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
+import msgspec
 
 from nanoflow_jax import llm, start_up, wire
 from nanoflow_jax import request as request_lib
 from nanoflow_jax.batch import fingerprint
 from nanoflow_jax.engine import build
+from nanoflow_jax.engine_process import companion as companion_lib
 from nanoflow_jax.engine_process import messages, preparing
 
 
-def run(sock: socket.socket) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a process runs for its front.
+
+    Attributes:
+        make_engine: Builds the engine.
+        beside: Begins what shares the engine with the front's requests, and ends it.
+    """
+
+    make_engine: llm.MakeEngine = build.build_engine
+    beside: companion_lib.Beside = companion_lib.nobody
+
+
+def run(sock: socket.socket, program: Program | None = None) -> int:
     """Serves the front at the other end of a socket until it is gone.
+
+    Args:
+        sock: Of the front.
+        program: What to run; an engine that the front alone uses unless given.
 
     Returns:
         The exit code of the process.
     """
+    program = program or Program()
     connection = Connection(sock)
     first = connection.take(wait=True)
     if not first or not isinstance(first[0], messages.Start):
         return 0
-    try:
-        model, ready = _start(first[0], connection.send)
-    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        is_input = isinstance(error, ValueError)
-        connection.send(messages.Failed(message=str(error) or repr(error), is_input=is_input))
-        return 1
-    connection.ends_with_front = False
-    with model:
-        connection.send(ready)
+    with contextlib.ExitStack() as stack:
         try:
-            Worker(model, connection).run(first[1:])
+            model, ready = _start(first[0], connection.send, program.make_engine)
+            stack.enter_context(model)
+            beside = stack.enter_context(
+                program.beside(model, first[0].config, lambda act: connection.put(Call(act)))
+            )
+        except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+            is_input = isinstance(error, ValueError)
+            connection.send(messages.Failed(message=str(error) or repr(error), is_input=is_input))
+            return 1
+        connection.ends_with_front = False
+        connection.send(msgspec.structs.replace(ready, sessions_at=beside.address))
+        try:
+            Worker(model, connection, beside=beside).run(first[1:])
         except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
             connection.send(messages.Failed(message=str(error) or repr(error), is_input=False))
             return 1
@@ -45,13 +70,15 @@ def run(sock: socket.socket) -> int:
 
 
 def _start(
-    start: messages.Start, send: Callable[[messages.FromEngine], None]
+    start: messages.Start,
+    send: Callable[[messages.FromEngine], None],
+    make_engine: llm.MakeEngine,
 ) -> tuple[llm.LLM, messages.Ready]:
     chosen: list[build.Settings] = []
     reports = start_up.reports(
         lambda text: send(messages.Said(text=text)), also_settings=chosen.append
     )
-    model = llm.LLM.from_config(start.config, reports)
+    model = llm.LLM.from_config(start.config, reports, make_engine=make_engine)
     settings = chosen[0]
     return model, messages.Ready(
         device=settings.device,
@@ -67,7 +94,14 @@ def _start(
     )
 
 
-Message = messages.ToEngine | preparing.Prepared
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Something that another thread of this process wants done between two steps."""
+
+    act: Callable[[], None]
+
+
+Message = messages.ToEngine | preparing.Prepared | Call
 
 
 class Connection:
@@ -94,7 +128,7 @@ class Connection:
             os._exit(1)
         self._inbox.put(None)
 
-    def put(self, message: preparing.Prepared) -> None:
+    def put(self, message: preparing.Prepared | Call) -> None:
         """Adds a message of this process, from any thread."""
         self._inbox.put(message)
 
@@ -138,17 +172,20 @@ class Worker:
         model: llm.LLM,
         connection: Connection,
         *,
+        beside: companion_lib.Companion | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = model.engine
         self._generator = model.generator
         self._connection = connection
+        self._beside = beside or companion_lib.Nobody()
         self._clock = clock
+        self._is_leaving = False
         self._served: dict[str, _Served] = {}
         self._preparer = preparing.Preparer(model.engine.grammars, connection.put)
 
     def run(self, first: Sequence[Message]) -> None:
-        """Works until the front is gone.
+        """Works until the front is gone, or says that this is to end.
 
         Args:
             first: Messages that arrived during the start.
@@ -157,8 +194,12 @@ class Worker:
         while not self._connection.is_closed:
             for message in inbox:
                 self._handle(message)
+            if self._is_leaving:
+                return
             if self._engine.has_work:
                 self._step()
+            elif any(isinstance(message, Call) for message in inbox):
+                self._say_load()
             inbox = self._connection.take(wait=not self._engine.has_work)
 
     def _handle(self, message: Message) -> None:
@@ -174,6 +215,12 @@ class Worker:
                 self._generator.abort(message.request_id)
                 if not self._engine.has_work:
                     self._say_load()
+            case Call():
+                message.act()
+            case messages.Drain():
+                self._beside.drain()
+            case messages.Leave():
+                self._is_leaving = True
             case messages.StartTrace():
                 self._trace(lambda: jax.profiler.start_trace(message.folder))
             case messages.StopTrace():
@@ -258,6 +305,7 @@ class Worker:
             late_compiles=engine.num_late_compiles,
             cpu_s=time.process_time(),
             failed_steps=engine.counters.failed_steps,
+            sessions=self._beside.num_sessions,
         )
 
 

@@ -161,6 +161,8 @@ class _LoadCollector:
 
         yield gauge("num_requests_running", "Choices in the dense batch.", load.running)
         yield gauge("num_requests_waiting", "Choices that wait for room.", load.waiting)
+        if ready is not None and ready.sessions_at:
+            yield gauge("split_sessions", "Open split sessions.", load.sessions)
         yield gauge("kv_cache_usage_perc", "Pages used, 1 is all.", load.pages_used / max(1, pages))
         yield counter("num_preemptions", "Requests that lost their pages.", load.preemptions)
         yield counter("late_compiles", "Programs compiled inside a step.", load.late_compiles)

@@ -89,8 +89,12 @@ def router(service: service_lib.Service, *, needs_key: bool = False) -> fastapi.
     @made.get("/health", **schemas.health())
     async def health() -> Response:
         """Whether requests can be served: 200, or 503 while starting or draining."""
-        ready = service.status == "ready"
-        return JsonResponse({"status": service.status}, status_code=200 if ready else 503)
+        told: dict[str, object] = {"status": service.status}
+        engine = service.client.ready
+        if engine is not None and engine.sessions_at:
+            sessions = service.client.load.sessions
+            told["split"] = {"address": engine.sessions_at, "sessions": sessions}
+        return JsonResponse(told, status_code=200 if service.status == "ready" else 503)
 
     @made.get("/version", **schemas.version())
     async def version() -> Response:

@@ -10,7 +10,7 @@ import pathlib
 import signal
 import socket
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 
@@ -51,6 +51,7 @@ def serve(
     folder: pathlib.Path | None,
     model_name: str,
     say: Callable[[str], None],
+    program: Sequence[str] = ("nanoflow_jax.engine_process",),
 ) -> int:
     """Serves until a signal ends it.
 
@@ -60,6 +61,7 @@ def serve(
         folder: Of the model's tokenizer, if it has one.
         model_name: Under which it is served.
         say: Shows a line.
+        program: The engine's process; see `EngineClient`.
 
     Returns:
         The exit code.
@@ -89,7 +91,9 @@ def serve(
             )
             section = dataclasses.replace(section, max_connections=room)
         return asyncio.run(
-            _Server(section, engine, words, model_name, listener, api_keys, jobs, say).run()
+            _Server(
+                section, engine, words, model_name, listener, api_keys, jobs, say, program
+            ).run()
         )
 
 
@@ -163,6 +167,7 @@ class _Server:
         api_keys: keys.ApiKeys,
         jobs: batches.BatchStore | None,
         say: Callable[[str], None],
+        program: Sequence[str],
     ) -> None:
         self._section = section
         self._say = say
@@ -175,6 +180,7 @@ class _Server:
             on_abort=counted.count_abort,
             max_restarts=section.max_engine_restarts,
             stall_s=section.engine_stall_s,
+            program=program,
         )
         counted.watch(self._client)
         self._service = service_lib.Service(
@@ -264,16 +270,20 @@ class _Server:
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         self._say(f"ready: {self._service.model_name} at http://{shown}:{port}")
+        ready = self._client.ready
+        if ready is not None and ready.sessions_at:
+            self._say(f"ready: split sessions at {ready.sessions_at}")
 
     def _on_signal(self) -> None:
         self._num_signals += 1
         if self._num_signals == 1:
             self._service.is_draining = True
             self._batching.cancel()
-            left = self._service.num_choices  # rows of batches go on at the next start
+            self._client.drain()
+            left = self._left()
             if left:
                 self._say(
-                    f"draining: {left} choices have {self._section.drain_seconds:g} s to finish; "
+                    f"draining: {left} have {self._section.drain_seconds:g} s to finish; "
                     "a second signal stops at once"
                 )
             else:
@@ -284,13 +294,25 @@ class _Server:
             self._client.drop_all("the server is stopping")
             self._uvicorn.should_exit = self._uvicorn.force_exit = True
 
+    def _left(self) -> str:
+        """What has not finished yet; empty if nothing."""
+        # Rows of batches go on at the next start.
+        counts = {
+            "choices": self._service.num_choices,
+            "split sessions": self._client.load.sessions,
+        }
+        return " and ".join(f"{count} {name}" for name, count in counts.items() if count)
+
     async def _drain(self) -> None:
-        """Waits for requests in work; aborts what is left at the end."""
+        """Waits for requests and sessions in work; ends what is left at the end."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._section.drain_seconds):
-                while self._service.num_choices:
+                while self._left():
                     await asyncio.sleep(_POLL_S)
+        has_sessions = self._client.load.sessions > 0
         self._client.drop_all("the server is stopping")
+        if has_sessions:
+            await self._client.leave(_FAREWELL_S)
         self._uvicorn.should_exit = True
 
 

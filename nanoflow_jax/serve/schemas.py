@@ -75,7 +75,10 @@ def detokenize(model: str) -> dict[str, Any]:
 
 def health() -> dict[str, Any]:
     """Of GET /health."""
-    state = record({"status": {"enum": ["starting", "ready", "draining"]}})
+    split = record({"address": _TEXT, "sessions": _INT})
+    state = record(
+        {"status": {"enum": ["starting", "ready", "draining"]}, "split": split}, ["status"]
+    )
     found = answers(state)
     del found[401]
     found[503] = {**found[200], "description": REASONS[503]}

@@ -1,11 +1,11 @@
-"""A piece engine in a thread of its own, as an event loop sees it."""
+"""A piece engine in another thread, as an event loop sees it."""
 
 import asyncio
 import concurrent.futures
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +15,16 @@ from nanoflow_jax.split import interface
 _LOG = logging.getLogger(__name__)
 
 Listener = Callable[[interface.PieceOutput], None]
+
+
+class Host(Protocol):
+    """Has the thread of an engine that others use too, and runs its steps."""
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Has a call made in the engine's thread, after those posted before it."""
+
+    def listen(self, tell: Callable[[Sequence[interface.PieceOutput]], None]) -> None:
+        """From now on `tell` is called in the engine's thread with what each step gave."""
 
 
 class EngineThread:
@@ -27,8 +37,15 @@ class EngineThread:
     open until it is closed.
     """
 
-    def __init__(self, engine: interface.PieceEngine) -> None:
+    def __init__(self, engine: interface.PieceEngine, host: Host | None = None) -> None:
+        """Begins nothing yet.
+
+        Args:
+            engine: Runs the pieces.
+            host: Runs the engine, if others use it too; a thread of its own unless given.
+        """
         self._engine = engine
+        self._host = host
         self._condition = threading.Condition()
         self._calls: list[Callable[[], None]] = []
         self._is_stopping = False
@@ -38,13 +55,18 @@ class EngineThread:
 
     async def __aenter__(self) -> "EngineThread":
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        if self._host is None:
+            self._thread.start()
+        else:
+            self._host.listen(self._give)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Closes all pieces and ends the thread."""
+        """Closes all pieces and ends the thread, if it is its own."""
         for piece_id in list(self._listeners):
             self.close_piece(piece_id)
+        if self._host is not None:
+            return
         with self._condition:
             self._is_stopping = True
             self._condition.notify()
@@ -116,6 +138,8 @@ class EngineThread:
         with self._condition:
             self._calls.append(call)
             self._condition.notify()
+        if self._host is not None:
+            self._host.post(self._call_all)
 
     async def _ask(self, call: Callable[[], None]) -> None:
         answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -139,13 +163,17 @@ class EngineThread:
                 self._condition.wait_for(
                     lambda: self._calls or self._is_stopping or self._engine.has_work
                 )
-                calls, self._calls = self._calls, []
-                if self._is_stopping and not calls:
+                if self._is_stopping and not self._calls:
                     return
-            for call in calls:
-                call()
+            self._call_all()
             if self._engine.has_work:
                 self._step()
+
+    def _call_all(self) -> None:
+        with self._condition:
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
 
     def _step(self) -> None:
         try:
@@ -155,6 +183,9 @@ class EngineThread:
             for piece_id in list(self._open):
                 self._end(piece_id, 0, f"a step of the engine failed: {error}")
             return
+        self._give(outputs)
+
+    def _give(self, outputs: Sequence[interface.PieceOutput]) -> None:
         self._loop.call_soon_threadsafe(self._tell, outputs)
 
     def _end(self, piece_id: str, position: int, error: str) -> None:

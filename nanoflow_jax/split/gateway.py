@@ -61,6 +61,7 @@ class Gateway:
         limits: settings.GatewaySection,
         keys: keys_lib.ApiKeys,
         borders: Iterable[int] | None = None,
+        host: engine_thread.Host | None = None,
         codecs_taken: Iterable[codecs.Codec] = tuple(codecs.Codec),
     ) -> None:
         """Makes a gateway.
@@ -71,6 +72,7 @@ class Gateway:
             limits: What sessions are granted.
             keys: Open it; without one it is open to all.
             borders: Where sessions may enter and leave; None for every layer.
+            host: Runs the engine, if others use it too.
             codecs_taken: How hidden states may be written.
         """
         every = range(identity.num_layers + 1)
@@ -82,9 +84,10 @@ class Gateway:
         )
         self._limits = limits
         self._keys = keys
-        self._engine = engine_thread.EngineThread(engine)
+        self._engine = engine_thread.EngineThread(engine, host)
         self._waiting = budget.ByteBudget(limits.max_waiting_bytes)
         self._held: dict[str, _Held] = {}
+        self._is_draining = False
         self._is_stopping = False
         self.epoch = secrets.token_hex(8)
         self.counts: collections.Counter[str] = collections.Counter()
@@ -99,6 +102,10 @@ class Gateway:
     def waiting_bytes(self) -> int:
         """Of rows that wait for the engine."""
         return self._waiting.taken_bytes
+
+    def drain(self) -> None:
+        """Opens no more sessions; those that are open go on, and may be resumed."""
+        self._is_draining = True
 
     def check(self) -> None:
         """Raises if the invariant is broken."""
@@ -165,6 +172,8 @@ class Gateway:
             raise self._later(Code.SHUTDOWN, "the server is stopping")
         if hello.resume is not None:
             return await self._resume(hello, hello.resume, talk)
+        if self._is_draining:
+            raise self._later(Code.SHUTDOWN, "the server is about to stop and opens no sessions")
         return await self._open(hello, codec, talk)
 
     def _check_key(self, stream: transport.ServerStream) -> None:

@@ -1,4 +1,7 @@
-"""`serve`: a gateway in front of an engine, for clients that run some of the layers themselves."""
+"""`serve`: a gateway in front of an engine, for clients that run some of the layers themselves.
+
+With --http_port the same engine answers ordinary requests, too.
+"""
 
 import asyncio
 import contextlib
@@ -8,13 +11,26 @@ from collections.abc import Callable
 
 from absl import flags as absl_flags
 
+from nanoflow_jax import config as config_lib
 from nanoflow_jax import flags as knob_flags
 from nanoflow_jax import start_up
+from nanoflow_jax.batch import fingerprint
 from nanoflow_jax.engine import model_source
 from nanoflow_jax.serve import keys as keys_lib
 from nanoflow_jax.serve import log
-from nanoflow_jax.split import command_flags, gateway, identity, settings, transport
+from nanoflow_jax.serve import run as server
+from nanoflow_jax.split import (
+    command_flags,
+    engine_process,
+    gateway,
+    pieces,
+    settings,
+    transport,
+)
 from nanoflow_jax.split import engine as engine_lib
+
+# Knobs of the HTTP server that are the gateway's, or have another name here.
+_OWN = frozenset({"host", "port", "api_key_file"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +52,19 @@ def define(values: absl_flags.FlagValues) -> None:
         **common,
     )
     absl_flags.DEFINE_string("api_key_file", "", "Keys that clients need, one in a line.", **common)
+    absl_flags.DEFINE_integer(
+        "http_port",
+        None,
+        "Answer ordinary requests here, too, as python -m nanoflow_jax.serve does, with the same "
+        "engine; 0: any free port.",
+        lower_bound=0,
+        upper_bound=65535,
+        **common,
+    )
+    absl_flags.DEFINE_boolean(
+        "access_log", True, "Write a line for each ordinary request, without its text.", **common
+    )
+    knob_flags.define_sections(config_lib.ServeConfig, values, but=_OWN)
 
 
 def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
@@ -53,25 +82,52 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     where = command_flags.endpoint(
         values, values.host, values.port, uses_tls=bool(values.tls_certificate)
     )
-    keys = keys_lib.ApiKeys.load(values.api_key_file)
+    keys_lib.ApiKeys.load(values.api_key_file)  # what is wrong with it is said before a start
     grid = command_flags.borders(values.grid)
-    log.to_stderr(access=False)
     source = model_source.open_model(config.model)
+    pieces.held_spans(source.config.num_layers, grid, None)  # or it would be said only later
+    flags = engine_process.GatewayFlags(
+        endpoint=where, grid=grid, limits=sections.gateway, api_key_file=values.api_key_file
+    )
+    if values.http_port is not None:
+        return _serve_both(values, config, source, flags)
+    _check_no_server_knob(values)
+    log.to_stderr(access=False)
     engine = engine_lib.build_split_engine(
         config, source, grid=grid, reports=start_up.reports(command_flags.tell)
     )
     try:
-        served = gateway.Gateway(
-            engine,
-            identity.of(config.model, source, engine.held.dtype),
-            limits=sections.gateway,
-            keys=keys,
-            borders=grid,
-        )
-        asyncio.run(_serve(served, where))
+        asyncio.run(_serve(flags.gateway(config, source, engine), where))
     finally:
         engine.close()
     return 0
+
+
+def _serve_both(
+    values: absl_flags.FlagValues,
+    config: config_lib.EngineConfig,
+    source: model_source.ModelSource,
+    flags: engine_process.GatewayFlags,
+) -> int:
+    log.to_stderr(access=values.access_log)
+    knobs = knob_flags.serve_config(values).server
+    return server.serve(
+        dataclasses.replace(knobs, port=values.http_port),
+        config,
+        folder=source.folder.path if source.folder is not None else None,
+        model_name=knobs.model_name or fingerprint.model_name(config.model),
+        say=command_flags.tell,
+        program=(engine_process.__name__, flags.encoded()),
+    )
+
+
+def _check_no_server_knob(values: absl_flags.FlagValues) -> None:
+    for name in config_lib.knob_names(config_lib.ServeConfig):
+        if name not in _OWN and values[name].present:
+            raise ValueError(
+                f"--{name} is for ordinary requests; give --http_port to answer these too, or "
+                f"leave --{name} out"
+            )
 
 
 async def _serve(served: gateway.Gateway, where: transport.Endpoint) -> None:

@@ -103,10 +103,37 @@ def test_a_request_that_failed_before_its_first_token_has_no_time_to_it():
     )
 
 
+class _Sessions:
+    """Sessions beside the front's requests."""
+
+    address = "here:1"
+    num_sessions = 3
+    is_draining = False
+
+    def drain(self):
+        self.is_draining = True
+
+
+def test_calls_of_other_threads_are_made_between_steps_until_the_front_says_leave():
+    connection, beside, made = _FakeConnection(), _Sessions(), []
+    inbox = [worker.Call(lambda: made.append(1)), worker.Call(lambda: made.append(2))]
+    model = _FakeModel([])
+    made_worker = worker.Worker(model, connection, beside=beside)
+    made_worker.run([*inbox, messages.Drain()])
+    assert made == [1, 2]
+    assert beside.is_draining
+    # Nothing was computed, and yet pages may have been freed.
+    assert [stepped.load.sessions for stepped in connection.sent] == [3]
+    connection.is_closed = False
+    model._results = [_result(5)]
+    made_worker.run([messages.Leave()])
+    assert model.has_work
+
+
 _STARTS_FOR_EVER = """
 import socket, sys, threading
 from nanoflow_jax.engine_process import worker
-def start(message, send):
+def start(*_):
     print("starting", flush=True)
     threading.Event().wait()
 worker._start = start

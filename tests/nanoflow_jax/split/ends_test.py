@@ -148,6 +148,12 @@ def test_what_is_no_range_of_layers_is_refused(text):
         (["client", "--gateway=10.0.0.9:1", _PROMPT], "10.0.0.9 is not this machine"),
         (["serve", "--host=0.0.0.0"], "0.0.0.0 is not this machine"),
         (["serve", "--grid=9"], "grid"),
+        (["serve", "--http_port=0", "--grid=9"], "grid"),
+        (
+            ["serve", "--max_queue=3"],
+            "--max_queue is for ordinary requests; give --http_port to answer these too, or leave "
+            "--max_queue out",
+        ),
     ],
 )
 def test_flags_that_are_wrong_are_said_before_a_weight_is_read(capsys, arguments, message):
