@@ -104,15 +104,21 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         seed=values.seed,
         ignore_eos=values.ignore_eos,
     )
+    ours = identity.of(
+        config.model,
+        source,
+        _dtype(config.model, source),
+        layers=layers,
+        progress=command_flags.hash_meter(),
+    )
     engine = None
     if layers:
         engine = engine_lib.build_split_engine(
             _sized(config), source, layers=layers, reports=start_up.reports(command_flags.tell)
         )
-    dtype = engine.held.dtype if engine is not None else _dtype(config.model, source)
     made = client_lib.SplitClient(
         where,
-        identity.of(config.model, source, dtype),
+        ours,
         engine=engine,
         held_layers=layers,
         knobs=sections.client,

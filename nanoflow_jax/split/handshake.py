@@ -1,13 +1,13 @@
 """What a gateway checks before it opens a session."""
 
 import dataclasses
+from collections.abc import Iterable
 
-from nanoflow_jax.split import errors, messages, settings
+from nanoflow_jax.split import errors, messages, parts, settings
 from nanoflow_jax.split.codecs import Codec
 from nanoflow_jax.split.messages import Code
 
 _HASHES = {
-    "manifest_sha256": "weights",
     "config_sha256": "config (sizes, RoPE, norms, scaling or quantisation)",
     "tokenizer_sha256": "tokenizer",
 }
@@ -63,13 +63,7 @@ def _check_version(hello: messages.Hello) -> None:
 
 def _check_identity(theirs: messages.Identity, ours: messages.Identity) -> None:
     for name, what in _HASHES.items():
-        if getattr(theirs, name) != getattr(ours, name):
-            raise errors.RefusedError(
-                Code.MODEL,
-                f"the {what} of the client's model {theirs.model!r} and the server's "
-                f"{ours.model!r} differ ({getattr(theirs, name):.12} against "
-                f"{getattr(ours, name):.12}); both ends must load the same files",
-            )
+        _check_hash(f"the {what}", getattr(theirs, name), getattr(ours, name), theirs, ours)
     for name in _SHAPES:
         if getattr(theirs, name) != getattr(ours, name):
             raise errors.RefusedError(
@@ -77,6 +71,20 @@ def _check_identity(theirs: messages.Identity, ours: messages.Identity) -> None:
                 f"{name} is {getattr(theirs, name)} at the client and {getattr(ours, name)} at "
                 "the server; both ends must run the model alike",
             )
+    known = dict(ours.parts)
+    for part, found in theirs.parts:
+        _check_hash(part, found, known.get(part, "none"), theirs, ours)
+
+
+def _check_hash(
+    what: str, theirs: str, ours: str, client: messages.Identity, server: messages.Identity
+) -> None:
+    if theirs != ours:
+        raise errors.RefusedError(
+            Code.MODEL,
+            f"{what} of the client's model {client.model!r} and the server's {server.model!r} "
+            f"differ ({theirs:.12} against {ours:.12}); both ends must load the same files",
+        )
 
 
 def _check_layers(hello: messages.Hello, terms: Terms) -> None:
@@ -98,6 +106,16 @@ def _check_layers(hello: messages.Hello, terms: Terms) -> None:
                 Code.LAYERS,
                 f"the server would run [{start}, {stop}), but the client does not hold "
                 f"[{low}, {high})",
+            )
+        _check_shown(hello, parts.of_layers(low, high, num_layers=num_layers))
+
+
+def _check_shown(hello: messages.Hello, needed: Iterable[str]) -> None:
+    shown = {name for name, _ in hello.identity.parts}
+    for name in needed:
+        if name not in shown:
+            raise errors.RefusedError(
+                Code.MODEL, f"the client runs {name} and did not say the hash of its weights"
             )
 
 

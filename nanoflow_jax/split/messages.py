@@ -14,7 +14,7 @@ from msgspec import Meta
 from nanoflow_jax import request
 from nanoflow_jax.split import codecs, frames
 
-PROTOCOL_MAJOR = 1
+PROTOCOL_MAJOR = 2
 PROTOCOL_MINOR = 0
 MAX_ROWS = 8192
 
@@ -25,6 +25,8 @@ Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 Name = Annotated[str, Meta(max_length=256)]
 Reason = Annotated[str, Meta(max_length=4096)]
 Secret = Annotated[str, Meta(max_length=128)]
+# Names and hex sha256 of a model's parts; see `identity`.
+Parts = Annotated[tuple[tuple[Name, Secret], ...], Meta(max_length=2048)]
 TokenIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_ROWS)]
 Ranges = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=1024)]
 
@@ -52,9 +54,11 @@ class Code(enum.StrEnum):
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Which model an end holds; two ends that differ in any of it would produce fluent garbage.
 
+    A client may hold fewer parts than its gateway.
+
     Attributes:
         model: A name for people.
-        manifest_sha256: Of names, dtypes, shapes and hashes of all tensors.
+        parts: Of the parts that it holds, in the order in which a token meets them.
         config_sha256: Of everything else that changes results: sizes, RoPE, norms, scaling.
         tokenizer_sha256: Of the tokenizer.
         num_layers: L.
@@ -64,7 +68,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: Name
-    manifest_sha256: Secret
+    parts: Parts
     config_sha256: Secret
     tokenizer_sha256: Secret
     num_layers: Annotated[int, Meta(ge=1, le=4096)]

@@ -63,7 +63,9 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     try:
         served = gateway.Gateway(
             engine,
-            identity.of(config.model, source, engine.held.dtype),
+            identity.of(
+                config.model, source, engine.held.dtype, progress=command_flags.hash_meter()
+            ),
             limits=sections.gateway,
             keys=keys,
             borders=grid,

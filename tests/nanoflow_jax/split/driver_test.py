@@ -134,7 +134,7 @@ def test_client_that_finds_no_room_comes_again_until_there_is() -> None:
 
 def test_client_with_another_model_is_told_so() -> None:
     async def body() -> None:
-        other = msgspec.structs.replace(split_model.IDENTITY, manifest_sha256="f" * 64)
+        other = msgspec.structs.replace(split_model.IDENTITY, parts=(("layer 0", "f" * 64),))
         async with split_runs.ends(identity=other) as ends:
             with pytest.raises(errors.RefusedError, match="both ends must load the same files"):
                 await ends.client.generate(PROMPT, PARAMS, split_model.MIDDLE)

@@ -12,7 +12,7 @@ from nanoflow_jax.split.codecs import Codec
 _LIMITS = frames.FrameLimits()
 _IDENTITY = messages.Identity(
     model="toy",
-    manifest_sha256="a" * 64,
+    parts=(("embedding", "a" * 64), ("layer 0", "d" * 64)),
     config_sha256="b" * 64,
     tokenizer_sha256="c" * 64,
     num_layers=6,
