@@ -18,6 +18,7 @@ from nanoflow_jax.split import client as client_lib
 from nanoflow_jax.split import command_flags, driver, errors, identity, report, settings
 from nanoflow_jax.split import cut as cut_lib
 from nanoflow_jax.split import engine as engine_lib
+from nanoflow_jax.split.weights import fetch_flags
 from nanoflow_jax.tokenizer import tokenizer
 
 _KEY = "NANOFLOW_API_KEY"
@@ -31,6 +32,7 @@ class _Sections:
 def define(values: absl_flags.FlagValues) -> None:
     """Defines the command's flags."""
     command_flags.define(values, _Sections)
+    fetch_flags.define(values)
     common = knob_flags.of_program(values)
     absl_flags.DEFINE_string("gateway", "127.0.0.1:8100", "HOST:PORT of the gateway.", **common)
     absl_flags.DEFINE_boolean("tls", False, "Speak TLS; --tls_... say how.", **common)
@@ -91,8 +93,9 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     where = command_flags.endpoint(
         values, host, port, token=os.environ.get(_KEY, ""), uses_tls=values.tls
     )
-    source = model_source.open_model(config.model)
     layers = command_flags.ranges(values.layers)
+    config = fetch_flags.with_fetched(config, values, where, layers, sections.client)
+    source = model_source.open_model(config.model)
     cut = cut_of(layers, source.config.num_layers)
     words = _words(source)
     prompt_ids = _prompt(values, words)

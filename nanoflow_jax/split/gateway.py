@@ -27,6 +27,7 @@ from nanoflow_jax.split import (
 )
 from nanoflow_jax.split import session as session_lib
 from nanoflow_jax.split.messages import Code
+from nanoflow_jax.split.weights import giver, pace
 
 _LOG = logging.getLogger(__name__)
 _MAX_PROBES = 64
@@ -62,6 +63,7 @@ class Gateway:
         keys: keys_lib.ApiKeys,
         borders: Iterable[int] | None = None,
         codecs_taken: Iterable[codecs.Codec] = tuple(codecs.Codec),
+        weights: giver.Giver | None = None,
     ) -> None:
         """Makes a gateway.
 
@@ -72,6 +74,7 @@ class Gateway:
             keys: Open it; without one it is open to all.
             borders: Where sessions may enter and leave; None for every layer.
             codecs_taken: How hidden states may be written.
+            weights: What clients are given of the model, if anything.
         """
         every = range(identity.num_layers + 1)
         self._terms = handshake.Terms(
@@ -85,6 +88,8 @@ class Gateway:
         self._engine = engine_thread.EngineThread(engine)
         self._waiting = budget.ByteBudget(limits.max_waiting_bytes)
         self._held: dict[str, _Held] = {}
+        self._weights = weights
+        self._turn = pace.Pace(limits.busy_fetch_bytes_per_s, lambda: bool(self._held))
         self._is_stopping = False
         self.epoch = secrets.token_hex(8)
         self.counts: collections.Counter[str] = collections.Counter()
@@ -116,7 +121,11 @@ class Gateway:
         async with self._engine:
             server, self.port = await transport.listen(
                 endpoint,
-                {transport.SESSION: self._serve, transport.PROBE: self._probe},
+                {
+                    transport.SESSION: self._serve,
+                    transport.PROBE: self._probe,
+                    transport.WEIGHTS: self._give,
+                },
                 max_frame_bytes=self._limits.frame_limits.frame_bytes,
             )
             try:
@@ -365,6 +374,16 @@ class Gateway:
             await stream.write(messages.to_frame(reject))
         except (transport.StreamLostError, frames.FrameError, TimeoutError) as error:
             _LOG.info("a probe ended: %s", error)
+
+    async def _give(self, stream: transport.ServerStream) -> None:
+        """Gives weights to a client, where that is allowed."""
+        await giver.answer(
+            stream,
+            self._weights,
+            check_key=self._check_key,
+            turn=self._turn,
+            limits=self._limits,
+        )
 
 
 def _unknown(session_id: str) -> errors.RefusedError:

@@ -1,7 +1,6 @@
 """What a gateway checks before it opens a session."""
 
 import dataclasses
-from collections.abc import Iterable
 
 from nanoflow_jax.split import errors, messages, parts, settings
 from nanoflow_jax.split.codecs import Codec
@@ -37,7 +36,7 @@ def check_hello(hello: messages.Hello, terms: Terms) -> Codec:
     Raises:
         RefusedError: It cannot; the reason says what differs and what to change.
     """
-    _check_version(hello)
+    check_version(hello)
     _check_identity(hello.identity, terms.identity)
     _check_layers(hello, terms)
     _check_sampling(hello, terms)
@@ -52,7 +51,8 @@ def check_hello(hello: messages.Hello, terms: Terms) -> Codec:
     )
 
 
-def _check_version(hello: messages.Hello) -> None:
+def check_version(hello: messages.Hello | messages.AskOffer) -> None:
+    """Raises RefusedError if an end speaks another version of the protocol."""
     if hello.major != messages.PROTOCOL_MAJOR:
         raise errors.RefusedError(
             Code.PROTOCOL,
@@ -107,11 +107,14 @@ def _check_layers(hello: messages.Hello, terms: Terms) -> None:
                 f"the server would run [{start}, {stop}), but the client does not hold "
                 f"[{low}, {high})",
             )
-        _check_shown(hello, parts.of_layers(low, high, num_layers=num_layers))
+    _check_shown(hello, num_layers)
 
 
-def _check_shown(hello: messages.Hello, needed: Iterable[str]) -> None:
+def _check_shown(hello: messages.Hello, num_layers: int) -> None:
     shown = {name for name, _ in hello.identity.parts}
+    ranges = [pair for pair in ((0, hello.start), (hello.stop, num_layers)) if pair[0] < pair[1]]
+    # Whether the head uses the embedding is the model's config, which is compared by itself.
+    needed = parts.of_layers(ranges, num_layers=num_layers, tied_embeddings=False)
     for name in needed:
         if name not in shown:
             raise errors.RefusedError(

@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints import content, conversion
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import build, model_source
-from nanoflow_jax.models import architecture, huggingface, transformer
+from nanoflow_jax.models import architecture, huggingface
 from nanoflow_jax.split import messages
 from nanoflow_jax.split import parts as parts_lib
 
@@ -67,21 +67,12 @@ def of(
 def part_names(
     config: architecture.ModelConfig, layers: Sequence[tuple[int, int]] | None = None
 ) -> tuple[str, ...]:
-    """The parts that some layers need, in the order in which a token meets them.
-
-    A tied embedding is needed by the last layer, too.
-
-    Args:
-        config: The model.
-        layers: Ranges [start, stop) of them; None for all.
-    """
-    spans = [(0, config.num_layers)] if layers is None else layers
-    needed = {
-        _part_of(spec.name)
-        for span in spans
-        for spec in transformer.parameter_specs(config, architecture.Span(*span))
-    }
-    return tuple(name for name in parts_lib.every(config.num_layers) if name in needed)
+    """The parts that some layers of a model need; None for all layers."""
+    return parts_lib.of_layers(
+        [(0, config.num_layers)] if layers is None else layers,
+        num_layers=config.num_layers,
+        tied_embeddings=config.tied_embeddings,
+    )
 
 
 def part_tensors(config: architecture.ModelConfig, names: Iterable[str]) -> dict[str, list[str]]:

@@ -13,8 +13,9 @@ from nanoflow_jax import start_up
 from nanoflow_jax.engine import model_source
 from nanoflow_jax.serve import keys as keys_lib
 from nanoflow_jax.serve import log
-from nanoflow_jax.split import command_flags, gateway, identity, settings, transport
+from nanoflow_jax.split import command_flags, gateway, identity, parts, settings, transport
 from nanoflow_jax.split import engine as engine_lib
+from nanoflow_jax.split.weights import giver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,13 @@ def define(values: absl_flags.FlagValues) -> None:
         [],
         "Layers before which requests may enter and leave, such as 2,4,6. Each more makes more "
         "programs.",
+        **common,
+    )
+    absl_flags.DEFINE_list(
+        "share_weights",
+        [],
+        "What clients may fetch of the model: `all`, or any of `embed`, `head` and ranges of "
+        "layers such as 0:8. Empty: nothing. Look at the model's licence first.",
         **common,
     )
     absl_flags.DEFINE_string("api_key_file", "", "Keys that clients need, one in a line.", **common)
@@ -57,18 +65,28 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     grid = command_flags.borders(values.grid)
     log.to_stderr(access=False)
     source = model_source.open_model(config.model)
+    parts.shared(values.share_weights, source.config.num_layers)
+    if values.share_weights and (source.folder is None or config.model.random_weights):
+        raise ValueError("--share_weights needs a model's folder; random weights have none")
     engine = engine_lib.build_split_engine(
         config, source, grid=grid, reports=start_up.reports(command_flags.tell)
     )
     try:
+        ours = identity.of(
+            config.model, source, engine.held.dtype, progress=command_flags.hash_meter()
+        )
+        weights = None
+        if values.share_weights and source.folder is not None:
+            weights = giver.Giver(
+                source.folder, source.config, ours, values.share_weights, limits=sections.gateway
+            )
         served = gateway.Gateway(
             engine,
-            identity.of(
-                config.model, source, engine.held.dtype, progress=command_flags.hash_meter()
-            ),
+            ours,
             limits=sections.gateway,
             keys=keys,
             borders=grid,
+            weights=weights,
         )
         asyncio.run(_serve(served, where))
     finally:

@@ -58,6 +58,12 @@ _ALL = [
         server_s=0.25,
     ),
     messages.Trunc(step=3, position=4),
+    messages.AskOffer(major=2, minor=0, layers=((0, 2),)),
+    messages.Offer(
+        model="toy", blobs=(messages.Blob(name="layer 0", sha256="e" * 64, nbytes=1 << 40),)
+    ),
+    messages.Want(sha256="e" * 64, offset=7),
+    messages.Chunk(offset=7),
     messages.Credit(steps=2),
     messages.Ping(sent_s=12.5, answer_bytes=100),
     messages.Pong(sent_s=12.5),
