@@ -75,6 +75,7 @@ async def serving(
     identity: messages.Identity = split_model.IDENTITY,
     endpoint: transport.Endpoint | None = None,
     weights: giver.Giver | None = None,
+    borders: tuple[int, ...] | None = None,
     **limits: Any,
 ) -> AsyncIterator[gateway.Gateway]:
     """A gateway that wants `TOKEN`, on a free port."""
@@ -84,6 +85,7 @@ async def serving(
         limits=settings.GatewaySection(**limits),
         keys=keys.ApiKeys([TOKEN]),
         weights=weights,
+        borders=borders,
     )
     async with made.serving(endpoint or transport.Endpoint(host="127.0.0.1", port=0)):
         yield made

@@ -87,6 +87,15 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         ValueError: Flags, model or files cannot be used.
         RunError: The request failed.
     """
+    # One loop for all that is asked: gRPC reports errors of another loop's channels in this one.
+    with asyncio.Runner() as runner:
+        try:
+            return _run(values, say, runner)
+        except errors.SplitError as error:
+            raise console.RunError(str(error)) from error
+
+
+def _run(values: absl_flags.FlagValues, say: Callable[[str], None], runner: asyncio.Runner) -> int:
     config = knob_flags.engine_config(values)
     sections: _Sections = knob_flags.composed(_Sections, values)
     host, port = config_lib.host_and_port("gateway", values.gateway, example="127.0.0.1:8100")
@@ -94,7 +103,8 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         values, host, port, token=os.environ.get(_KEY, ""), uses_tls=values.tls
     )
     layers = command_flags.ranges(values.layers)
-    config = fetch_flags.with_fetched(config, values, where, layers, sections.client)
+    fetched = fetch_flags.with_fetched(config, values, where, layers, sections.client)
+    config = runner.run(fetched)
     source = model_source.open_model(config.model)
     cut = cut_of(layers, source.config.num_layers)
     words = _words(source)
@@ -116,6 +126,8 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     )
     engine = None
     if layers:
+        trial = client_lib.SplitClient(where, ours, held_layers=layers, knobs=sections.client)
+        runner.run(_check(trial, prompt_ids, params, cut))
         engine = engine_lib.build_split_engine(
             _sized(config), source, layers=layers, reports=start_up.reports(command_flags.tell)
         )
@@ -127,15 +139,23 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         knobs=sections.client,
     )
     try:
-        done = asyncio.run(_generate(made, prompt_ids, params, cut))
-    except errors.SplitError as error:
-        raise console.RunError(str(error)) from error
+        done = runner.run(_generate(made, prompt_ids, params, cut))
     finally:
         if engine is not None:
             engine.close()
     say(words.decode(done.token_ids) if words is not None else _ids(done.token_ids))
     command_flags.tell(_summary(done.report, len(done.token_ids)))
     return 0
+
+
+async def _check(
+    client: client_lib.SplitClient,
+    prompt_ids: Sequence[int],
+    params: request.SamplingParams,
+    cut: cut_lib.Cut,
+) -> None:
+    async with client:
+        await client.check(prompt_ids, params, cut)
 
 
 async def _generate(

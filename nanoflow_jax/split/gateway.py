@@ -124,6 +124,7 @@ class Gateway:
                 {
                     transport.SESSION: self._serve,
                     transport.PROBE: self._probe,
+                    transport.TRIAL: self._try,
                     transport.WEIGHTS: self._give,
                 },
                 max_frame_bytes=self._limits.frame_limits.frame_bytes,
@@ -153,11 +154,8 @@ class Gateway:
             held, welcome = await self._greet(stream, talk)
         except errors.RefusedError as error:
             self.counts[f"refused: {error.code}"] += 1
-            reject = messages.Reject(
-                code=error.code, reason=error.detail[:4096], retry_after_s=error.retry_after_s
-            )
             with contextlib.suppress(transport.StreamLostError):
-                await stream.write(messages.to_frame(reject))
+                await stream.write(messages.to_frame(error.reject()))
             return
         except transport.StreamLostError:
             return
@@ -370,10 +368,19 @@ class Gateway:
                     messages.to_frame(messages.Pong(sent_s=message.sent_s), bytes(size))
                 )
         except errors.RefusedError as error:
-            reject = messages.Reject(code=error.code, reason=error.detail)
-            await stream.write(messages.to_frame(reject))
+            await stream.write(messages.to_frame(error.reject()))
         except (transport.StreamLostError, frames.FrameError, TimeoutError) as error:
             _LOG.info("a probe ended: %s", error)
+
+    async def _try(self, stream: transport.ServerStream) -> None:
+        """Says whether a session could be opened, and opens none."""
+        answer: messages.Close | messages.Reject = messages.Close()
+        with contextlib.suppress(transport.StreamLostError):
+            try:
+                handshake.check_hello(await self._hello(stream), self._terms)
+            except errors.RefusedError as error:
+                answer = error.reject()
+            await stream.write(messages.to_frame(answer))
 
     async def _give(self, stream: transport.ServerStream) -> None:
         """Gives weights to a client, where that is allowed."""

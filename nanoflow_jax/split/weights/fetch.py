@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import grpc.aio
 
 from nanoflow_jax import meter
-from nanoflow_jax.split import attempts, errors, frames, messages, settings, transport
+from nanoflow_jax.split import attempts, errors, messages, question, settings, transport
 from nanoflow_jax.split.messages import Code
 from nanoflow_jax.split.weights import store as store_lib
 
@@ -148,7 +148,7 @@ class _Fetcher:
             major=messages.PROTOCOL_MAJOR, minor=messages.PROTOCOL_MINOR, layers=self._layers
         )
         async with self._asking(asked) as stream:
-            offer, _ = await self._hear(stream)
+            offer, _ = await question.hear(stream, self._knobs)
         if not isinstance(offer, messages.Offer):
             raise _unexpected(offer)
         if not offer.blobs:
@@ -169,7 +169,7 @@ class _Fetcher:
             want = messages.Want(sha256=blob.sha256, offset=offset)
             async with self._asking(want) as stream:
                 while offset < blob.nbytes:
-                    chunk, data = await self._hear(stream)
+                    chunk, data = await question.hear(stream, self._knobs)
                     if not isinstance(chunk, messages.Chunk):
                         raise _unexpected(chunk)
                     end = offset + len(data)
@@ -190,39 +190,10 @@ class _Fetcher:
         seconds = max(time.monotonic() - self._began_s, 1e-9)
         self._meter.update(self._done, f"{meter.bytes_text(int(self._num_fetched / seconds))}/s")
 
-    @contextlib.asynccontextmanager
-    async def _asking(self, question: messages.Message) -> AsyncIterator[transport.ClientStream]:
-        """A stream with one question; what breaks it may be tried again."""
-        stream = transport.open_stream(self._channel, transport.WEIGHTS, self._token)
-        try:
-            await stream.write(messages.to_frame(question))
-            yield stream
-        except transport.StreamLostError as error:
-            raise errors.SplitError(Code.LINK, str(error), retryable=True) from error
-        except frames.FrameError as error:
-            raise errors.SplitError(Code.BAD_FRAME, str(error), retryable=True) from error
-        finally:
-            stream.cancel()
-
-    async def _hear(self, stream: transport.ClientStream) -> tuple[messages.Message, bytes]:
-        patience_s = self._knobs.step_timeout_s
-        try:
-            async with asyncio.timeout(patience_s):
-                data = await stream.read()
-        except TimeoutError as error:
-            raise transport.StreamLostError(
-                f"nothing came of the gateway for {patience_s:g} s"
-            ) from error
-        if data is None:
-            raise transport.StreamLostError("the gateway ended the stream")
-        message, payload = messages.from_frame(data, self._knobs.frame_limits)
-        if isinstance(message, messages.Reject):
-            raise errors.RefusedError(
-                message.code, message.reason, retry_after_s=message.retry_after_s
-            )
-        if isinstance(message, messages.Err):
-            raise errors.SplitError(message.code, message.detail, retryable=message.retryable)
-        return message, payload
+    def _asking(
+        self, asked: messages.Message
+    ) -> contextlib.AbstractAsyncContextManager[transport.ClientStream]:
+        return question.asking(self._channel, transport.WEIGHTS, self._token, asked)
 
 
 def _unexpected(message: messages.Message) -> errors.SplitError:

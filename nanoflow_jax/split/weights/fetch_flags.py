@@ -1,6 +1,5 @@
 """The client's flags of fetching, and what they do before a model is opened."""
 
-import asyncio
 import dataclasses
 import pathlib
 import sys
@@ -9,9 +8,8 @@ from collections.abc import Sequence
 from absl import flags as absl_flags
 
 from nanoflow_jax import config as config_lib
-from nanoflow_jax import console
 from nanoflow_jax import flags as knob_flags
-from nanoflow_jax.split import command_flags, errors, settings, transport
+from nanoflow_jax.split import command_flags, settings, transport
 from nanoflow_jax.split.weights import fetch
 
 
@@ -33,7 +31,7 @@ def define(values: absl_flags.FlagValues) -> None:
     )
 
 
-def with_fetched(
+async def with_fetched(
     config: config_lib.EngineConfig,
     values: absl_flags.FlagValues,
     where: transport.Endpoint,
@@ -44,7 +42,7 @@ def with_fetched(
 
     Raises:
         ValueError: Flags do not go together, or the folder cannot be used.
-        RunError: The gateway does not give the weights.
+        SplitError: The gateway does not give the weights.
     """
     if not values.fetch_weights:
         if values.weights_folder:
@@ -57,7 +55,7 @@ def with_fetched(
         raise ValueError("--fetch_weights needs --layers: without layers no weights are needed")
     if config.model.model or config.model.random_weights:
         raise ValueError("--fetch_weights gets the model: leave out --model and --random_weights")
-    fetched = fetch.fetch(
+    await fetch.fetch(
         where,
         layers,
         pathlib.Path(folder),
@@ -65,8 +63,4 @@ def with_fetched(
         tell=command_flags.tell,
         stream=sys.stderr,
     )
-    try:
-        asyncio.run(fetched)
-    except errors.SplitError as error:
-        raise console.RunError(str(error)) from error
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model=folder))

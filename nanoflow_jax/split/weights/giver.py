@@ -196,10 +196,7 @@ async def answer(
             try:
                 await _answer(stream, giver, check_key=check_key, turn=turn, limits=limits)
             except errors.RefusedError as error:
-                reject = messages.Reject(
-                    code=error.code, reason=error.detail[:4096], retry_after_s=error.retry_after_s
-                )
-                await stream.write(messages.to_frame(reject))
+                await stream.write(messages.to_frame(error.reject()))
             except errors.SplitError as error:
                 failure = messages.Err(code=error.code, detail=error.detail[:4096], retryable=False)
                 await stream.write(messages.to_frame(failure))

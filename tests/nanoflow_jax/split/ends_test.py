@@ -79,14 +79,29 @@ def _ask(
     return done.returncode, done.stdout, done.stderr
 
 
-def test_clients_of_a_gateway_get_the_text_of_one_process(tmp_path):
+def _run(*arguments: str) -> int:
+    """The exit code of a program that runs in this process."""
+    values = absl_flags.FlagValues()
+    chosen = program.command(["split", *arguments])
+    assert chosen is not None
+    chosen.define(values)
+    return program.main(list(values(["split", *arguments])), chosen, values)
+
+
+def test_clients_of_a_gateway_get_the_text_of_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOFLOW_API_KEY", _KEY)
     with _gateway(tmp_path) as (process, address):
+        off_grid = _run("client", f"--gateway={address}", "--layers=0:3", *_SMALL, *_ASKED)
+        said_off_grid = capsys.readouterr().err
         all_server = _ask(tmp_path, address, "")
         fetching = ["--fetch_weights", f"--weights_folder={tmp_path / 'fetched'}"]
         split = _ask(tmp_path, address, "0:1,2:4", *fetching)
         refused = _ask(tmp_path, address, "", key="another")
         process.send_signal(signal.SIGTERM)
         assert process.wait(process_runs.LIMIT_S) == 0
+    assert off_grid == 1
+    assert "error: layers: sessions enter and leave at layers [0, 1, 2, 4]; " in said_off_grid
+    assert not {"loading", "compiled"} & set(re.findall(r"\w+", said_off_grid))
     for code, _, said in (all_server, split):
         assert code == 0, said
         assert "Traceback" not in said
@@ -173,10 +188,7 @@ def test_what_is_no_range_of_layers_is_refused(text):
     ],
 )
 def test_flags_that_are_wrong_are_said_before_a_weight_is_read(capsys, arguments, message):
-    values = absl_flags.FlagValues()
-    chosen = program.command(["split", *arguments])
-    chosen.define(values)
-    assert program.main(list(values(["split", *arguments])), chosen, values) == 2
+    assert _run(*arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert message in said
@@ -184,12 +196,9 @@ def test_flags_that_are_wrong_are_said_before_a_weight_is_read(capsys, arguments
 
 
 def test_gateway_that_does_not_give_weights_ends_the_client_with_its_reason(capsys, tmp_path):
-    values = absl_flags.FlagValues()
     arguments = ["client", "--fetch_weights", f"--weights_folder={tmp_path}", "--layers=0:1"]
     arguments += ["--gateway=127.0.0.1:1", "--split_client_max_attempts=1", _PROMPT]
-    chosen = program.command(["split", *arguments])
-    chosen.define(values)
-    assert program.main(list(values(["split", *arguments])), chosen, values) == 1
+    assert _run(*arguments) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: link: unavailable: ")
     assert said.endswith("(attempt 1 of 1, 0 bytes fetched; run it again and it goes on)\n")
