@@ -121,12 +121,16 @@ def hashes(
         futures = {
             pool.submit(lambda part: sha256_of(part.chunks()), part): part for part in left.values()
         }
-        for future in concurrent.futures.as_completed(futures):
-            part = futures[future]
-            known[part.key] = future.result()
-            done += part.nbytes
-            if progress is not None:
-                progress(done, total)
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                part = futures[future]
+                known[part.key] = future.result()
+                done += part.nbytes
+                if progress is not None:
+                    progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # Else all parts would be read first.
+            raise
     if folder.stamp() != stamp:
         raise CheckpointError(
             f"{folder.path}: changed while it was read; start again when nothing writes to it"

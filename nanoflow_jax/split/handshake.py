@@ -51,7 +51,7 @@ def check_hello(hello: messages.Hello, terms: Terms) -> Codec:
     )
 
 
-def check_version(hello: messages.Hello | messages.AskOffer) -> None:
+def check_version(hello: messages.Hello | messages.AskBlobs) -> None:
     """Raises RefusedError if an end speaks another version of the protocol."""
     if hello.major != messages.PROTOCOL_MAJOR:
         raise errors.RefusedError(

@@ -2,7 +2,7 @@
 
 The client sends `Hello` and gets `Welcome` or `Reject`. Then it sends steps, numbered 1, 2, 3...:
 `Act` (hidden states), `Tok` (token ids) or `Trunc`; and gets `Act`, `Tok` or `Trunc` that name the
-last step that is in them. A stream for weights has one question, `AskOffer` or `Want`.
+last step that is in them. A stream for weights has one question, `AskBlobs` or `Want`.
 Every length and number is bounded where it is declared.
 """
 
@@ -278,8 +278,8 @@ class Close(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: Reason = ""
 
 
-class AskOffer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Asks what it takes to run some layers; see `Offer`.
+class AskBlobs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks what it takes to run some layers; see `Blobs`.
 
     Attributes:
         major: As in `Hello`.
@@ -306,7 +306,7 @@ class Blob(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: Size
 
 
-class Offer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Blobs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What it takes to run some layers: config and tokenizer, then parts.
 
     Attributes:
@@ -340,9 +340,9 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     offset: Size
 
 
-Offering = AskOffer | Offer | Want | Chunk
+OfWeights = AskBlobs | Blobs | Want | Chunk
 Message = (
-    Hello | Welcome | Reject | Act | Tok | Trunc | Credit | Ping | Pong | Err | Close | Offering
+    Hello | Welcome | Reject | Act | Tok | Trunc | Credit | Ping | Pong | Err | Close | OfWeights
 )
 StepMessage = Act | Tok | Trunc
 

@@ -144,12 +144,12 @@ class _Fetcher:
 
     async def _ask(self) -> None:
         """What is to be fetched, which must be what it was."""
-        asked = messages.AskOffer(
+        asked = messages.AskBlobs(
             major=messages.PROTOCOL_MAJOR, minor=messages.PROTOCOL_MINOR, layers=self._layers
         )
         async with self._asking(asked) as stream:
             offer, _ = await question.hear(stream, self._knobs)
-        if not isinstance(offer, messages.Offer):
+        if not isinstance(offer, messages.Blobs):
             raise _unexpected(offer)
         if not offer.blobs:
             raise errors.SplitError(Code.PROTOCOL, "the gateway offers nothing at all")

@@ -83,7 +83,7 @@ class Giver:
                 found.append(messages.Blob(name=name, sha256=sha256, nbytes=len(text)))
         return found
 
-    def offer(self, asked: messages.AskOffer) -> messages.Offer:
+    def offer(self, asked: messages.AskBlobs) -> messages.Blobs:
         """What it takes to run some layers.
 
         Raises:
@@ -105,7 +105,7 @@ class Giver:
                     f"gateway does not give away; it gives {self._shares} (its --share_weights)",
                 )
         blobs = (*self._text_blobs, *(self._blobs[name] for name in needed))
-        return messages.Offer(model=self._model, blobs=blobs)
+        return messages.Blobs(model=self._model, blobs=blobs)
 
     async def give(self, stream: transport.Stream, want: messages.Want, *, turn: pace.Pace) -> None:
         """Sends bytes, as fast as they are read at the other end and as `turn` lets them pass.
@@ -221,14 +221,14 @@ async def _answer(
         message, _ = messages.from_frame(data, limits.frame_limits)
     except frames.FrameError as error:
         raise errors.RefusedError(Code.BAD_FRAME, str(error)) from error
-    if isinstance(message, messages.AskOffer):
+    if isinstance(message, messages.AskBlobs):
         handshake.check_version(message)
     if giver is None:
         raise errors.RefusedError(
             Code.REFUSED, "this gateway gives no weights away; it needs --share_weights for that"
         )
     match message:
-        case messages.AskOffer():
+        case messages.AskBlobs():
             await stream.write(messages.to_frame(giver.offer(message)))
         case messages.Want():
             await giver.give(stream, message, turn=turn)

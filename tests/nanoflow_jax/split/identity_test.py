@@ -10,7 +10,7 @@ from checkpoints import orbax_store, safetensors_file
 from checkpoints.folder import ModelFolder
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import model_source
-from nanoflow_jax.split import identity
+from nanoflow_jax.split import command_flags, identity
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -93,3 +93,14 @@ def test_random_weights_are_told_apart_by_their_seed(folder):
     )
     assert first == again
     assert not set(first) & {*other, *_of(folder).parts}
+
+
+def test_hashing_is_told_while_it_goes_on(folder, capsys):
+    section = config_lib.ModelSection(model=str(folder))
+    source = model_source.open_model(section)
+    identity.of(section, source, _FLOAT32, progress=command_flags.hash_meter())
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "hashing the weights, so that both ends can tell that they have the same"
+    done, _, total = last.partition(" of ")
+    assert done == total
+    assert total.endswith(" kB")

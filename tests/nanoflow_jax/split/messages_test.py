@@ -58,8 +58,8 @@ _ALL = [
         server_s=0.25,
     ),
     messages.Trunc(step=3, position=4),
-    messages.AskOffer(major=2, minor=0, layers=((0, 2),)),
-    messages.Offer(
+    messages.AskBlobs(major=2, minor=0, layers=((0, 2),)),
+    messages.Blobs(
         model="toy", blobs=(messages.Blob(name="layer 0", sha256="e" * 64, nbytes=1 << 40),)
     ),
     messages.Want(sha256="e" * 64, offset=7),

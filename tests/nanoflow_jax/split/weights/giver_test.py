@@ -74,7 +74,7 @@ def test_who_does_not_read_makes_the_gateway_read_little_and_loses_its_turn(mode
     ("question", "code", "reason"),
     [
         (
-            messages.AskOffer(major=1, minor=0, layers=((0, 1),)),
+            messages.AskBlobs(major=1, minor=0, layers=((0, 1),)),
             Code.PROTOCOL,
             "the client speaks version 1.0 of the protocol",
         ),
@@ -132,7 +132,7 @@ def test_part_that_is_not_shared_cannot_be_had_by_its_hash(model):
 def test_what_has_not_the_form_of_a_hash_is_no_message(sha256):
     for message in (
         messages.Want(sha256=sha256, offset=0),
-        messages.Offer(model="m", blobs=(messages.Blob(name="n", sha256=sha256, nbytes=1),)),
+        messages.Blobs(model="m", blobs=(messages.Blob(name="n", sha256=sha256, nbytes=1),)),
     ):
         with pytest.raises(frames.FrameError, match="a frame's header is no message"):
             messages.from_frame(messages.to_frame(message), frames.FrameLimits())
