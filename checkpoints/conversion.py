@@ -1,7 +1,6 @@
 """What a conversion takes whichever way it goes: a lock, a record, parts of bounded size, texts."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -39,7 +38,9 @@ def writing(output: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{output}: no folder can be made there ({error}); give another --output"
         ) from error
-    with _locked(output):
+    with files.locked(
+        output, busy="another conversion is writing there; wait for it or give another --output"
+    ):
         try:
             yield
             (output / UNFINISHED).unlink(missing_ok=True)
@@ -180,20 +181,3 @@ def check_hash(found: str, wanted: str, *, what: str) -> None:
             f"{what}: sha256 was {wanted} when it was copied and is {found} now; "
             f"the conversion is damaged: delete it and convert again"
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder alone; the kernel lets go even after kill -9."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{folder}: another conversion is writing there; wait for it or give another "
-                f"--output"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,11 @@
 """Reading JSON that nobody vouches for, and writing files that are whole or absent."""
 
 import collections
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,28 @@ def write_atomic(path: Path, data: bytes) -> None:
 def partial_path(path: Path) -> Path:
     """Where `path` is put together before it is renamed into place."""
     return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, busy: str) -> Iterator[None]:
+    """Hold a folder alone; the kernel lets go even after kill -9.
+
+    Args:
+        folder: The folder.
+        busy: What to say and to do if somebody else holds it, for the message.
+
+    Raises:
+        CheckpointError: somebody else holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{folder}: {busy}") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:

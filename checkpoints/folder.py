@@ -16,6 +16,8 @@ from checkpoints.huggingface import HuggingFaceWeights
 from checkpoints.orbax_folder import OrbaxWeights
 from checkpoints.tensor_types import TensorSpec
 
+_CHANGED = "start again when nothing writes to the folder"
+
 
 class Weights(Protocol):
     """What `ModelFolder` asks of a way to store tensors."""
@@ -29,6 +31,12 @@ class Weights(Protocol):
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
         """Part of a tensor, with nothing else read."""
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a tensor, which it has, in row-major order."""
+
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
 
     def identity(self) -> bytes:
         """Bytes that differ between different weights."""
@@ -95,6 +103,15 @@ class ModelFolder:
         """Every tensor by its Hugging Face name, with dtype and shape as stored."""
         return self._weights.tensors
 
+    def spec(self, name: str) -> TensorSpec:
+        """What is known of a tensor that is not read.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        self._check_name(name)
+        return self.tensors[name]
+
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         """A whole tensor as stored: a read-only view of a safetensors file, or a fresh array.
 
@@ -125,6 +142,41 @@ class ModelFolder:
         return self._weights.read_slice(
             name, tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
         )
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a tensor in row-major order, with little more than these read.
+
+        Raises:
+            CheckpointError: the tensor has not so many bytes, or as `read`.
+        """
+        self._check_name(name)
+        nbytes = self.tensors[name].nbytes
+        if not 0 <= start <= stop <= nbytes:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} has bytes [0, {nbytes}); [{start}, {stop}) were "
+                f"asked for"
+            )
+        return self._weights.read_range(name, start, stop) if start < stop else b""
+
+    def stamp(self) -> str:
+        """Hex sha256 of path, size, inode and time of change of the files that hold the weights.
+
+        Raises:
+            CheckpointError: one is not there any more.
+        """
+        lines = []
+        for path in self._weights.files():
+            try:
+                found = path.stat()
+            except OSError as error:
+                raise CheckpointError(f"{path}: was there before: {error}; {_CHANGED}") from error
+            numbers = (found.st_size, found.st_ino, found.st_mtime_ns)
+            lines.append(f"{path.resolve()} {numbers}\n")
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def changed_ns(self) -> int:
+        """When the youngest of those files was changed, by the clock that stamps them."""
+        return max(path.stat().st_mtime_ns for path in self._weights.files())
 
     def fingerprint(self) -> str:
         """Hex sha256 of config.json and of what identifies the weights, which are not read.

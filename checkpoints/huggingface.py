@@ -71,6 +71,14 @@ class HuggingFaceWeights:
         """Part of a tensor as a read-only view; only its bytes are read, and only when used."""
         return self.read(name)[index]
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a tensor."""
+        return self._files[self.tensors[name].file.name].read_range(name, start, stop)
+
+    def files(self) -> list[Path]:
+        """Every file that tensors lie in."""
+        return [file.path for file in self._files.values()]
+
     def identity(self) -> bytes:
         """Names, sizes and header hashes of the files, which tell two sets of weights apart."""
         lines = (f"{n} {f.file_bytes} {f.header_sha256}\n" for n, f in self._files.items())

@@ -169,6 +169,22 @@ class OrbaxWeights:
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{where}: cannot be read ({error}); {_AGAIN}") from error
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a tensor in row-major order; whole rows of it are read."""
+        tensor = self.tensors[name]
+        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape else tensor.nbytes
+        rows = slice(start // row_bytes, -(-stop // row_bytes))
+        index = (rows, *(slice(0, size) for size in tensor.shape[1:])) if tensor.shape else ()
+        first = rows.start * row_bytes
+        return bytes(
+            tensor_types.raw_bytes(self.read_slice(name, index))[start - first : stop - first]
+        )
+
+    def files(self) -> list[Path]:
+        """Every file that tensors lie in, and the manifest."""
+        inside = (path for path in (self.folder / PARTS).rglob("*") if path.is_file())
+        return [self.folder / MANIFEST, *sorted(inside)]
+
     def identity(self) -> bytes:
         """Hash of the manifest, which has the hash of every tensor."""
         return hashlib.sha256(self.manifest.to_json()).digest()

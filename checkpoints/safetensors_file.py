@@ -26,6 +26,7 @@ from jaxtyping import Shaped
 
 from checkpoints import files, tensor_types
 from checkpoints.errors import CheckpointError
+from checkpoints.tensor_types import TensorSpec
 
 _MAX_HEADER_BYTES = 100_000_000  # The limit of the reference implementation.
 _ALIGNMENT = 64  # The format asks for 8; 64 is a cache line.
@@ -99,6 +100,24 @@ class SafetensorsFile:
         )
         return flat.reshape(info.shape)
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a tensor, not through the mapped file.
+
+        Raises:
+            CheckpointError: the file is shorter than when it was opened, or cannot be read.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                data = os.pread(file.fileno(), stop - start, self.tensors[name].start + start)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error}); {_AGAIN}") from error
+        if len(data) != stop - start:
+            raise CheckpointError(
+                f"{self.path}: bytes [{start}, {stop}) of tensor {name!r} are not there any more; "
+                f"it changed while it was in use: start again when nothing writes to it"
+            )
+        return data
+
     def give_back_memory(self) -> None:
         """Let the kernel drop what was read through views; they stay valid and read it again."""
         self._mapped.madvise(mmap.MADV_DONTNEED)
@@ -129,6 +148,31 @@ def write_safetensors(
         CheckpointError: a dtype that the format has no name for.
     """
     path = Path(path)
+    start = start_bytes(tensors, metadata)
+    partial = files.partial_path(path)
+    with open(partial, "wb") as file:
+        file.write(start)
+        for tensor in tensors.values():
+            file.write(tensor_types.raw_bytes(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    files.sync_folder(path.parent)
+
+
+def start_bytes(
+    tensors: Mapping[str, TensorSpec] | Mapping[str, Shaped[np.ndarray, "..."]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """What a file of some tensors, in this order, has before their bytes.
+
+    Args:
+        tensors: By their names; only dtype, shape and size are looked at.
+        metadata: Free text kept in the header.
+
+    Raises:
+        CheckpointError: a dtype that the format has no name for.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in tensors.items():
@@ -140,15 +184,7 @@ def write_safetensors(
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    partial = files.partial_path(path)
-    with open(partial, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor_types.raw_bytes(tensor))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    files.sync_folder(path.parent)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _read_header_bytes(file: BinaryIO, *, path: Path, file_bytes: int) -> bytes:

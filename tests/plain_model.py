@@ -1,6 +1,7 @@
 """A model without pages, batches or steps: whole sequences through the same layers."""
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,16 @@ from jaxtyping import Float
 
 from checkpoints.folder import ModelFolder
 from nanoflow_jax.kv_cache import attention
-from nanoflow_jax.models import huggingface, loading
+from nanoflow_jax.models import architecture, huggingface, loading, transformer
+
+
+def load_whole(
+    folder: ModelFolder, config: architecture.ModelConfig, **how: Any
+) -> transformer.Transformer:
+    """All layers of a folder's model as one; `how` is of `loading.load_spans`."""
+    whole = [architecture.Span(0, config.num_layers)]
+    [model] = loading.load_spans(folder, config, whole, **how)
+    return model
 
 
 class WholeAttention:
@@ -40,7 +50,7 @@ class PlainModel:
     def __init__(self, path: pathlib.Path, *, length: int) -> None:
         folder = ModelFolder.open(path)
         config = huggingface.read_config(folder.config)
-        self.model = loading.load_model(
+        self.model = load_whole(
             folder,
             config,
             dtype=np.dtype(np.float32),

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanoflow_jax import request
 from nanoflow_jax.split import cut as cut_lib
-from nanoflow_jax.split import interface, messages
+from nanoflow_jax.split import interface, messages, parts
 
 NUM_LAYERS = 6
 WIDTH = 16
@@ -22,7 +22,7 @@ VOCAB = 97
 EOS = 0
 IDENTITY = messages.Identity(
     model="toy",
-    manifest_sha256="a" * 64,
+    parts=tuple((name, "a" * 64) for name in parts.every(NUM_LAYERS)),
     config_sha256="b" * 64,
     tokenizer_sha256="c" * 64,
     num_layers=NUM_LAYERS,

@@ -61,6 +61,11 @@ class RawClient:
         await self.say(message)
         return await self.hear(kind)
 
+    async def ask_any(self, message: messages.Message) -> messages.Message | None:
+        """Says something; the next message."""
+        await self.say(message)
+        return await self.hear_any()
+
     async def say(self, message: messages.Message, payload: bytes = b"") -> None:
         """Says something."""
         await self._stream.write(messages.to_frame(message, payload))
@@ -128,8 +133,8 @@ class Maker:
         self.channel = made
         self._token = token
 
-    def __call__(self) -> RawClient:
-        return RawClient(transport.open_stream(self.channel, transport.SESSION, self._token))
+    def __call__(self, method: str = transport.SESSION) -> RawClient:
+        return RawClient(transport.open_stream(self.channel, method, self._token))
 
 
 @contextlib.asynccontextmanager

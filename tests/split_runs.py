@@ -13,6 +13,7 @@ from nanoflow_jax import request
 from nanoflow_jax.serve import keys
 from nanoflow_jax.split import client, gateway, messages, settings, transport
 from nanoflow_jax.split.codecs import Codec
+from nanoflow_jax.split.weights import giver
 
 TOKEN = "a token"
 PATIENCE_S = 60.0
@@ -73,11 +74,18 @@ async def serving(
     *,
     identity: messages.Identity = split_model.IDENTITY,
     endpoint: transport.Endpoint | None = None,
+    weights: giver.Giver | None = None,
+    borders: tuple[int, ...] | None = None,
     **limits: Any,
 ) -> AsyncIterator[gateway.Gateway]:
     """A gateway that wants `TOKEN`, on a free port."""
     made = gateway.Gateway(
-        engine, identity, limits=settings.GatewaySection(**limits), keys=keys.ApiKeys([TOKEN])
+        engine,
+        identity,
+        limits=settings.GatewaySection(**limits),
+        keys=keys.ApiKeys([TOKEN]),
+        weights=weights,
+        borders=borders,
     )
     async with made.serving(endpoint or transport.Endpoint(host="127.0.0.1", port=0)):
         yield made

@@ -468,14 +468,19 @@ def _buckets(
     return bucket_lib.check_buckets(found, max_requests=max_requests, dense_batch=dense_batch)
 
 
+def cache_folder(kind: str) -> pathlib.Path:
+    """Where things of a kind are kept that may be deleted at any time."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "nanoflow_jax" / kind
+
+
 def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs, unless somebody has already set where."""
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is not None or not folder:
         return
     if folder == "auto":
-        base = os.environ.get("XDG_CACHE_HOME") or str(pathlib.Path.home() / ".cache")
-        folder = os.path.join(base, "nanoflow_jax", "programs")
+        folder = str(cache_folder("programs"))
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

@@ -64,20 +64,6 @@ def share_of_one_device(
     )
 
 
-def load_model(
-    source: checkpoint_folder.ModelFolder,
-    config: architecture.ModelConfig,
-    *,
-    dtype: np.dtype[Any],
-    placement: placement_lib.Placement,
-    progress: ProgressCall | None = None,
-) -> transformer.Transformer:
-    """A model with the weights of a folder, read one at a time; see `load_spans`."""
-    whole = [architecture.Span(0, config.num_layers)]
-    [model] = load_spans(source, config, whole, dtype=dtype, placement=placement, progress=progress)
-    return model
-
-
 def load_spans(
     source: checkpoint_folder.ModelFolder,
     config: architecture.ModelConfig,
@@ -126,25 +112,6 @@ def load_spans(
     return _make_spans(make, config, spans)
 
 
-def random_model(
-    config: architecture.ModelConfig,
-    *,
-    seed: int,
-    dtype: np.dtype[Any],
-    placement: placement_lib.Placement,
-    progress: ProgressCall | None = None,
-) -> transformer.Transformer:
-    """A model with seeded random weights, made on the devices that hold them.
-
-    Each weight's key is folded from its name, so it does not depend on the other weights.
-    """
-    whole = [architecture.Span(0, config.num_layers)]
-    [model] = random_spans(
-        config, whole, seed=seed, dtype=dtype, placement=placement, progress=progress
-    )
-    return model
-
-
 def random_spans(
     config: architecture.ModelConfig,
     spans: Sequence[architecture.Span],
@@ -154,7 +121,11 @@ def random_spans(
     placement: placement_lib.Placement,
     progress: ProgressCall | None = None,
 ) -> list[transformer.Transformer]:
-    """Layers of a model with the weights that `random_model` gives them; see `load_spans`."""
+    """Layers of a model with seeded random weights, made on the devices that hold them.
+
+    Each weight's key is folded from its name, so it does not depend on the other weights, nor on
+    which layers are made. See `load_spans`.
+    """
     meter = _Meter(_specs(config, spans), dtype, progress)
     programs: dict[Any, Any] = {}
 

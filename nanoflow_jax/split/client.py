@@ -1,25 +1,28 @@
 """A client of a gateway: its own layers, a channel, and as many requests as it likes."""
 
 import asyncio
+import dataclasses
 import importlib.metadata
 import itertools
 from collections.abc import Sequence
 
 from nanoflow_jax import request
-from nanoflow_jax.split import codecs as codecs_lib
-from nanoflow_jax.split import cut as cut_lib
 from nanoflow_jax.split import (
+    attempts,
     driver,
     engine_thread,
     errors,
     interface,
     link,
     messages,
+    question,
     remote,
     report,
     settings,
     transport,
 )
+from nanoflow_jax.split import codecs as codecs_lib
+from nanoflow_jax.split import cut as cut_lib
 from nanoflow_jax.split.messages import Code
 
 
@@ -79,6 +82,40 @@ class SplitClient:
             num_bytes=num_bytes,
         )
 
+    async def check(
+        self,
+        prompt_ids: Sequence[int],
+        params: request.SamplingParams,
+        cut: cut_lib.Cut,
+        *,
+        max_len: int | None = None,
+    ) -> None:
+        """Asks whether the gateway would take a request, before this end is made ready for it.
+
+        Args:
+            prompt_ids: As in `generate`.
+            params: As in `generate`.
+            cut: As in `generate`.
+            max_len: As in `generate`.
+
+        Raises:
+            ValueError: It cannot be asked so.
+            SplitError: The gateway would not, or cannot be reached.
+        """
+        hello = self._hello(_order("trial", prompt_ids, params, cut, max_len=max_len))
+        tries = attempts.Attempts(self._knobs)
+        while True:
+            try:
+                async with question.asking(
+                    self._channel, transport.TRIAL, self._endpoint.token, hello
+                ) as stream:
+                    await question.hear(stream, self._knobs)
+                return
+            except errors.SplitError as error:
+                if not error.retryable:
+                    raise
+                await tries.failed(error, note="nothing was loaded for it")
+
     async def generate(
         self,
         prompt_ids: Sequence[int],
@@ -105,12 +142,8 @@ class SplitClient:
             ValueError: It cannot be asked so.
             SplitError: It failed, and says why.
         """
-        order = driver.Order(
-            request_id=f"split-{next(self._numbers)}",
-            prompt_ids=tuple(prompt_ids),
-            params=params,
-            max_len=_checked_len(prompt_ids, params, max_len),
-            cut=cut,
+        order = dataclasses.replace(
+            _order(f"split-{next(self._numbers)}", prompt_ids, params, cut, max_len=max_len),
             promise=promise or report.Promise(),
             on_tokens=on_tokens,
         )
@@ -166,6 +199,26 @@ class SplitClient:
             prompt_len=len(order.prompt_ids),
             max_len=order.max_len,
         )
+
+
+def _order(
+    request_id: str,
+    prompt_ids: Sequence[int],
+    params: request.SamplingParams,
+    cut: cut_lib.Cut,
+    *,
+    max_len: int | None,
+) -> driver.Order:
+    """A checked order that promises nothing and tells nobody; see `SplitClient.generate`."""
+    return driver.Order(
+        request_id=request_id,
+        prompt_ids=tuple(prompt_ids),
+        params=params,
+        max_len=_checked_len(prompt_ids, params, max_len),
+        cut=cut,
+        promise=report.Promise(),
+        on_tokens=lambda token_ids: None,
+    )
 
 
 def _checked_len(

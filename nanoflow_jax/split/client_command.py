@@ -18,6 +18,7 @@ from nanoflow_jax.split import client as client_lib
 from nanoflow_jax.split import command_flags, driver, errors, identity, report, settings
 from nanoflow_jax.split import cut as cut_lib
 from nanoflow_jax.split import engine as engine_lib
+from nanoflow_jax.split.weights import fetch_flags
 from nanoflow_jax.tokenizer import tokenizer
 
 _KEY = "NANOFLOW_API_KEY"
@@ -31,6 +32,7 @@ class _Sections:
 def define(values: absl_flags.FlagValues) -> None:
     """Defines the command's flags."""
     command_flags.define(values, _Sections)
+    fetch_flags.define(values)
     common = knob_flags.of_program(values)
     absl_flags.DEFINE_string("gateway", "127.0.0.1:8100", "HOST:PORT of the gateway.", **common)
     absl_flags.DEFINE_boolean("tls", False, "Speak TLS; --tls_... say how.", **common)
@@ -85,14 +87,25 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         ValueError: Flags, model or files cannot be used.
         RunError: The request failed.
     """
+    # One loop for all that is asked: gRPC reports errors of another loop's channels in this one.
+    with asyncio.Runner() as runner:
+        try:
+            return _run(values, say, runner)
+        except errors.SplitError as error:
+            raise console.RunError(str(error)) from error
+
+
+def _run(values: absl_flags.FlagValues, say: Callable[[str], None], runner: asyncio.Runner) -> int:
     config = knob_flags.engine_config(values)
     sections: _Sections = knob_flags.composed(_Sections, values)
     host, port = config_lib.host_and_port("gateway", values.gateway, example="127.0.0.1:8100")
     where = command_flags.endpoint(
         values, host, port, token=os.environ.get(_KEY, ""), uses_tls=values.tls
     )
-    source = model_source.open_model(config.model)
     layers = command_flags.ranges(values.layers)
+    fetched = fetch_flags.with_fetched(config, values, where, layers, sections.client)
+    config = runner.run(fetched)
+    source = model_source.open_model(config.model)
     cut = cut_of(layers, source.config.num_layers)
     words = _words(source)
     prompt_ids = _prompt(values, words)
@@ -104,29 +117,45 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         seed=values.seed,
         ignore_eos=values.ignore_eos,
     )
+    ours = identity.of(
+        config.model,
+        source,
+        _dtype(config.model, source),
+        layers=layers,
+        progress=command_flags.hash_meter(),
+    )
     engine = None
     if layers:
+        trial = client_lib.SplitClient(where, ours, held_layers=layers, knobs=sections.client)
+        runner.run(_check(trial, prompt_ids, params, cut))
         engine = engine_lib.build_split_engine(
             _sized(config), source, layers=layers, reports=start_up.reports(command_flags.tell)
         )
-    dtype = engine.held.dtype if engine is not None else _dtype(config.model, source)
     made = client_lib.SplitClient(
         where,
-        identity.of(config.model, source, dtype),
+        ours,
         engine=engine,
         held_layers=layers,
         knobs=sections.client,
     )
     try:
-        done = asyncio.run(_generate(made, prompt_ids, params, cut))
-    except errors.SplitError as error:
-        raise console.RunError(str(error)) from error
+        done = runner.run(_generate(made, prompt_ids, params, cut))
     finally:
         if engine is not None:
             engine.close()
     say(words.decode(done.token_ids) if words is not None else _ids(done.token_ids))
     command_flags.tell(_summary(done.report, len(done.token_ids)))
     return 0
+
+
+async def _check(
+    client: client_lib.SplitClient,
+    prompt_ids: Sequence[int],
+    params: request.SamplingParams,
+    cut: cut_lib.Cut,
+) -> None:
+    async with client:
+        await client.check(prompt_ids, params, cut)
 
 
 async def _generate(

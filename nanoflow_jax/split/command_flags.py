@@ -1,12 +1,13 @@
 """Flags that both ends of split sessions have, and what is read from them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags as absl_flags
 
 from nanoflow_jax import config as config_lib
 from nanoflow_jax import flags as knob_flags
+from nanoflow_jax import meter
 from nanoflow_jax.split import cut, transport
 
 
@@ -80,6 +81,21 @@ def ranges(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
             )
         found.append(layers)
     return tuple(found)
+
+
+def hash_meter() -> Callable[[int, int], None]:
+    """Shows how much of a model's weights is hashed, of bytes done and bytes in all."""
+    shown: list[meter.Meter] = []
+
+    def progress(done: int, total: int) -> None:
+        if not shown:
+            tell("hashing the weights, so that both ends can tell that they have the same")
+            shown.append(meter.Meter(total, unit="B", stream=sys.stderr))
+        shown[0].update(done)
+        if done == total:
+            shown[0].close()
+
+    return progress
 
 
 def tell(text: str) -> None:

@@ -3,15 +3,14 @@
 import asyncio
 import collections
 import dataclasses
-import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
 from nanoflow_jax import request
-from nanoflow_jax.split import cut as cut_lib
 from nanoflow_jax.split import (
+    attempts,
     engine_thread,
     errors,
     interface,
@@ -21,6 +20,7 @@ from nanoflow_jax.split import (
     report,
     settings,
 )
+from nanoflow_jax.split import cut as cut_lib
 from nanoflow_jax.split.messages import Code
 
 OnTokens = Callable[[Sequence[int]], None]
@@ -125,7 +125,7 @@ class Driver:
         self._told = len(self._known)
         self._events: collections.deque[_Event] = collections.deque()
         self._woken = asyncio.Event()
-        self._failures = 0
+        self._attempts = attempts.Attempts(knobs)
         self._record = report.Record(begun_s=time.monotonic())
         self._remote = make_remote(self._make_hello(order), self._on_event)
 
@@ -263,11 +263,11 @@ class Driver:
                 self._check_output(output)
                 self._draw(output)
             case remote.Arrived(message=messages.Tok() as message):
-                self._failures = 0
+                self._attempts.succeeded()
                 self._draw(message)
             case remote.Arrived(message=message, hidden=hidden):
                 assert hidden is not None
-                self._failures = 0
+                self._attempts.succeeded()
                 self._feed_back(message.position, hidden)
             case remote.Credited():
                 pass  # what follows may be sent
@@ -367,16 +367,8 @@ class Driver:
         Raises:
             SplitError: It was.
         """
-        self._failures += 1
-        if self._failures >= self._knobs.max_attempts:
-            raise errors.SplitError(
-                error.code,
-                f"{error.detail} (attempt {self._failures} of {self._knobs.max_attempts}, "
-                f"{self.num_drawn} tokens drawn)",
-            ) from error
-        # Clients of a server that was started anew do not all come at once.
-        wait_s = self._knobs.backoff_s * 2 ** (self._failures - 1) * random.uniform(0.5, 1.0)
-        await asyncio.sleep(max(at_least_s, wait_s))
+        note = f"{self.num_drawn} tokens drawn"
+        await self._attempts.failed(error, note=note, at_least_s=at_least_s)
 
     def _replayed(self, refusal: errors.RefusedError) -> Order:
         """The order with all known tokens as its prompt.

@@ -22,9 +22,17 @@ from nanoflow_jax.engine_process import companion, worker
 from nanoflow_jax.parallel import peers
 from nanoflow_jax.serve import keys as keys_lib
 from nanoflow_jax.serve import log
+from nanoflow_jax.split import (
+    command_flags,
+    engine_thread,
+    identity,
+    settings,
+    shared_engine,
+    transport,
+)
 from nanoflow_jax.split import engine as engine_lib
-from nanoflow_jax.split import engine_thread, identity, settings, shared_engine, transport
 from nanoflow_jax.split import gateway as gateway_lib
+from nanoflow_jax.split.weights import giver
 
 # While it waits, the engine says that it is well, so that the front does not take it for stuck:
 # requests may wait for pages of sessions whose clients think.
@@ -39,12 +47,14 @@ class GatewayFlags(msgspec.Struct, frozen=True, kw_only=True):
         grid: Borders at which sessions may enter and leave.
         limits: What sessions are granted.
         api_key_file: Keys that clients need; empty for none.
+        share_weights: What clients may fetch of the model; see `parts.shared`.
     """
 
     endpoint: transport.Endpoint
     grid: tuple[int, ...]
     limits: settings.GatewaySection
     api_key_file: str
+    share_weights: tuple[str, ...] = ()
 
     def encoded(self) -> str:
         """As an argument; it holds no secret."""
@@ -59,13 +69,22 @@ class GatewayFlags(msgspec.Struct, frozen=True, kw_only=True):
         host: engine_thread.Host | None = None,
     ) -> gateway_lib.Gateway:
         """The gateway in front of an engine that was built of this model; see `Gateway`."""
+        ours = identity.of(
+            config.model, source, engine.held.dtype, progress=command_flags.hash_meter()
+        )
+        weights = None
+        if self.share_weights and source.folder is not None:
+            weights = giver.Giver(
+                source.folder, source.config, ours, self.share_weights, limits=self.limits
+            )
         return gateway_lib.Gateway(
             engine,
-            identity.of(config.model, source, engine.held.dtype),
+            ours,
             limits=self.limits,
             keys=keys_lib.ApiKeys.load(self.api_key_file),
             borders=self.grid,
             host=host,
+            weights=weights,
         )
 
 

@@ -31,3 +31,9 @@ class RefusedError(SplitError):
     ) -> None:
         super().__init__(code, detail, retryable=retry_after_s is not None)
         self.retry_after_s = retry_after_s
+
+    def reject(self) -> messages.Reject:
+        """As it is told to the other end."""
+        return messages.Reject(
+            code=self.code, reason=self.detail[:4096], retry_after_s=self.retry_after_s
+        )

@@ -27,6 +27,7 @@ from nanoflow_jax.split import (
 )
 from nanoflow_jax.split import session as session_lib
 from nanoflow_jax.split.messages import Code
+from nanoflow_jax.split.weights import giver, pace
 
 _LOG = logging.getLogger(__name__)
 _MAX_PROBES = 64
@@ -63,6 +64,7 @@ class Gateway:
         borders: Iterable[int] | None = None,
         host: engine_thread.Host | None = None,
         codecs_taken: Iterable[codecs.Codec] = tuple(codecs.Codec),
+        weights: giver.Giver | None = None,
     ) -> None:
         """Makes a gateway.
 
@@ -74,6 +76,7 @@ class Gateway:
             borders: Where sessions may enter and leave; None for every layer.
             host: Runs the engine, if others use it too.
             codecs_taken: How hidden states may be written.
+            weights: What clients are given of the model, if anything.
         """
         every = range(identity.num_layers + 1)
         self._terms = handshake.Terms(
@@ -87,6 +90,8 @@ class Gateway:
         self._engine = engine_thread.EngineThread(engine, host)
         self._waiting = budget.ByteBudget(limits.max_waiting_bytes)
         self._held: dict[str, _Held] = {}
+        self._weights = weights
+        self._turn = pace.Pace(limits.busy_fetch_bytes_per_s, lambda: bool(self._held))
         self._is_draining = False
         self._is_stopping = False
         self.epoch = secrets.token_hex(8)
@@ -123,7 +128,12 @@ class Gateway:
         async with self._engine:
             server, self.port = await transport.listen(
                 endpoint,
-                {transport.SESSION: self._serve, transport.PROBE: self._probe},
+                {
+                    transport.SESSION: self._serve,
+                    transport.PROBE: self._probe,
+                    transport.TRIAL: self._try,
+                    transport.WEIGHTS: self._give,
+                },
                 max_frame_bytes=self._limits.frame_limits.frame_bytes,
             )
             try:
@@ -151,11 +161,8 @@ class Gateway:
             held, welcome = await self._greet(stream, talk)
         except errors.RefusedError as error:
             self.counts[f"refused: {error.code}"] += 1
-            reject = messages.Reject(
-                code=error.code, reason=error.detail[:4096], retry_after_s=error.retry_after_s
-            )
             with contextlib.suppress(transport.StreamLostError):
-                await stream.write(messages.to_frame(reject))
+                await stream.write(messages.to_frame(error.reject()))
             return
         except transport.StreamLostError:
             return
@@ -370,10 +377,29 @@ class Gateway:
                     messages.to_frame(messages.Pong(sent_s=message.sent_s), bytes(size))
                 )
         except errors.RefusedError as error:
-            reject = messages.Reject(code=error.code, reason=error.detail)
-            await stream.write(messages.to_frame(reject))
+            await stream.write(messages.to_frame(error.reject()))
         except (transport.StreamLostError, frames.FrameError, TimeoutError) as error:
             _LOG.info("a probe ended: %s", error)
+
+    async def _try(self, stream: transport.ServerStream) -> None:
+        """Says whether a session could be opened, and opens none."""
+        answer: messages.Close | messages.Reject = messages.Close()
+        with contextlib.suppress(transport.StreamLostError):
+            try:
+                handshake.check_hello(await self._hello(stream), self._terms)
+            except errors.RefusedError as error:
+                answer = error.reject()
+            await stream.write(messages.to_frame(answer))
+
+    async def _give(self, stream: transport.ServerStream) -> None:
+        """Gives weights to a client, where that is allowed."""
+        await giver.answer(
+            stream,
+            self._weights,
+            check_key=self._check_key,
+            turn=self._turn,
+            limits=self._limits,
+        )
 
 
 def _unknown(session_id: str) -> errors.RefusedError:

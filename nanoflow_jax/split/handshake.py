@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from nanoflow_jax.split import errors, messages, settings
+from nanoflow_jax.split import errors, messages, parts, settings
 from nanoflow_jax.split.codecs import Codec
 from nanoflow_jax.split.messages import Code
 
 _HASHES = {
-    "manifest_sha256": "weights",
     "config_sha256": "config (sizes, RoPE, norms, scaling or quantisation)",
     "tokenizer_sha256": "tokenizer",
 }
@@ -37,7 +36,7 @@ def check_hello(hello: messages.Hello, terms: Terms) -> Codec:
     Raises:
         RefusedError: It cannot; the reason says what differs and what to change.
     """
-    _check_version(hello)
+    check_version(hello)
     _check_identity(hello.identity, terms.identity)
     _check_layers(hello, terms)
     _check_sampling(hello, terms)
@@ -52,7 +51,8 @@ def check_hello(hello: messages.Hello, terms: Terms) -> Codec:
     )
 
 
-def _check_version(hello: messages.Hello) -> None:
+def check_version(hello: messages.Hello | messages.AskBlobs) -> None:
+    """Raises RefusedError if an end speaks another version of the protocol."""
     if hello.major != messages.PROTOCOL_MAJOR:
         raise errors.RefusedError(
             Code.PROTOCOL,
@@ -63,13 +63,7 @@ def _check_version(hello: messages.Hello) -> None:
 
 def _check_identity(theirs: messages.Identity, ours: messages.Identity) -> None:
     for name, what in _HASHES.items():
-        if getattr(theirs, name) != getattr(ours, name):
-            raise errors.RefusedError(
-                Code.MODEL,
-                f"the {what} of the client's model {theirs.model!r} and the server's "
-                f"{ours.model!r} differ ({getattr(theirs, name):.12} against "
-                f"{getattr(ours, name):.12}); both ends must load the same files",
-            )
+        _check_hash(f"the {what}", getattr(theirs, name), getattr(ours, name), theirs, ours)
     for name in _SHAPES:
         if getattr(theirs, name) != getattr(ours, name):
             raise errors.RefusedError(
@@ -77,6 +71,20 @@ def _check_identity(theirs: messages.Identity, ours: messages.Identity) -> None:
                 f"{name} is {getattr(theirs, name)} at the client and {getattr(ours, name)} at "
                 "the server; both ends must run the model alike",
             )
+    known = dict(ours.parts)
+    for part, found in theirs.parts:
+        _check_hash(part, found, known.get(part, "none"), theirs, ours)
+
+
+def _check_hash(
+    what: str, theirs: str, ours: str, client: messages.Identity, server: messages.Identity
+) -> None:
+    if theirs != ours:
+        raise errors.RefusedError(
+            Code.MODEL,
+            f"{what} of the client's model {client.model!r} and the server's {server.model!r} "
+            f"differ ({theirs:.12} against {ours:.12}); both ends must load the same files",
+        )
 
 
 def _check_layers(hello: messages.Hello, terms: Terms) -> None:
@@ -98,6 +106,19 @@ def _check_layers(hello: messages.Hello, terms: Terms) -> None:
                 Code.LAYERS,
                 f"the server would run [{start}, {stop}), but the client does not hold "
                 f"[{low}, {high})",
+            )
+    _check_shown(hello, num_layers)
+
+
+def _check_shown(hello: messages.Hello, num_layers: int) -> None:
+    shown = {name for name, _ in hello.identity.parts}
+    ranges = [pair for pair in ((0, hello.start), (hello.stop, num_layers)) if pair[0] < pair[1]]
+    # Whether the head uses the embedding is the model's config, which is compared by itself.
+    needed = parts.of_layers(ranges, num_layers=num_layers, tied_embeddings=False)
+    for name in needed:
+        if name not in shown:
+            raise errors.RefusedError(
+                Code.MODEL, f"the client runs {name} and did not say the hash of its weights"
             )
 
 

@@ -2,7 +2,8 @@
 
 The client sends `Hello` and gets `Welcome` or `Reject`. Then it sends steps, numbered 1, 2, 3...:
 `Act` (hidden states), `Tok` (token ids) or `Trunc`; and gets `Act`, `Tok` or `Trunc` that name the
-last step that is in them. Every length and number is bounded where it is declared.
+last step that is in them. A stream for weights has one question, `AskBlobs` or `Want`.
+Every length and number is bounded where it is declared.
 """
 
 import enum
@@ -14,17 +15,22 @@ from msgspec import Meta
 from nanoflow_jax import request
 from nanoflow_jax.split import codecs, frames
 
-PROTOCOL_MAJOR = 1
+PROTOCOL_MAJOR = 2
 PROTOCOL_MINOR = 0
 MAX_ROWS = 8192
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Step = Annotated[int, Meta(ge=1, lt=1 << 48)]
+Size = Annotated[int, Meta(ge=0, lt=1 << 62)]
+# The length too: in a pattern `$` may have a line's end behind it.
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Rows = Annotated[int, Meta(ge=1, le=MAX_ROWS)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 Name = Annotated[str, Meta(max_length=256)]
 Reason = Annotated[str, Meta(max_length=4096)]
 Secret = Annotated[str, Meta(max_length=128)]
+# Names and hex sha256 of a model's parts; see `identity`.
+Parts = Annotated[tuple[tuple[Name, Secret], ...], Meta(max_length=2048)]
 TokenIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_ROWS)]
 Ranges = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=1024)]
 
@@ -52,9 +58,11 @@ class Code(enum.StrEnum):
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Which model an end holds; two ends that differ in any of it would produce fluent garbage.
 
+    A client may hold fewer parts than its gateway.
+
     Attributes:
         model: A name for people.
-        manifest_sha256: Of names, dtypes, shapes and hashes of all tensors.
+        parts: Of the parts that it holds, in the order in which a token meets them.
         config_sha256: Of everything else that changes results: sizes, RoPE, norms, scaling.
         tokenizer_sha256: Of the tokenizer.
         num_layers: L.
@@ -64,7 +72,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: Name
-    manifest_sha256: Secret
+    parts: Parts
     config_sha256: Secret
     tokenizer_sha256: Secret
     num_layers: Annotated[int, Meta(ge=1, le=4096)]
@@ -270,7 +278,72 @@ class Close(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: Reason = ""
 
 
-Message = Hello | Welcome | Reject | Act | Tok | Trunc | Credit | Ping | Pong | Err | Close
+class AskBlobs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks what it takes to run some layers; see `Blobs`.
+
+    Attributes:
+        major: As in `Hello`.
+        minor: As in `Hello`.
+        layers: Ranges [start, stop).
+    """
+
+    major: Count
+    minor: Count
+    layers: Ranges
+
+
+class Blob(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that a gateway gives, by their hash.
+
+    Attributes:
+        name: Of a part of the model, whose bytes are a safetensors file, or of a text file.
+        sha256: Of all bytes.
+        nbytes: How many they are.
+    """
+
+    name: Name
+    sha256: Sha256
+    nbytes: Size
+
+
+class Blobs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What it takes to run some layers: config and tokenizer, then parts.
+
+    Attributes:
+        model: A name for people.
+        blobs: Each once.
+    """
+
+    model: Name
+    blobs: Annotated[tuple[Blob, ...], Meta(max_length=2048)]
+
+
+class Want(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks for bytes from an offset to the end; `Chunk`s follow.
+
+    Attributes:
+        sha256: Whose.
+        offset: The first.
+    """
+
+    sha256: Sha256
+    offset: Size
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Bytes, which are the payload.
+
+    Attributes:
+        offset: Of the first.
+    """
+
+    offset: Size
+
+
+OfWeights = AskBlobs | Blobs | Want | Chunk
+Message = (
+    Hello | Welcome | Reject | Act | Tok | Trunc | Credit | Ping | Pong | Err | Close | OfWeights
+)
 StepMessage = Act | Tok | Trunc
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -23,6 +23,7 @@ from nanoflow_jax.split import (
     command_flags,
     engine_process,
     gateway,
+    parts,
     pieces,
     settings,
     transport,
@@ -49,6 +50,13 @@ def define(values: absl_flags.FlagValues) -> None:
         [],
         "Layers before which requests may enter and leave, such as 2,4,6. Each more makes more "
         "programs.",
+        **common,
+    )
+    absl_flags.DEFINE_list(
+        "share_weights",
+        [],
+        "What clients may fetch of the model: `all`, or any of `embed`, `head` and ranges of "
+        "layers such as 0:8. Empty: nothing. Look at the model's licence first.",
         **common,
     )
     absl_flags.DEFINE_string("api_key_file", "", "Keys that clients need, one in a line.", **common)
@@ -86,8 +94,15 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     grid = command_flags.borders(values.grid)
     source = model_source.open_model(config.model)
     pieces.held_spans(source.config.num_layers, grid, None)  # or it would be said only later
+    parts.shared(values.share_weights, source.config.num_layers)
+    if values.share_weights and (source.folder is None or config.model.random_weights):
+        raise ValueError("--share_weights needs a model's folder; random weights have none")
     flags = engine_process.GatewayFlags(
-        endpoint=where, grid=grid, limits=sections.gateway, api_key_file=values.api_key_file
+        endpoint=where,
+        grid=grid,
+        limits=sections.gateway,
+        api_key_file=values.api_key_file,
+        share_weights=tuple(values.share_weights),
     )
     if values.http_port is not None:
         return _serve_both(values, config, source, flags)

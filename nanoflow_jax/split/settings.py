@@ -34,6 +34,10 @@ class GatewaySection:
     lease_s: float = knob(20.0, "How long a session waits for its client to come back.", low=0.0)
     write_timeout_s: float = knob(30.0, "How long a client may take to read one frame.", low=0.05)
     retry_after_s: float = knob(1.0, "When a client that found no room may ask again.", low=0.0)
+    max_fetches: int = knob(4, "Streams that weights are given on at once.", low=1, high=256)
+    busy_fetch_bytes_per_s: int = knob(
+        32 << 20, "Weights given per second, on all streams, while sessions are open.", low=1 << 16
+    )
 
     def __post_init__(self) -> None:
         config.check_bounds(self, self.PREFIX)

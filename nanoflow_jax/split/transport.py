@@ -14,6 +14,8 @@ import grpc.aio
 _SERVICE = "nanoflow.split"
 SESSION = "Session"
 PROBE = "Probe"
+TRIAL = "Trial"
+WEIGHTS = "Weights"
 _TOKEN_KEY = "authorization"
 
 

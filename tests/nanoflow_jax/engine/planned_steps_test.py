@@ -13,7 +13,7 @@ from golden import cases
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
-from plain_model import PlainModel
+from plain_model import PlainModel, load_whole
 from same_tokens import MIN_MARGIN
 
 from checkpoints.folder import ModelFolder
@@ -60,7 +60,7 @@ def _placed_model(case, placement):
     if placement.num_devices == 1:
         return _model(case)
     folder, config = ModelFolder.open(cases.load(case).path), _model(case).config
-    return loading.load_model(folder, config, dtype=np.dtype(np.float32), placement=placement)
+    return load_whole(folder, config, dtype=np.dtype(np.float32), placement=placement)
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ import pytest
 import random_folder
 from flax import nnx
 from golden import cases
+from plain_model import load_whole
 
 from checkpoints import safetensors_file
 from checkpoints.folder import ModelFolder
@@ -34,12 +35,17 @@ def placement(config):
     return loading.place_model(config, jax.devices()[:1])
 
 
+def _random(config, **how):
+    [model] = loading.random_spans(config, [architecture.Span(0, config.num_layers)], **how)
+    return model
+
+
 def _leaves(model):
     return jax.tree.leaves(nnx.state(model))
 
 
 def test_a_loaded_model_has_the_folders_tensors(folder, config, placement):
-    model = loading.load_model(folder, config, dtype=_FLOAT32, placement=placement)
+    model = load_whole(folder, config, dtype=_FLOAT32, placement=placement)
     np.testing.assert_array_equal(model.embedding[...], folder.read("model.embed_tokens.weight"))
     np.testing.assert_array_equal(model.head_weight[...], folder.read("lm_head.weight"))
     attention = model.layers[1].attention
@@ -55,7 +61,7 @@ def test_a_loaded_model_has_the_folders_tensors(folder, config, placement):
 
 
 def test_weights_are_cast_to_the_run_dtype(folder, config, placement):
-    model = loading.load_model(folder, config, dtype=_BFLOAT16, placement=placement)
+    model = load_whole(folder, config, dtype=_BFLOAT16, placement=placement)
     assert {leaf.dtype for leaf in _leaves(model)} == {_BFLOAT16}
     wanted = folder.read("model.norm.weight").astype(_BFLOAT16)
     np.testing.assert_array_equal(model.norm.weight[...], wanted)
@@ -63,7 +69,7 @@ def test_weights_are_cast_to_the_run_dtype(folder, config, placement):
 
 def test_progress_counts_every_byte(folder, config, placement):
     seen = []
-    loading.load_model(folder, config, dtype=_BFLOAT16, placement=placement, progress=seen.append)
+    load_whole(folder, config, dtype=_BFLOAT16, placement=placement, progress=seen.append)
     total = loading.model_bytes(config, _BFLOAT16)
     sizes = [math.prod(spec.shape) for spec in transformer.parameter_specs(config)]
     assert total == 2 * sum(sizes) == loading.model_bytes(config, _FLOAT32) // 2
@@ -77,13 +83,13 @@ def test_a_folder_of_another_shape_is_refused_before_anything_is_read(folder, co
     seen = []
     message = "has shape (311, 32), but config.json asks for (312, 32)"
     with pytest.raises(ValueError, match=re.escape(message)):
-        loading.load_model(folder, wrong, dtype=_FLOAT32, placement=placement, progress=seen.append)
+        load_whole(folder, wrong, dtype=_FLOAT32, placement=placement, progress=seen.append)
     assert not seen
 
 
 def test_random_weights_follow_from_seed_and_name_alone(config, placement):
     def draw(changed, seed=3):
-        return loading.random_model(changed, seed=seed, dtype=_FLOAT32, placement=placement)
+        return _random(changed, seed=seed, dtype=_FLOAT32, placement=placement)
 
     fewer = dataclasses.replace(config, num_layers=1, windows=(None,))
     first, again, other = draw(config), draw(fewer), draw(fewer, seed=4)
@@ -97,7 +103,7 @@ def test_random_weights_follow_from_seed_and_name_alone(config, placement):
 
 
 def test_random_weights_have_the_spread_of_their_specs(config, placement):
-    model = loading.random_model(config, seed=0, dtype=_FLOAT32, placement=placement)
+    model = _random(config, seed=0, dtype=_FLOAT32, placement=placement)
     embedding = np.asarray(model.embedding[...])
     assert embedding.mean() == pytest.approx(0.0, abs=1e-3)
     assert embedding.std() == pytest.approx(0.02, rel=0.05)
@@ -107,14 +113,14 @@ def test_random_weights_have_the_spread_of_their_specs(config, placement):
 def test_random_norms_of_a_family_that_stores_an_offset_are_neutral(placement):
     raw = ModelFolder.open(cases.load("gemma2").path).config
     config = huggingface.read_config(raw)
-    model = loading.random_model(config, seed=0, dtype=_FLOAT32, placement=placement)
+    model = _random(config, seed=0, dtype=_FLOAT32, placement=placement)
     np.testing.assert_array_equal(model.norm.weight[...], np.zeros(config.hidden_size))
 
 
 def test_weights_lie_on_the_devices_they_were_asked_for(config):
     devices = jax.devices()[:2]
     placement = loading.place_model(config, devices)
-    model = loading.random_model(config, seed=0, dtype=_FLOAT32, placement=placement)
+    model = _random(config, seed=0, dtype=_FLOAT32, placement=placement)
     shards = model.layers[0].attention.qkv[...].addressable_shards
     assert [shard.device for shard in shards] == devices
     assert {shard.data.shape[0] for shard in shards} == {config.num_kv_heads // 2}
@@ -150,7 +156,7 @@ def test_a_truncated_folder_is_refused(tmp_path, folder, config, placement):
     (tmp_path / "config.json").write_bytes((folder.path / "config.json").read_bytes())
     safetensors_file.write_safetensors(tmp_path / "model.safetensors", tensors)
     with pytest.raises(ValueError, match=r"the folder lacks model\.norm\.weight"):
-        loading.load_model(ModelFolder.open(tmp_path), config, dtype=_FLOAT32, placement=placement)
+        load_whole(ModelFolder.open(tmp_path), config, dtype=_FLOAT32, placement=placement)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +221,7 @@ def test_some_layers_are_loaded_without_the_others(tmp_path, placement, tied):
             whole.read(f"model.layers.{span[0]}.mlp.down_proj.weight"),
         )
         with pytest.raises(ValueError, match=r"the folder lacks (lm_head|model)\."):
-            loading.load_model(ModelFolder.open(part), config, dtype=_FLOAT32, placement=placement)
+            load_whole(ModelFolder.open(part), config, dtype=_FLOAT32, placement=placement)
 
 
 def _spec_of(config, layer):

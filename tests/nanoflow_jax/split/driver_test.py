@@ -134,11 +134,40 @@ def test_client_that_finds_no_room_comes_again_until_there_is() -> None:
 
 def test_client_with_another_model_is_told_so() -> None:
     async def body() -> None:
-        other = msgspec.structs.replace(split_model.IDENTITY, manifest_sha256="f" * 64)
+        other = msgspec.structs.replace(split_model.IDENTITY, parts=(("layer 0", "f" * 64),))
         async with split_runs.ends(identity=other) as ends:
             with pytest.raises(errors.RefusedError, match="both ends must load the same files"):
                 await ends.client.generate(PROMPT, PARAMS, split_model.MIDDLE)
             await ends.at_baseline()
+
+    split_runs.run(body())
+
+
+def test_trial_says_what_a_session_would_be_told_and_opens_none() -> None:
+    async def body() -> None:
+        engine = split_model.ToyEngine()
+        async with (
+            split_runs.serving(engine, borders=(2, 4)) as served,
+            split_runs.client_of(
+                transport.Endpoint(host="127.0.0.1", port=served.port, token=split_runs.TOKEN)
+            ) as client,
+        ):
+            await client.check(PROMPT, PARAMS, split_model.MIDDLE)
+            off_grid = cut_lib.Cut(start=1, stop=4, num_layers=split_model.NUM_LAYERS)
+            for ask in (client.check, client.generate):
+                with pytest.raises(errors.RefusedError, match=r"leave at layers \[0, 2, 4"):
+                    await ask(PROMPT, PARAMS, off_grid)
+            assert served.num_sessions == served.counts["opened"] == 0
+
+    split_runs.run(body())
+
+
+def test_trial_of_a_gateway_that_is_not_there_is_tried_again_and_then_told() -> None:
+    async def body() -> None:
+        nowhere = transport.Endpoint(host="127.0.0.1", port=1)
+        async with split_runs.client_of(nowhere, max_attempts=2) as client:
+            with pytest.raises(errors.SplitError, match=r"\(attempt 2 of 2, nothing was loaded"):
+                await client.check(PROMPT, PARAMS, split_model.MIDDLE)
 
     split_runs.run(body())
 

@@ -13,6 +13,7 @@ import process_runs
 import pytest
 from absl import flags as absl_flags
 
+from checkpoints import folder as model_folder
 from nanoflow_jax.split import __main__ as program
 from nanoflow_jax.split import client_command, command_flags
 
@@ -43,7 +44,9 @@ def _start(folder: pathlib.Path, name: str, *arguments: str) -> "subprocess.Pope
 @contextlib.contextmanager
 def _gateway(folder: pathlib.Path) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
     """A gateway with borders before layers 1 and 2, and its address."""
-    process = _start(folder, "serve", "serve", "--grid=1,2", "--port=0", *_SMALL)
+    process = _start(
+        folder, "serve", "serve", "--grid=1,2", "--port=0", "--share_weights=all", *_SMALL
+    )
     said = folder / "err.serve"
     try:
         process_runs.wait_until(
@@ -76,19 +79,38 @@ def _ask(
     return done.returncode, done.stdout, done.stderr
 
 
-def test_clients_of_a_gateway_get_the_text_of_one_process(tmp_path):
+def _run(*arguments: str) -> int:
+    """The exit code of a program that runs in this process."""
+    values = absl_flags.FlagValues()
+    chosen = program.command(["split", *arguments])
+    assert chosen is not None
+    chosen.define(values)
+    return program.main(list(values(["split", *arguments])), chosen, values)
+
+
+def test_clients_of_a_gateway_get_the_text_of_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOFLOW_API_KEY", _KEY)
     with _gateway(tmp_path) as (process, address):
+        off_grid = _run("client", f"--gateway={address}", "--layers=0:3", *_SMALL, *_ASKED)
+        said_off_grid = capsys.readouterr().err
         all_server = _ask(tmp_path, address, "")
-        split = _ask(tmp_path, address, "0:1,2:4")
+        fetching = ["--fetch_weights", f"--weights_folder={tmp_path / 'fetched'}"]
+        split = _ask(tmp_path, address, "0:1,2:4", *fetching)
         refused = _ask(tmp_path, address, "", key="another")
         process.send_signal(signal.SIGTERM)
         assert process.wait(process_runs.LIMIT_S) == 0
+    assert off_grid == 1
+    assert "error: layers: sessions enter and leave at layers [0, 1, 2, 4]; " in said_off_grid
+    assert not {"loading", "compiled"} & set(re.findall(r"\w+", said_off_grid))
     for code, _, said in (all_server, split):
         assert code == 0, said
         assert "Traceback" not in said
         assert "12 tokens: time to first token " in said
     assert "client [0, 1), server [1, 2), client [2, 4)" in split[2]
     assert "server [0, 4); " in all_server[2]
+    # Of the four layers, the second stays where it is.
+    fetched = model_folder.ModelFolder.open(tmp_path / "fetched").tensors
+    assert {name.split(".")[2] for name in fetched if ".layers." in name} == {"0", "2", "3"}
     one = subprocess.run(
         [sys.executable, "-m", "nanoflow_jax.generate", *_SMALL, *_ASKED, "--temperature=0"],
         env=batch_runs.environment(),
@@ -154,17 +176,38 @@ def test_what_is_no_range_of_layers_is_refused(text):
             "--max_queue is for ordinary requests; give --http_port to answer these too, or leave "
             "--max_queue out",
         ),
+        (["serve", "--share_weights=0:9"], "--share_weights=0:9: '0:9' is none of all, embed"),
+        (
+            ["serve", "--share_weights=all", "--model=preset:llama-3-8b", "--random_weights"],
+            "--share_weights needs a model's folder; random weights have none",
+        ),
+        (["client", "--weights_folder=w", _PROMPT], "--weights_folder is for --fetch_weights"),
+        (["client", "--fetch_weights", _PROMPT], "--fetch_weights needs --weights_folder=DIR"),
+        (
+            ["client", "--fetch_weights", "--weights_folder=w", _PROMPT],
+            "--fetch_weights needs --layers: without layers no weights are needed",
+        ),
+        (
+            ["client", "--fetch_weights", "--weights_folder=w", "--layers=0:1", "--model=m"],
+            "--fetch_weights gets the model: leave out --model and --random_weights",
+        ),
     ],
 )
 def test_flags_that_are_wrong_are_said_before_a_weight_is_read(capsys, arguments, message):
-    values = absl_flags.FlagValues()
-    chosen = program.command(["split", *arguments])
-    chosen.define(values)
-    assert program.main(list(values(["split", *arguments])), chosen, values) == 2
+    assert _run(*arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert message in said
     assert "loading" not in said
+
+
+def test_gateway_that_does_not_give_weights_ends_the_client_with_its_reason(capsys, tmp_path):
+    arguments = ["client", "--fetch_weights", f"--weights_folder={tmp_path}", "--layers=0:1"]
+    arguments += ["--gateway=127.0.0.1:1", "--split_client_max_attempts=1", _PROMPT]
+    assert _run(*arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: link: unavailable: ")
+    assert said.endswith("(attempt 1 of 1, 0 bytes fetched; run it again and it goes on)\n")
 
 
 def test_without_the_extra_it_is_said_what_to_install():

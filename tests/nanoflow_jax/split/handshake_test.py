@@ -24,6 +24,21 @@ def _identity(**changes: Any) -> messages.Identity:
     return msgspec.structs.replace(split_model.IDENTITY, **changes)
 
 
+def _with_parts(changes: dict[str, str]) -> messages.Identity:
+    return _identity(parts=tuple((dict(split_model.IDENTITY.parts) | changes).items()))
+
+
+def _without(*names: str) -> messages.Identity:
+    return _identity(parts=tuple(p for p in split_model.IDENTITY.parts if p[0] not in names))
+
+
+def test_client_needs_no_more_of_the_model_than_it_runs() -> None:
+    handshake.check_hello(split_raw.hello(identity=_without("layer 2", "layer 3")), _TERMS)
+    partial = _without("embedding", "layer 0", "layer 1")
+    handshake.check_hello(split_raw.hello(identity=partial, start=0), _TERMS)
+    handshake.check_hello(split_raw.hello(identity=_identity(parts=()), start=0, stop=6), _TERMS)
+
+
 def test_client_of_the_same_model_gets_the_first_codec_that_both_know() -> None:
     hello = split_raw.hello(codecs=("of the future", "f32", "bf16"))
     assert handshake.check_hello(hello, _TERMS) is Codec.F32
@@ -36,12 +51,33 @@ def test_client_of_a_later_minor_version_is_taken() -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "reason"),
     [
-        ({"major": 2}, Code.PROTOCOL, "the client speaks version 2.0 of the protocol and the serv"),
+        ({"major": 1}, Code.PROTOCOL, "the client speaks version 1.0 of the protocol and the serv"),
         (
-            {"identity": _identity(manifest_sha256="d" * 64)},
+            {"identity": _with_parts({"layer 4": "d" * 64, "layer 1": "e" * 64})},
             Code.MODEL,
-            "the weights of the client's model 'toy' and the server's 'toy' differ (dddddddddddd "
+            "layer 1 of the client's model 'toy' and the server's 'toy' differ (eeeeeeeeeeee "
             "against aaaaaaaaaaaa); both ends must load the same files",
+        ),
+        (
+            {"identity": _identity(parts=(*split_model.IDENTITY.parts, ("layer 6", "d" * 64)))},
+            Code.MODEL,
+            "layer 6 of the client's model 'toy' and the server's 'toy' differ (dddddddddddd "
+            "against none)",
+        ),
+        (
+            {"identity": _without("layer 1")},
+            Code.MODEL,
+            "the client runs layer 1 and did not say the hash of its weights",
+        ),
+        (
+            {"identity": _without("embedding")},
+            Code.MODEL,
+            "the client runs embedding and did not say the hash of its weights",
+        ),
+        (
+            {"identity": _without("head")},
+            Code.MODEL,
+            "the client runs head and did not say the hash of its weights",
         ),
         (
             {"identity": _identity(config_sha256="d" * 64)},

@@ -12,7 +12,7 @@ from nanoflow_jax.split.codecs import Codec
 _LIMITS = frames.FrameLimits()
 _IDENTITY = messages.Identity(
     model="toy",
-    manifest_sha256="a" * 64,
+    parts=(("embedding", "a" * 64), ("layer 0", "d" * 64)),
     config_sha256="b" * 64,
     tokenizer_sha256="c" * 64,
     num_layers=6,
@@ -58,6 +58,12 @@ _ALL = [
         server_s=0.25,
     ),
     messages.Trunc(step=3, position=4),
+    messages.AskBlobs(major=2, minor=0, layers=((0, 2),)),
+    messages.Blobs(
+        model="toy", blobs=(messages.Blob(name="layer 0", sha256="e" * 64, nbytes=1 << 40),)
+    ),
+    messages.Want(sha256="e" * 64, offset=7),
+    messages.Chunk(offset=7),
     messages.Credit(steps=2),
     messages.Ping(sent_s=12.5, answer_bytes=100),
     messages.Pong(sent_s=12.5),
