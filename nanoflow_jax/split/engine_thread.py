@@ -33,6 +33,7 @@ class EngineThread:
         self._calls: list[Callable[[], None]] = []
         self._is_stopping = False
         self._open: set[str] = set()  # the thread's
+        self._taken: list[Callable[[], None]] = []  # the thread's: to be called before its step
         self._listeners: dict[str, Listener] = {}  # the event loop's
         self._thread = threading.Thread(target=self._run, name="pieces", daemon=True)
 
@@ -95,7 +96,7 @@ class EngineThread:
             except ValueError as error:
                 self._end(piece_id, position, str(error))
             if on_taken is not None:
-                self._loop.call_soon_threadsafe(on_taken)
+                self._taken.append(on_taken)
 
         self._post(call)
 
@@ -144,6 +145,7 @@ class EngineThread:
                     return
             for call in calls:
                 call()
+            self._tell_taken()
             if self._engine.has_work:
                 self._step()
 
@@ -155,7 +157,14 @@ class EngineThread:
             for piece_id in list(self._open):
                 self._end(piece_id, 0, f"a step of the engine failed: {error}")
             return
-        self._loop.call_soon_threadsafe(self._tell, outputs)
+        if outputs:  # a turn of the event loop for nothing would slow the next step down
+            self._loop.call_soon_threadsafe(self._tell, outputs)
+
+    def _tell_taken(self) -> None:
+        """Wakes the event loop once, however many sessions' rows the engine took."""
+        taken, self._taken = self._taken, []
+        if taken:
+            self._loop.call_soon_threadsafe(_call_all, taken)
 
     def _end(self, piece_id: str, position: int, error: str) -> None:
         self._forget(piece_id)
@@ -171,3 +180,8 @@ class EngineThread:
             listener = self._listeners.get(output.piece_id)
             if listener is not None:
                 listener(output)
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
