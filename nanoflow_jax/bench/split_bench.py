@@ -242,7 +242,7 @@ def _end(model: str, knobs: dict[str, Any]) -> split_ends.EndConfig:
 def crowd_knobs(scale: Scale) -> dict[str, Any]:
     """Of ends that run a crowd: it decodes in one step, or in steps of some of it."""
     count = scale.requests
-    sizes = [count // 8, count // 4, count // 2, count]
+    sizes = [count * eighths // 8 for eighths in (1, 2, 4, 5, 6, 8)]
     return {
         "max_requests": count,
         "dense_batch": 2 * count,

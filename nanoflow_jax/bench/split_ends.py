@@ -11,7 +11,7 @@ from jaxtyping import Float
 from nanoflow_jax import config as config_lib
 from nanoflow_jax.engine import model_source
 from nanoflow_jax.models import huggingface
-from nanoflow_jax.split import interface
+from nanoflow_jax.split import interface, settings
 
 EMBEDDED, MODEL_S = "embedded", "S"
 MODELS = (EMBEDDED, MODEL_S)
@@ -39,11 +39,13 @@ class EndConfig:
         model: One of MODELS.
         grid: Layers before which requests enter and leave.
         knobs: Of the engine.
+        patience_s: Of the gateway; see `settings.GatewaySection`.
     """
 
     model: str
     grid: tuple[int, ...]
     knobs: dict[str, Any]
+    patience_s: float = settings.GatewaySection().patience_s
 
     def engine_config(self) -> config_lib.EngineConfig:
         """The knobs, in float32, in which all ways of running give the same tokens."""

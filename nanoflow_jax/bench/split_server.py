@@ -30,7 +30,7 @@ def main() -> None:
     served = gateway.Gateway(
         metered := split_ends.MeteredEngine(engine),
         identity.of(engine_config.model, source, engine.held.dtype),
-        limits=settings.GatewaySection(),
+        limits=settings.GatewaySection(patience_s=config.patience_s),
         keys=keys.ApiKeys([]),
         borders=config.grid,
     )

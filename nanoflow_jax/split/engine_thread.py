@@ -24,13 +24,24 @@ class EngineThread:
     loop; when `truncate` has returned, all that came before it has been told.
 
     Invariant: the engine is touched by the thread alone; a piece has a listener from before it is
-    open until it is closed.
+    open until it is closed. `_awaited` are open pieces that gave something and were fed nothing
+    since.
     """
 
-    def __init__(self, engine: interface.PieceEngine) -> None:
+    def __init__(self, engine: interface.PieceEngine, *, patience_s: float = 0.0) -> None:
+        """Makes a thread that has not begun.
+
+        Args:
+            engine: Runs the pieces.
+            patience_s: How long rows that come while the engine is idle wait for those of awaited
+                pieces, so that they share a step.
+        """
         self._engine = engine
+        self._patience_s = patience_s
         self._condition = threading.Condition()
         self._calls: list[Callable[[], None]] = []
+        self._has_rows = False  # among the calls
+        self._awaited: set[str] = set()
         self._is_stopping = False
         self._open: set[str] = set()  # the thread's
         self._taken: list[Callable[[], None]] = []  # the thread's: to be called before its step
@@ -98,6 +109,9 @@ class EngineThread:
             if on_taken is not None:
                 self._taken.append(on_taken)
 
+        with self._condition:
+            self._awaited.discard(piece_id)
+            self._has_rows = True
         self._post(call)
 
     async def truncate(self, piece_id: str, position: int) -> None:
@@ -111,6 +125,8 @@ class EngineThread:
     def close_piece(self, piece_id: str) -> None:
         """Ends a piece; its listener hears nothing more. An unknown one is ignored."""
         self._listeners.pop(piece_id, None)
+        with self._condition:
+            self._awaited.discard(piece_id)
         self._post(lambda: self._forget(piece_id))
 
     def _post(self, call: Callable[[], None]) -> None:
@@ -140,7 +156,8 @@ class EngineThread:
                 self._condition.wait_for(
                     lambda: self._calls or self._is_stopping or self._engine.has_work
                 )
-                calls, self._calls = self._calls, []
+                self._await_others()
+                calls, self._calls, self._has_rows = self._calls, [], False
                 if self._is_stopping and not calls:
                     return
             for call in calls:
@@ -148,6 +165,13 @@ class EngineThread:
             self._tell_taken()
             if self._engine.has_work:
                 self._step()
+
+    def _await_others(self) -> None:
+        """Lets rows wait for those that are about to come; the condition's lock is held."""
+        if self._patience_s and self._has_rows and not self._engine.has_work:
+            self._condition.wait_for(
+                lambda: self._is_stopping or not self._awaited, timeout=self._patience_s
+            )
 
     def _step(self) -> None:
         try:
@@ -158,6 +182,12 @@ class EngineThread:
                 self._end(piece_id, 0, f"a step of the engine failed: {error}")
             return
         if outputs:  # a turn of the event loop for nothing would slow the next step down
+            with self._condition:
+                self._awaited.update(
+                    output.piece_id
+                    for output in outputs
+                    if output.piece_id in self._open and output.finish_reason is None
+                )
             self._loop.call_soon_threadsafe(self._tell, outputs)
 
     def _tell_taken(self) -> None:
@@ -173,6 +203,8 @@ class EngineThread:
 
     def _forget(self, piece_id: str) -> None:
         self._open.discard(piece_id)
+        with self._condition:
+            self._awaited.discard(piece_id)
         self._engine.close_piece(piece_id)
 
     def _tell(self, outputs: Sequence[interface.PieceOutput]) -> None:
