@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow_jax.bench import measured, split_ends, split_stage
+from nanoflow_jax.bench import measured, split_ends, split_profile, split_stage
 from nanoflow_jax.bench.split_stage import Ask, Crowd, Stage, Timed
 from nanoflow_jax.engine import interface
 from nanoflow_jax.results import manifest, provenance, split, split_chart
 from nanoflow_jax.results.writer import ResultWriter
+from nanoflow_jax.split import engine as engine_lib
+from nanoflow_jax.split.planning.asked import Request
+from nanoflow_jax.split.planning.costs import Model
+from nanoflow_jax.split.planning.profiles import DeviceProfile
 
 _SEED = 0
 _PROMPT_LEN = 32
@@ -38,6 +42,8 @@ class Scale:
         requests: At once, of a crowd; half of them are split where layers are shared.
         rounds: Of a crowd.
         slack: Deadlines are so many times what 19 of 20 requests take of a server alone.
+        patience_s: Of the gateway that serves crowds, whose deadlines leave room for it.
+        rtt_s: Of the link to the clients that share layers by a plan, beside the loopback's.
     """
 
     models: tuple[str, ...] = split_ends.MODELS
@@ -46,6 +52,8 @@ class Scale:
     requests: int = 64
     rounds: int = 4
     slack: float = 2.0
+    patience_s: float = 0.01
+    rtt_s: float = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,7 @@ async def run(options: Options, reports: measured.Reports) -> manifest.Manifest:
         for model in scale.models:
             await found.steps(model)
         await found.crowds(scale.models[-1])
+        await found.point(scale.models[-1])
         samples = result.samples()
         result.add_file(manifest.CURVES, split_chart.draw(samples).encode())
         return result.finish()
@@ -107,14 +116,13 @@ async def run(options: Options, reports: measured.Reports) -> manifest.Manifest:
 def _planned(options: Options) -> manifest.Run:
     scale = options.scale
     layers = {name: split_ends.source_of(name).config.num_layers for name in scale.models}
-    steps = sum(len(cuts_of(count)) for count in layers.values()) * scale.pairs
     return manifest.Run(
         kind=split.KIND.name,
         name=options.name,
         device=provenance.processor(),
         command=tuple(options.command),
         seed=_SEED,
-        num_samples=2 * (steps + scale.rounds),
+        num_samples=None,  # a point may not be found
         model={
             name: dataclasses.asdict(split_ends.source_of(name).config) for name in scale.models
         },
@@ -149,16 +157,15 @@ class _Bench:
         return tuple(self._random.integers(_NOT_TOKENS, vocab_size, _PROMPT_LEN).tolist())
 
     @contextlib.asynccontextmanager
-    async def _stage(self, model: str, knobs: dict[str, Any]) -> AsyncIterator[Stage]:
-        config = _end(model, knobs)
-        self._note(f"{model}: starting a server and a client")
-        async with split_stage.stage(config) as found:
+    async def _stage(self, config: split_ends.EndConfig, **more: Any) -> AsyncIterator[Stage]:
+        self._note(f"{config.model}: starting a server and a client")
+        async with split_stage.stage(config, **more) as found:
             yield found
 
     async def steps(self, model: str) -> None:
         """Times steps of each cut beside those of one process."""
         vocab_size = split_ends.source_of(model).config.vocab_size
-        async with self._stage(model, _ALONE_KNOBS) as stage:
+        async with self._stage(_end(model, _ALONE_KNOBS)) as stage:
             engine = split_stage.single(_end(model, _ALONE_KNOBS))
             for start, stop in cuts_of(stage.num_layers):
                 ask = Ask(
@@ -193,50 +200,114 @@ class _Bench:
 
     async def crowds(self, model: str) -> None:
         """Serves a crowd with a server alone, and with half of its requests split."""
-        source, scale = split_ends.source_of(model), self._scale
-        knobs = crowd_knobs(scale)
-        async with self._stage(model, knobs) as stage:
-            shared = cuts_of(stage.num_layers)[2]
-            prompts = [self._prompt(source.config.vocab_size) for _ in range(scale.requests)]
-            asks = {
-                mode: [
-                    Ask(
-                        prompt_ids=prompt,
-                        output_len=scale.output_len,
-                        cut=stage.cut(*(shared if mode == split.SHARED and place % 2 else whole)),
-                    )
-                    for place, prompt in enumerate(prompts)
-                ]
-                for mode in split.LOAD_MODES
-                for whole in ((0, stage.num_layers),)
-            }
+        scale = self._scale
+        async with self._stage(_crowd_end(model, scale)) as stage:
+            whole, shared = (0, stage.num_layers), cuts_of(stage.num_layers)[2]
+            cuts = [shared if place % 2 else whole for place in range(scale.requests)]
+            asks = self._asks(stage, model, cuts)
             case = f"{model}, {scale.requests // 2} of {scale.requests} {stage.cut(*shared)}"
-            await self._rounds(case, stage, asks)
+            await self._rounds(case, stage, asks, await self._deadlines(case, stage, asks))
 
-    async def _rounds(self, case: str, stage: Stage, asks: dict[str, list[Ask]]) -> None:
-        """Runs both modes in turn, with deadlines from a run of a server alone before."""
-        for mode in reversed(split.LOAD_MODES):
-            warm = await stage.crowd(asks[mode])
-        slack = self._scale.slack
-        deadlines = tuple(
-            slack * float(np.percentile(times, 95))
+    def _asks(
+        self, stage: Stage, model: str, cuts: Sequence[tuple[int, int]]
+    ) -> dict[str, list[Ask]]:
+        """The same requests for a server alone and at some cuts, by mode."""
+        vocab_size = split_ends.source_of(model).config.vocab_size
+        prompts = [self._prompt(vocab_size) for _ in cuts]
+        alone = [(0, stage.num_layers)] * len(cuts)
+        return {
+            mode: [
+                Ask(prompt_ids=prompt, output_len=self._scale.output_len, cut=stage.cut(*cut))
+                for prompt, cut in zip(prompts, chosen, strict=True)
+            ]
+            for mode, chosen in ((split.ALL_SERVER, alone), (split.SHARED, cuts))
+        }
+
+    async def point(self, model: str) -> None:
+        """Plans for slower clients behind a longer link, and runs the plan that saves a third."""
+        scale, source = self._scale, split_ends.source_of(model)
+        count, grid = scale.requests // 2, grid_of(source.config.num_layers)
+        profiles: list[DeviceProfile] = []
+
+        def look(engine: engine_lib.SplitEngine) -> None:
+            found = split_profile.measure(
+                engine, model, grid=grid, batch=count, prompt_len=_PROMPT_LEN
+            )
+            profiles.append(found)
+
+        async with self._stage(_crowd_end(model, scale), rtt_s=scale.rtt_s, look=look) as stage:
+            asks = self._asks(stage, model, [(0, stage.num_layers)] * count)
+            case = f"{model}, {count} planned, round trip {scale.rtt_s * 1e3:g} ms more"
+            deadlines = await self._deadlines(case, stage, asks)
+            asked = Request(
+                prompt_len=_PROMPT_LEN,
+                output_len=scale.output_len,
+                ttft_s=deadlines[0],
+                tpot_s=deadlines[1],
+            )
+            between = split_profile.link_profile(await stage.client.probe())
+            planned = Model(model, source.config)
+            found = split_profile.find(planned, profiles[0], between, asked, grid=grid[0])
+            if found is None:
+                self._note(f"{case}: no client saves a third of the server's time")
+                return
+            self._note(
+                f"{case}: clients {found.slowness:g} times as slow as the server, "
+                f"{stage.cut(found.start, found.stop)}; planned: {1 - found.load:.0%} of the "
+                f"server's time saved, first token {found.ttft_s * 1e3:.0f} ms, each further "
+                f"{found.tpot_s * 1e3:.1f} ms"
+            )
+            shared = stage.cut(found.start, found.stop)
+            asks[split.SHARED] = [
+                dataclasses.replace(ask, cut=shared) for ask in asks[split.ALL_SERVER]
+            ]
+            stage.engine.slowness = found.slowness
+            await self._rounds(case, stage, asks, deadlines, predicted_load=found.load)
+
+    async def _deadlines(
+        self, case: str, stage: Stage, asks: dict[str, list[Ask]]
+    ) -> tuple[float, float]:
+        """Of the first token and of each further, from a warm server alone."""
+        for _ in range(2):
+            warm = await stage.crowd(asks[split.ALL_SERVER])
+        first_s, token_s = (
+            self._scale.slack * float(np.percentile(times, 95))
             for times in (warm.first_token_s, warm.per_token_s)
         )
         self._note(
-            f"{case}: deadlines {deadlines[0] * 1e3:.0f} ms for the first token and "
-            f"{deadlines[1] * 1e3:.1f} ms for each further"
+            f"{case}: deadlines {first_s * 1e3:.0f} ms for the first token and "
+            f"{token_s * 1e3:.1f} ms for each further"
         )
+        return first_s, token_s
+
+    async def _rounds(
+        self,
+        case: str,
+        stage: Stage,
+        asks: dict[str, list[Ask]],
+        deadlines: tuple[float, float],
+        *,
+        predicted_load: float | None = None,
+    ) -> None:
+        """Runs both modes in turn."""
+        await stage.crowd(asks[split.SHARED])
         for number, is_first in _turns(self._scale.rounds):
             for mode in split.LOAD_MODES if is_first else reversed(split.LOAD_MODES):
                 ran = await stage.crowd(asks[mode])
                 sample = _load_sample(case, mode, number, asks[mode], ran)
                 sample |= {"ttft_s": deadlines[0], "tpot_s": deadlines[1]}
+                if mode == split.SHARED:
+                    sample["predicted_load"] = predicted_load
                 self._result.add_sample(sample | {"rtt_s": await stage.rtt_s()})
 
 
 def _end(model: str, knobs: dict[str, Any]) -> split_ends.EndConfig:
     grid = grid_of(split_ends.source_of(model).config.num_layers)
     return split_ends.EndConfig(model=model, grid=grid, knobs=knobs)
+
+
+def _crowd_end(model: str, scale: Scale) -> split_ends.EndConfig:
+    return dataclasses.replace(_end(model, crowd_knobs(scale)), patience_s=scale.patience_s)
 
 
 def crowd_knobs(scale: Scale) -> dict[str, Any]:

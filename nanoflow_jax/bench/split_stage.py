@@ -8,10 +8,10 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from nanoflow_jax import console, line_worker, request
-from nanoflow_jax.bench import split_ends, split_server
+from nanoflow_jax.bench import split_ends, split_link, split_server
 from nanoflow_jax.engine import build, interface
 from nanoflow_jax.split import client as client_lib
 from nanoflow_jax.split import codecs, driver, identity, transport
@@ -161,21 +161,32 @@ def _answer(server: line_worker.LineWorker, line: bytes, *, seconds: float) -> d
 
 
 @contextlib.asynccontextmanager
-async def stage(config: split_ends.EndConfig) -> AsyncIterator[Stage]:
+async def stage(
+    config: split_ends.EndConfig,
+    *,
+    rtt_s: float = 0.0,
+    look: Callable[[engine_lib.SplitEngine], None] = lambda engine: None,
+) -> AsyncIterator[Stage]:
     """Starts both ends, each with all layers in segments of the grid.
 
     Args:
         config: Of each.
+        rtt_s: That the link's round trip is made longer by.
+        look: Called with the client's engine, idle, while the server does nothing.
     """
-    server = line_worker.LineWorker(split_server.SCRIPT, [])
+    server, stack = line_worker.LineWorker(split_server.SCRIPT, []), contextlib.AsyncExitStack()
     try:
         line = json.dumps(dataclasses.asdict(config)).encode() + b"\n"
         port = int(_answer(server, line, seconds=_START_S)["port"])
         source, engine_config = split_ends.source_of(config.model), config.engine_config()
         built = engine_lib.build_split_engine(engine_config, source, grid=config.grid)
         try:
+            look(built)
             metered = split_ends.MeteredEngine(built)
             num_layers = source.config.num_layers
+            if rtt_s:
+                delayed = split_link.delayed(port, one_way_s=rtt_s / 2)
+                port = await stack.enter_async_context(delayed)
             client = client_lib.SplitClient(
                 transport.Endpoint(host="127.0.0.1", port=port),
                 identity.of(engine_config.model, source, built.held.dtype),
@@ -186,6 +197,7 @@ async def stage(config: split_ends.EndConfig) -> AsyncIterator[Stage]:
             async with client:
                 yield Stage(server, metered, client, num_layers=num_layers)
         finally:
+            await stack.aclose()
             built.close()
     finally:
         server.close()
