@@ -245,7 +245,7 @@ class _Bench:
                 ttft_s=deadlines[0],
                 tpot_s=deadlines[1],
             )
-            between = split_profile.link_profile(await stage.client.probe())
+            between = split_profile.link_profile(await stage.client.probe(), batch=count)
             planned = Model(model, source.config)
             found = split_profile.find(planned, profiles[0], between, asked, grid=grid[0])
             if found is None:

@@ -67,17 +67,17 @@ def _steps(cases: Pairs[Step], y: float) -> tuple[list[str], float]:
     """Bars of medians; a mark stands where the goal is."""
     if not cases:
         return [], y
-    rows: list[tuple[str, list[float], float]] = []
+    rows: list[tuple[str, list[float], float, float]] = []
     for case, taken in cases.items():
         single = statistics.median(one.step_s for one, _ in taken) * 1e3
         rtt = statistics.median(one.rtt_s for _, one in taken) * 1e3
         added = statistics.median(two.step_s - one.step_s for one, two in taken) * 1e3
         goal = single + rtt + split.MOST_ADDED_S * 1e3
-        rows.append((case, [single, min(rtt, max(added, 0.0)), max(added - rtt, 0.0)], goal))
-    top = 1.1 * max(max(sum(parts), goal) for _, parts, goal in rows)
+        rows.append((case, [single, min(rtt, max(added, 0.0)), max(added - rtt, 0.0)], added, goal))
+    top = 1.1 * max(max(sum(parts), goal) for _, parts, _, goal in rows)
     title = "time of a decode step, ms; the mark is one process, the round trip and 1 ms"
     drawn = [_text(_LEFT, y - 16, title, kind="title"), *_across(top, y, len(rows), " ms")]
-    for case, parts, goal in rows:
+    for case, parts, added, goal in rows:
         drawn.append(_text(_LEFT - 8, y + _BAR, case, anchor="end"))
         x = float(_LEFT)
         for colour, value in zip(_PARTS.values(), parts, strict=True):
@@ -85,8 +85,7 @@ def _steps(cases: Pairs[Step], y: float) -> tuple[list[str], float]:
             x += value / top * _INNER
         at = _LEFT + goal / top * _INNER
         drawn.append(f'<path class="whisker" d="M{at:.1f} {y + 1}V{y + _BAR + 7}"/>')
-        added = sum(parts[1:])
-        drawn.append(_text(_WIDTH - _RIGHT + 8, y + _BAR, f"+{added:.2f} ms"))
+        drawn.append(_text(_WIDTH - _RIGHT + 8, y + _BAR, f"{added:+.2f} ms"))
         y += _ROW
     return [*drawn, *_key(_PARTS, y + 28)], y + 28 + _GAP + 16
 
