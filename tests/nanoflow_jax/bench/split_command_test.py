@@ -93,5 +93,8 @@ def test_both_ends_measured_leave_a_result_and_a_picture(tmp_path: pathlib.Path)
     assert (result.manifest.status, result.manifest.message) == ("done", "")
     assert folder.damages(path, result.manifest, result.kind) == []
     loads = [one for one in result.samples if isinstance(one, split.Load)]
-    assert [one.split_requests for one in loads] == [0, 4]
+    crowd = [one.split_requests for one in loads if "planned" not in one.case]
+    planned = [one.split_requests for one in loads if "planned" in one.case]
+    assert crowd == [0, 4]
+    assert planned in ([], [0, 4])  # a machine may have no client that saves a third
     assert (tmp_path / "a.svg").read_text() == (path / "curves.svg").read_text()
