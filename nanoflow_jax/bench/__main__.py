@@ -8,6 +8,7 @@
 `python -m nanoflow_jax.bench gpu_check [--repeats=3 --seed=N]`
 `python -m nanoflow_jax.bench kernels [--device_check --shapes=llama-3-8b --kernels=gemm,fused]`
 `python -m nanoflow_jax.bench ablation [--model=preset:llama-3-8b --random_weights]`
+`python -m nanoflow_jax.bench split [--result_name=split --plot=FILE.png]`
 
 overhead and soak run the workload offline too, so they take the knobs that the server was started
 with. gpu_check and kernels need a GPU, or jax 0.11 to interpret Mosaic kernels.
@@ -41,6 +42,7 @@ from nanoflow_jax.bench import (
     overhead,
     serving,
     soak,
+    split_command,
     throughput,
     throughput_result,
 )
@@ -85,6 +87,7 @@ def _define() -> None:
     absl_flags.DEFINE_string("json", None, "Also write the results here, one JSON row per run.")
     kernel_command.define(_FLAGS)
     ablation_command.define(_FLAGS)
+    split_command.define(_FLAGS)
 
 
 def _mixes() -> dict[str, tuple[workload_file.WorkRequest, ...]]:
@@ -368,6 +371,7 @@ _BENCHMARKS = {
     "gpu_check": _gpu_check,
     "kernels": lambda: _measured(kernel_command),
     "ablation": lambda: _measured(ablation_command),
+    "split": lambda: _measured(split_command),
 }
 
 

@@ -1,10 +1,11 @@
 """All kinds of results."""
 
-from nanoflow_jax.results import ablation, invariance, kernels, throughput
+from nanoflow_jax.results import ablation, invariance, kernels, split, throughput
 from nanoflow_jax.results.kind import Kind
 
 KINDS = {
-    kind.name: kind for kind in (throughput.KIND, invariance.KIND, kernels.KIND, ablation.KIND)
+    kind.name: kind
+    for kind in (throughput.KIND, invariance.KIND, kernels.KIND, ablation.KIND, split.KIND)
 }
 
 

@@ -34,22 +34,35 @@ class EngineThread:
     loop; when `truncate` has returned, all that came before it has been told.
 
     Invariant: the engine is touched by the thread alone; a piece has a listener from before it is
-    open until it is closed.
+    open until it is closed. `_awaited` are open pieces that gave something and were fed nothing
+    since.
     """
 
-    def __init__(self, engine: interface.PieceEngine, host: Host | None = None) -> None:
+    def __init__(
+        self,
+        engine: interface.PieceEngine,
+        host: Host | None = None,
+        *,
+        patience_s: float = 0.0,
+    ) -> None:
         """Begins nothing yet.
 
         Args:
             engine: Runs the pieces.
             host: Runs the engine, if others use it too; a thread of its own unless given.
+            patience_s: How long rows that come while the engine is idle wait for those of awaited
+                pieces, so that they share a step; a host waits for nobody.
         """
         self._engine = engine
         self._host = host
+        self._patience_s = patience_s
         self._condition = threading.Condition()
         self._calls: list[Callable[[], None]] = []
+        self._has_rows = False  # among the calls
+        self._awaited: set[str] = set()
         self._is_stopping = False
         self._open: set[str] = set()  # the thread's
+        self._taken: list[Callable[[], None]] = []  # the thread's: to be called before its step
         self._listeners: dict[str, Listener] = {}  # the event loop's
         self._thread = threading.Thread(target=self._run, name="pieces", daemon=True)
 
@@ -117,8 +130,11 @@ class EngineThread:
             except ValueError as error:
                 self._end(piece_id, position, str(error))
             if on_taken is not None:
-                self._loop.call_soon_threadsafe(on_taken)
+                self._taken.append(on_taken)
 
+        with self._condition:
+            self._awaited.discard(piece_id)
+            self._has_rows = True
         self._post(call)
 
     async def truncate(self, piece_id: str, position: int) -> None:
@@ -132,6 +148,8 @@ class EngineThread:
     def close_piece(self, piece_id: str) -> None:
         """Ends a piece; its listener hears nothing more. An unknown one is ignored."""
         self._listeners.pop(piece_id, None)
+        with self._condition:
+            self._awaited.discard(piece_id)
         self._post(lambda: self._forget(piece_id))
 
     def _post(self, call: Callable[[], None]) -> None:
@@ -163,6 +181,7 @@ class EngineThread:
                 self._condition.wait_for(
                     lambda: self._calls or self._is_stopping or self._engine.has_work
                 )
+                self._await_others()
                 if self._is_stopping and not self._calls:
                     return
             self._call_all()
@@ -171,9 +190,17 @@ class EngineThread:
 
     def _call_all(self) -> None:
         with self._condition:
-            calls, self._calls = self._calls, []
+            calls, self._calls, self._has_rows = self._calls, [], False
         for call in calls:
             call()
+        self._tell_taken()
+
+    def _await_others(self) -> None:
+        """Lets rows wait for those that are about to come; the condition's lock is held."""
+        if self._patience_s and self._has_rows and not self._engine.has_work:
+            self._condition.wait_for(
+                lambda: self._is_stopping or not self._awaited, timeout=self._patience_s
+            )
 
     def _step(self) -> None:
         try:
@@ -186,7 +213,21 @@ class EngineThread:
         self._give(outputs)
 
     def _give(self, outputs: Sequence[interface.PieceOutput]) -> None:
+        if not outputs:
+            return  # a turn of the event loop for nothing would slow the next step down
+        with self._condition:
+            self._awaited.update(
+                output.piece_id
+                for output in outputs
+                if output.piece_id in self._open and output.finish_reason is None
+            )
         self._loop.call_soon_threadsafe(self._tell, outputs)
+
+    def _tell_taken(self) -> None:
+        """Wakes the event loop once, however many sessions' rows the engine took."""
+        taken, self._taken = self._taken, []
+        if taken:
+            self._loop.call_soon_threadsafe(_make_all, taken)
 
     def _end(self, piece_id: str, position: int, error: str) -> None:
         self._forget(piece_id)
@@ -195,6 +236,8 @@ class EngineThread:
 
     def _forget(self, piece_id: str) -> None:
         self._open.discard(piece_id)
+        with self._condition:
+            self._awaited.discard(piece_id)
         self._engine.close_piece(piece_id)
 
     def _tell(self, outputs: Sequence[interface.PieceOutput]) -> None:
@@ -202,3 +245,8 @@ class EngineThread:
             listener = self._listeners.get(output.piece_id)
             if listener is not None:
                 listener(output)
+
+
+def _make_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

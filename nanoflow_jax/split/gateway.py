@@ -87,7 +87,7 @@ class Gateway:
         )
         self._limits = limits
         self._keys = keys
-        self._engine = engine_thread.EngineThread(engine, host)
+        self._engine = engine_thread.EngineThread(engine, host, patience_s=limits.patience_s)
         self._waiting = budget.ByteBudget(limits.max_waiting_bytes)
         self._held: dict[str, _Held] = {}
         self._weights = weights

@@ -26,6 +26,7 @@ Size = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Rows = Annotated[int, Meta(ge=1, le=MAX_ROWS)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+Credits = Annotated[int, Meta(ge=0, le=1024)]
 Name = Annotated[str, Meta(max_length=256)]
 Reason = Annotated[str, Meta(max_length=4096)]
 Secret = Annotated[str, Meta(max_length=128)]
@@ -183,6 +184,7 @@ class Act(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         width: D.
         codec: How they are written.
         server_s: In an answer: from the step's arrival to its result.
+        credits: In an answer: so many more steps may be sent, as if a `Credit` came with it.
     """
 
     step: Step
@@ -192,6 +194,7 @@ class Act(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     width: Annotated[int, Meta(ge=1, le=1 << 16)]
     codec: codecs.Codec
     server_s: Seconds = 0.0
+    credits: Credits = 0
 
 
 class Tok(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -204,6 +207,7 @@ class Tok(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         logprobs: Of drawn tokens, where asked for.
         finish_reason: With the last answer of a session.
         server_s: As in `Act`.
+        credits: As in `Act`.
     """
 
     step: Step
@@ -212,6 +216,7 @@ class Tok(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     logprobs: Annotated[tuple[request.TokenLogprobs, ...], Meta(max_length=MAX_ROWS)] = ()
     finish_reason: request.FinishReason | None = None
     server_s: Seconds = 0.0
+    credits: Credits = 0
 
 
 class Trunc(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -319,8 +319,10 @@ class Remote:
         message, payload = messages.from_frame(data, self._knobs.frame_limits)
         match message:
             case messages.Act():
+                self._add_credits(message.credits)
                 await self._take_rows(message, payload)
             case messages.Tok():
+                self._add_credits(message.credits)
                 if self._truncating is None:
                     self._result(Arrived(message=message))
             case messages.Trunc():
@@ -329,8 +331,7 @@ class Remote:
                     self._received = min(self._received, message.position)
                     self._truncating = None
             case messages.Credit():
-                self._credits += message.steps
-                self._send_pending()
+                self._add_credits(message.steps)
                 self._on_event(Credited())
             case messages.Pong():
                 self.traffic.rtts_s.append(time.monotonic() - message.sent_s)
@@ -342,6 +343,10 @@ class Remote:
                 raise errors.SplitError(
                     Code.PROTOCOL, f"{type(message).__name__} is nothing that a gateway says here"
                 )
+
+    def _add_credits(self, steps: int) -> None:
+        self._credits += steps
+        self._send_pending()
 
     async def _take_rows(self, message: messages.Act, payload: bytes) -> None:
         identity = self._hello.identity

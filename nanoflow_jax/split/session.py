@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from nanoflow_jax.split import (
@@ -30,6 +31,11 @@ class _Rows:
     token_ids: tuple[int, ...] | None
     hidden: np.ndarray | None
     num_bytes: int
+
+    def is_answered(self, grant: "Grant") -> bool:
+        """Whether a result comes of this one row, so that its credit may come back with it."""
+        is_one = self.end - self.position == 1
+        return is_one and not (grant.draws and self.end < grant.piece.prompt_len)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +109,8 @@ class Session:
         self._marks: collections.deque[_Mark] = collections.deque()
         self._reply: list[outbox.Entry] = []
         self._drawn: list[messages.Tok] = []
+        # Ends of rows whose credit comes back with their results.
+        self._owed: collections.deque[int] = collections.deque()
         self._outbox: outbox.Outbox | None = None
         self._received = 0
         self._fed = 0
@@ -161,6 +169,7 @@ class Session:
                 )
             await self._rewind(position)
         self._marks.clear()
+        self._owed.clear()
         self._reply.clear()
         self._last_step = self._under_way = 0
         self.attach(box)
@@ -196,18 +205,27 @@ class Session:
         while box is not None and self._queue and self._has_room(box):
             rows = self._queue.popleft()
             self._fed = rows.end
+            if rows.is_answered(self.grant):
+                # One row waits as well in the engine; to be told of it would cost a turn of ours.
+                self._owed.append(rows.end)
+                self._waiting.give(rows.num_bytes)
+                self._hand_over(rows, None)
+                continue
 
             def taken(rows: _Rows = rows) -> None:
                 self._waiting.give(rows.num_bytes)
                 self._return_credit(box)
 
-            self._engine.feed(
-                self.grant.session_id,
-                rows.position,
-                token_ids=rows.token_ids,
-                hidden=rows.hidden,
-                on_taken=taken,
-            )
+            self._hand_over(rows, taken)
+
+    def _hand_over(self, rows: _Rows, on_taken: Callable[[], None] | None) -> None:
+        self._engine.feed(
+            self.grant.session_id,
+            rows.position,
+            token_ids=rows.token_ids,
+            hidden=rows.hidden,
+            on_taken=on_taken,
+        )
 
     def _has_room(self, box: outbox.Outbox) -> bool:
         """Whether results that wait, and are on their way from the engine, leave room for more."""
@@ -318,7 +336,7 @@ class Session:
             self._return_credit(box, 1 + num_dropped)
 
     async def _rewind(self, position: int) -> int:
-        """Forgets rows at and after a position; how many steps that waited had them."""
+        """Forgets rows at and after a position; how many steps had them whose credit is due."""
         dropped = [rows for rows in self._queue if rows.end > position]
         kept = [rows for rows in self._queue if rows.end <= position]
         if any(rows.position < position for rows in dropped):
@@ -335,7 +353,10 @@ class Session:
         self._received = position
         self._marks = collections.deque(mark for mark in self._marks if mark.end <= position)
         self._drawn = [token for token in self._drawn if token.position < position]
-        return len(dropped)
+        kept_owed = collections.deque(end for end in self._owed if end <= position)
+        num_due = len(dropped) + len(self._owed) - len(kept_owed)
+        self._owed = kept_owed
+        return num_due
 
     def _on_output(self, output: interface.PieceOutput) -> None:
         if output.error is not None:
@@ -367,6 +388,7 @@ class Session:
                 width=self.grant.identity.hidden_size,
                 codec=self.grant.codec,
                 server_s=server_s,
+                credits=self._repay(self._emitted),
             )
             self._answer(outbox.Entry(message=message, hidden=rows))
 
@@ -381,8 +403,9 @@ class Session:
             logprobs=output.logprobs,
             finish_reason=output.finish_reason,
             server_s=server_s,
+            credits=self._repay(output.position + 1),
         )
-        self._drawn.append(message)
+        self._drawn.append(msgspec.structs.replace(message, credits=0))
         self._answer(outbox.Entry(message=message))
         if output.finish_reason is not None:
             self.is_finished = True
@@ -398,10 +421,21 @@ class Session:
         self._emitted_s = now
         return step, now - since
 
+    def _repay(self, end: int) -> int:
+        """Credits that come back with the result of the row before `end`."""
+        count = 0
+        while self._owed and self._owed[0] <= end:
+            self._owed.popleft()
+            count += 1
+        self._under_way -= count
+        return count
+
     def _answer(self, entry: outbox.Entry) -> None:
-        assert isinstance(entry.message, messages.Act | messages.Tok)
-        if entry.message.step == self._last_step:
-            self._reply.append(entry)
+        message = entry.message
+        assert isinstance(message, messages.Act | messages.Tok)
+        if message.step == self._last_step:
+            again = msgspec.structs.replace(message, credits=0)  # what is said again gives nothing
+            self._reply.append(dataclasses.replace(entry, message=again))
         self._put(entry)
 
     def _put(self, entry: outbox.Entry) -> None:

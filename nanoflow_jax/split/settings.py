@@ -21,6 +21,13 @@ class GatewaySection:
     max_len: int = knob(8192, "Most positions of a session.", low=1)
     max_rows: int = knob(256, "Most rows of one step.", low=1, high=messages.MAX_ROWS)
     credits: int = knob(4, "Steps of a session that may be under way.", low=1, high=1024)
+    patience_s: float = knob(
+        0.002,
+        "How long rows that find the engine idle wait for those of sessions that are about to send "
+        "theirs, so that they share a step; a session alone never waits.",
+        low=0.0,
+        high=1.0,
+    )
     max_payload_bytes: int = knob(8 << 20, "Largest tensor of a frame.", low=1024, high=64 << 20)
     max_waiting_bytes: int = knob(
         256 << 20, "Rows of all sessions that wait for the engine; past it nothing is read.", low=1

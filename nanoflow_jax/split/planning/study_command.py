@@ -8,11 +8,13 @@ from absl import flags as absl_flags
 
 from nanoflow_jax import flags
 from nanoflow_jax.models import named, presets
-from nanoflow_jax.split.planning import profile_file, study
+from nanoflow_jax.results import picture_file
+from nanoflow_jax.split.planning import profile_file, region_chart, study
 from nanoflow_jax.split.planning.baselines import GREEDY
 from nanoflow_jax.split.planning.costs import Accounting, Model
 from nanoflow_jax.split.planning.planner import VerdictKind
 from nanoflow_jax.split.planning.profiles import DeviceProfile, LinkProfile
+from nanoflow_jax.split.planning.region_chart import Region
 from nanoflow_jax.split.planning.study import Gains, Setting
 
 CLIENTS = ("phone", "laptop", "mac", "gpu")
@@ -52,6 +54,9 @@ def define(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_boolean(
         "region", True, "Also look where a third of the server's time is saved.", **common
     )
+    absl_flags.DEFINE_string(
+        "plot", None, "Also draw where it is saved: .svg, .html or .png.", **common
+    )
 
 
 def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
@@ -66,6 +71,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         name: profile_file.read_device(folder / f"{name}.json") for name in (*CLIENTS, *SERVERS)
     }
     links = [profile_file.read_link(folder / f"{name}.json") for name in LINKS]
+    drawn: dict[str, Region] = {}
     for accounting in map(Accounting, value("accounting")):
         rows = (
             _row(
@@ -78,8 +84,20 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
         )
         say(f"{accounting} accounting, {value('requests')} requests for each setting:\n")
         say(_table(_HEADER, rows))
-        if value("region"):
-            say(_regions(model, machines, links[LINKS.index("fibre")], accounting))
+        if value("region") or value("plot"):
+            regions = _regions(model, machines, links[LINKS.index("fibre")], accounting)
+            say(_region_tables(regions))
+            drawn |= {
+                f"{where.replace('deadlines of ', '')}, {accounting}": region
+                for where, region in regions.items()
+            }
+    if value("plot"):
+        title = (
+            f"{name}: least speed of clients, in laptops, that saves a third of the server's time; "
+            "across, deadlines in times of the server's own"
+        )
+        picture = region_chart.draw(title, drawn, fastest=study.SPEEDS[-1], slowest=study.SPEEDS[0])
+        picture_file.save(picture, value("plot"), title="Where a third is saved", flag="plot")
     return 0
 
 
@@ -146,30 +164,42 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _regions(
     model: Model, machines: dict[str, DeviceProfile], link: LinkProfile, accounting: Accounting
-) -> str:
+) -> dict[str, Region]:
     """For each server and kind of deadline the slowest client that saves a third."""
+    return {
+        f"{server}, deadlines of {what}": {
+            rtt_ms: {
+                slack: study.least_speed(
+                    model,
+                    machines["laptop"],
+                    machines[server],
+                    link.with_rtt(rtt_ms * 1e-3),
+                    accounting,
+                    slack=slack,
+                    has_two=has_two,
+                    saved=_THIRD,
+                )
+                for slack in _SLACKS
+            }
+            for rtt_ms in _RTTS_MS
+        }
+        for server in SERVERS
+        for has_two, what in ((False, "the whole answer"), (True, "tokens"))
+    }
+
+
+def _region_tables(regions: dict[str, Region]) -> str:
     parts = []
-    for server in SERVERS:
-        for has_two, what in ((False, "the whole answer"), (True, "tokens")):
-            header = [f"{server}, deadlines of {what}", *(f"{slack:g}x" for slack in _SLACKS)]
-            rows = []
-            for rtt_ms in _RTTS_MS:
-                speeds = [
-                    study.least_speed(
-                        model,
-                        machines["laptop"],
-                        machines[server],
-                        link.with_rtt(rtt_ms * 1e-3),
-                        accounting,
-                        slack=slack,
-                        has_two=has_two,
-                        saved=_THIRD,
-                    )
-                    for slack in _SLACKS
-                ]
-                cells = ["none" if one is None else f"{one:.2g}" for one in speeds]
-                rows.append([f"round trip {rtt_ms} ms", *cells])
-            parts.append(_table(header, rows))
+    for name, region in regions.items():
+        header = [name, *(f"{slack:g}x" for slack in _SLACKS)]
+        rows = [
+            [
+                f"round trip {rtt_ms:g} ms",
+                *("none" if one is None else f"{one:.2g}" for one in line.values()),
+            ]
+            for rtt_ms, line in region.items()
+        ]
+        parts.append(_table(header, rows))
     return (
         "slowest client, in laptops, with which a third of it is saved at equal deadlines:\n\n"
         + "\n".join(parts)

@@ -17,7 +17,7 @@ _WORKLOAD = {"small": {"prompt": [1, 2, 3], "out": 2}}
             ["speed"],
             2,
             "error: name one benchmark: throughput, invariance, serving, overhead, soak, "
-            "gpu_check, kernels, ablation\n",
+            "gpu_check, kernels, ablation, split\n",
         ),
         (
             ["serving", "--workload=w.json", "--json=none/rows.json"],

@@ -92,3 +92,36 @@ def test_closed_piece_tells_nothing_more() -> None:
             assert [output.piece_id for output in heard] == ["b"]
 
     split_runs.run(body())
+
+
+def test_rows_wait_for_those_of_others_so_that_they_share_a_step() -> None:
+    async def body() -> None:
+        engine = split_model.ToyEngine()
+        async with engine_thread.EngineThread(engine, patience_s=split_runs.PATIENCE_S) as thread:
+            heard: list[interface.PieceOutput] = []
+            for name in ("a", "b"):
+                await thread.open(_piece(name), heard.append)
+            thread.feed("a", 0, token_ids=(1,))  # nobody else has given anything yet
+            await split_runs.until(lambda: len(heard) == 1)
+            thread.feed("b", 0, token_ids=(1,))
+            thread.feed("a", 1, token_ids=(2,))
+            await split_runs.until(lambda: len(heard) == 3)
+            assert engine.steps == [1, 2]
+
+    split_runs.run(body())
+
+
+def test_rows_do_not_wait_for_a_piece_that_is_closed() -> None:
+    async def body() -> None:
+        engine = split_model.ToyEngine()
+        async with engine_thread.EngineThread(engine, patience_s=4 * split_runs.PATIENCE_S) as t:
+            heard: dict[str, list[interface.PieceOutput]] = {"a": [], "b": []}
+            for name, outputs in heard.items():
+                await t.open(_piece(name), outputs.append)
+            t.feed("a", 0, token_ids=(1,))
+            await split_runs.until(lambda: heard["a"])
+            t.feed("b", 0, token_ids=(1,))
+            t.close_piece("a")
+            await split_runs.until(lambda: heard["b"])
+
+    split_runs.run(body())

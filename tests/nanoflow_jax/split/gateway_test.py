@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import split_model
@@ -290,14 +291,58 @@ def test_step_without_credit_fails_its_session() -> None:
             with engine.paused():
                 client = make()
                 await client.open()
-                await client.act(1, 0, split_raw.rows(0))
-                # The engine has it, and takes nothing more before its step ends.
+                await client.act(1, 0, split_raw.rows(0, 2))
+                # The engine has them, and takes nothing more before its step ends.
                 await client.hear(messages.Credit)
                 for step in range(2, 5):
-                    await client.act(step, step - 1, split_raw.rows(step - 1))
+                    await client.act(step, step, split_raw.rows(step))
                 error = await client.hear_error()
             assert error.code is Code.LIMIT
             assert error.detail == "step 4 came without credit: 2 may be under way"
+
+    _run(body)
+
+
+def test_result_of_one_row_brings_its_credit_and_said_again_it_brings_none() -> None:
+    async def body() -> None:
+        async with _served(credits=1) as (_, make):
+            client = make()
+            await client.open()
+            for step in range(1, 4):
+                await client.act(step, step - 1, split_raw.rows(step - 1))
+                answer = await client.hear_any()
+                assert isinstance(answer, messages.Act)
+                assert (answer.step, answer.credits) == (step, 1)
+            await client.act(3, 2, split_raw.rows(2))
+            again = await client.hear_any()
+            assert again == msgspec.structs.replace(answer, credits=0)
+            await client.ask(messages.Close(), messages.Close)
+
+    _run(body)
+
+
+def test_roll_back_gives_the_credit_of_rows_that_it_forgets() -> None:
+    async def body() -> None:
+        engine = split_model.ToyEngine()
+        async with _served(engine, credits=3) as (_, make):
+            client = make()
+            await client.open()
+            with engine.paused():
+                await client.act(1, 0, split_raw.rows(0, 2))
+                await client.hear(messages.Credit)
+                await client.act(2, 2, split_raw.rows(2))
+                await client.say(messages.Trunc(step=3, position=2))
+            # That of the roll back, and of the row unless it was computed and gave its own before.
+            given = 0
+            while given < 2:
+                message = await client.hear_any()
+                if isinstance(message, messages.Credit):
+                    given += message.steps
+                elif isinstance(message, messages.Act):
+                    given += message.credits
+            await client.act(4, 2, split_raw.rows(7))
+            assert (await client.hear(messages.Act)).credits == 1
+            await client.ask(messages.Close(), messages.Close)
 
     _run(body)
 
