@@ -1,7 +1,7 @@
 """Shares a model's layers between a client and a server.
 
 `python -m nanoflow_jax.split plan --model=llama-3-8b --client=FILE --server=FILE --link=FILE
-    --prompt_len=512 --output_len=128 --ttft_ms=500 --tpot_ms=50 [--plot=FILE.svg]`
+    --prompt_len=512 --output_len=128 --ttft_ms=500 --tpot_ms=50 [--plot=FILE.png]`
 `python -m nanoflow_jax.split study [--profiles=configs/split]`
 `python -m nanoflow_jax.split serve --model=DIR --grid=8,16,24`
 `python -m nanoflow_jax.split client --model=DIR --layers=0:8 --prompt="..."`

@@ -8,6 +8,7 @@ from absl import flags as absl_flags
 
 from nanoflow_jax import flags
 from nanoflow_jax.models import named, presets
+from nanoflow_jax.results import picture_file
 from nanoflow_jax.split import cut
 from nanoflow_jax.split.planning import drawing, planner, profile_file, report
 from nanoflow_jax.split.planning.asked import Policy, Prices, Request, Side
@@ -31,7 +32,7 @@ def define(values: absl_flags.FlagValues) -> None:
     _define_request(values)
     define_policy(values)
     absl_flags.DEFINE_string(
-        "plot", None, "Also draw the plan and the frontier, in this SVG file.", **common
+        "plot", None, "Also draw the plan and the frontier: FILE.png, .svg or .html.", **common
     )
 
 
@@ -186,18 +187,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     verdict = planner.plan(*asked.ends, asked.request, asked.policy)
     points = planner.frontier(*asked.ends, asked.request, asked.policy)
     if _value(values, "plot"):
-        write_picture(_value(values, "plot"), drawing.draw(asked, verdict, points))
+        picture = drawing.draw(asked, verdict, points)
+        picture_file.save(picture, _value(values, "plot"), title=report.title(asked), flag="plot")
     say(report.text(asked, verdict, points))
     return 0
-
-
-def write_picture(path: str, picture: str) -> None:
-    """Writes what --plot asks for.
-
-    Raises:
-        ValueError: It cannot be written.
-    """
-    try:
-        pathlib.Path(path).write_text(picture, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--plot={path} cannot be written: {error.strerror}") from error
