@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ class EngineThread:
 
     Invariant: the engine is touched by the thread alone; a piece has a listener from before it is
     open until it is closed.
+
+    Attributes:
+        busy_s: Time that steps took so far, those included that only wait for a device.
     """
 
     def __init__(self, engine: interface.PieceEngine) -> None:
@@ -34,6 +38,7 @@ class EngineThread:
         self._is_stopping = False
         self._open: set[str] = set()  # the thread's
         self._listeners: dict[str, Listener] = {}  # the event loop's
+        self.busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="pieces", daemon=True)
 
     async def __aenter__(self) -> "EngineThread":
@@ -148,6 +153,7 @@ class EngineThread:
                 self._step()
 
     def _step(self) -> None:
+        begun_s = time.monotonic()
         try:
             outputs = self._engine.step()
         except Exception as error:  # of any kind: pieces end, the process does not
@@ -155,6 +161,7 @@ class EngineThread:
             for piece_id in list(self._open):
                 self._end(piece_id, 0, f"a step of the engine failed: {error}")
             return
+        self.busy_s += time.monotonic() - begun_s
         self._loop.call_soon_threadsafe(self._tell, outputs)
 
     def _end(self, piece_id: str, position: int, error: str) -> None:
