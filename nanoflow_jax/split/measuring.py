@@ -14,7 +14,7 @@ from nanoflow_jax.split import interface
 from nanoflow_jax.split.planning.segments import Timed
 
 Say = Callable[[str], None]
-_REPEATS = 3  # of which the median counts, after one that only warms up
+_REPEATS = 5  # of which the median counts, after one that only warms up
 
 
 def ranges(borders: Sequence[int], held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -31,6 +31,25 @@ def ranges(borders: Sequence[int], held: Sequence[tuple[int, int]]) -> list[tupl
         found.update((low, border) for border in inside[1:])
         found.update((border, high) for border in inside[:-1])
     return sorted(found)
+
+
+def cuts(borders: Sequence[int], held: Sequence[tuple[int, int]]) -> list[cut_lib.Cut]:
+    """All ranges of layers that a gateway may run for a client, few if it holds few.
+
+    Args:
+        borders: Ascending, 0 and L included.
+        held: Ranges [start, stop) of the client's layers.
+    """
+    num_layers = borders[-1]
+    found = [
+        cut_lib.Cut(start=start, stop=stop, num_layers=num_layers)
+        for start, stop in itertools.combinations(borders, 2)
+    ]
+    return [
+        cut
+        for cut in found
+        if all(any(a <= low and high <= b for a, b in held) for low, high in cut.client_layers)
+    ]
 
 
 def time_engine(

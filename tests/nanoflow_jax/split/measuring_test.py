@@ -62,7 +62,7 @@ def test_a_gateway_is_timed_by_sessions_whose_client_computes_nothing() -> None:
             ]
             assert all(one.prefill_s > 0 and one.step_s > 0 for one in timed)
             assert said[-1].startswith("the gateway, layers 2:4: 32 tokens in ")
-            assert ends.gateway.counts["opened"] == 4 * 3 * 4
+            assert ends.gateway.counts["opened"] == 4 * 3 * 6
             await split_runs.until(lambda: not ends.engine.open_pieces)
 
     split_runs.run(body())

@@ -6,10 +6,9 @@ import xml.etree.ElementTree
 
 import pytest
 import split_profiles
-from absl import flags as absl_flags
+import split_program
 
 from nanoflow_jax.results import svg
-from nanoflow_jax.split import __main__ as program
 from nanoflow_jax.split.planning import study_command
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -19,16 +18,7 @@ _SVG = "{http://www.w3.org/2000/svg}"
 def ask(capsys):
     """Runs the program; gives its exit code, what it printed, and what it complained of."""
 
-    def run(*arguments):
-        values = absl_flags.FlagValues()
-        chosen = program.command(["split", *arguments])
-        if chosen is not None:
-            chosen.define(values)
-        code = program.main(list(values(["split", *arguments])), chosen, values)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
+    return lambda *arguments: split_program.run(capsys, *arguments)
 
 
 def _plan(client="mac", server="h100", link="fibre"):
@@ -170,11 +160,11 @@ def test_planning_loads_no_jax():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do first: one of client, plan, serve, study; got nothing"),
-        (["price"], "say what to do first: one of client, plan, serve, study; got price"),
+        ([], "say what to do first: one of client, plan, profile, serve, study; got nothing"),
+        (["price"], "say what to do first: one of client, plan, profile, serve, study; got price"),
         (
             [*_SPLIT, "more"],
-            "say what to do first: one of client, plan, serve, study; got plan more",
+            "say what to do first: one of client, plan, profile, serve, study; got plan more",
         ),
         (["plan"], "--model names the model to work it out for: a folder, or one of"),
         (["plan", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
