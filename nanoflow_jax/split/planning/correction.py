@@ -2,14 +2,17 @@
 
 Each request gives one sample of how much slower the client, the server and the link were than
 predicted. Samples are averaged, later ones more: e <- (1 - w) e + w s, an exponentially weighted
-moving average of weight w.
+moving average of weight w. One stall is no measurement: a sample counts as at most four times as
+slow or as quick. What a request shows nothing of drifts back to what the profile promises, so that
+a client whose layers were once slow, and which was then left out, is tried again.
 """
 
 import dataclasses
 
 from nanoflow_jax.split.planning.profiles import DeviceProfile, LinkProfile
 
-_LEAST, _MOST = 0.05, 20.0  # of one sample: a stall is no measurement of a machine
+_LEAST, _MOST = 0.25, 4.0  # of one sample
+_DRIFT = 0.1  # of the logarithm of what was not measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class Corrections:
 
     def _moved(self, factor: float, ratio: float | None) -> float:
         if ratio is None:
-            return factor
+            return factor ** (1 - _DRIFT)
         return factor * (1 - self.weight + self.weight * min(max(ratio, _LEAST), _MOST))
 
     def of_client(self, profile: DeviceProfile) -> DeviceProfile:

@@ -123,6 +123,20 @@ def test_a_machine_twice_as_slow_is_half_way_there_after_a_request():
     assert chooser.corrections.client == pytest.approx(1.75)
 
 
+def test_a_stall_counts_as_four_times_as_slow_and_is_forgotten_by_a_client_that_is_left_out():
+    chooser = split_choices.chooser()
+    choice = chooser.choose(_REQUEST)
+    planned = _as_planned(choice)
+    chooser.learn(choice, dataclasses.replace(planned, client_s=1000 * planned.client_s))
+    assert chooser.corrections.client == pytest.approx(2.5)
+    hurried = dataclasses.replace(_REQUEST, tpot_s=0.001)
+    for _ in range(20):
+        alone = chooser.choose(hurried)
+        assert alone.cut == _cut(0, 6)
+        chooser.learn(alone, _as_planned(alone, client_s=0.0))
+    assert 1 < chooser.corrections.client < 1.15
+
+
 def test_a_slower_server_is_learnt_of_it_alone():
     chooser = split_choices.chooser(rtt_ms=100.0)
     choice = chooser.choose(_REQUEST)
