@@ -215,7 +215,8 @@ def sample(choice: Choice, measured: Measured, *, activation_bytes: float) -> Sa
         busy_s += measured.server_s - measured.server_first_s
         bytes_s = up_row / link.up_bytes_per_s + down_row / link.down_bytes_per_s
         crossing_s = measured.tpot_s - busy_s / steps - bytes_s - 2 * link.serialisation_s
-        rtt_s = max(0.0, crossing_s)
+        if crossing_s > 0:  # else engines were busy with more than this request
+            rtt_s = crossing_s
     down_rows = 1 if cut.server_draws else rows
     transfer = None
     if rows * up_row + down_rows * down_row >= _LEAST_BYTES:
