@@ -2,9 +2,9 @@
 
 Each request gives one sample of how much slower the client, the server and the link were than
 predicted. Samples are averaged, later ones more: e <- (1 - w) e + w s, an exponentially weighted
-moving average of weight w. One stall is no measurement: a sample counts as at most four times as
-slow or as quick. What a request shows nothing of drifts back to what the profile promises, so that
-a client whose layers were once slow, and which was then left out, is tried again.
+moving average of weight w. One stall is no measurement of a machine: a sample of one counts as at
+most four times as slow or as quick. What a request shows nothing of drifts back to what the profile
+promises, so that a client whose layers were once slow, and which was then left out, is tried again.
 """
 
 import dataclasses
@@ -70,8 +70,8 @@ class Corrections:
             rtt_s = (1 - self.weight) * before_s + self.weight * sample.rtt_s
         return dataclasses.replace(
             self,
-            client=self._moved(self.client, sample.client),
-            server=self._moved(self.server, sample.server),
+            client=self._moved(self.client, _clipped(sample.client)),
+            server=self._moved(self.server, _clipped(sample.server)),
             transfer=self._moved(self.transfer, sample.transfer),
             rtt_s=rtt_s,
         )
@@ -79,7 +79,7 @@ class Corrections:
     def _moved(self, factor: float, ratio: float | None) -> float:
         if ratio is None:
             return factor ** (1 - _DRIFT)
-        return factor * (1 - self.weight + self.weight * min(max(ratio, _LEAST), _MOST))
+        return factor * (1 - self.weight + self.weight * ratio)
 
     def of_client(self, profile: DeviceProfile) -> DeviceProfile:
         """The client as it is now."""
@@ -109,3 +109,7 @@ class Corrections:
             f"client x{self.client:.2f}, server x{self.server:.2f}, bytes x{self.transfer:.2f} of "
             f"their times; round trip {rtt}"
         )
+
+
+def _clipped(ratio: float | None) -> float | None:
+    return None if ratio is None else min(max(ratio, _LEAST), _MOST)
