@@ -57,24 +57,19 @@ def test_a_link_slower_than_promised_gives_the_next_request_another_cut() -> Non
     split_runs.run(body())
 
 
-def _bytes(done):
-    return done.report.up_bytes, done.report.down_bytes
-
-
 def test_a_link_of_less_bandwidth_than_promised_gives_the_next_prompt_another_cut() -> None:
     async def body() -> None:
         async with split_runs.ends() as ends:
-            ends.proxy.bytes_per_s = 1e5
+            # 295 rows of 64 bytes take 1.9 s each way, and their ids a tenth of it.
+            ends.proxy.bytes_per_s = 1e4
             made = planned.PlannedClient(ends.client, split_choices.chooser())
-            params, prompt = split_runs.with_params(max_tokens=2), PROMPT * 5
-            first, told = await made.generate(prompt, params, ttft_s=0.2)
+            params, prompt = split_runs.with_params(max_tokens=4), PROMPT * 5
+            first, told = await made.generate(prompt, params, ttft_s=0.5)
             assert told.choice.cut == _OUTER
-            assert first.report.ttft_s > 0.2
-            second, told = await made.generate(prompt, params, ttft_s=0.2)
-            assert told.corrections.transfer > 100
-            # How much of the time was the machines' decides whether rows go one way or none.
-            assert told.choice.cut.client_layers != _OUTER.client_layers
-            assert sum(_bytes(second)) < 0.8 * sum(_bytes(first))
+            assert first.report.ttft_s > 1.9
+            second, told = await made.generate(prompt, params, ttft_s=0.5)
+            assert told.corrections.transfer > 1000
+            assert told.choice.cut == split_model.ALL_SERVER
             assert first.token_ids == second.token_ids == split_model.generate(prompt, params)
 
     split_runs.run(body())
