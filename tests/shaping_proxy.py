@@ -33,6 +33,7 @@ class ShapingProxy:
         up_bytes: Carried to the target, of all connections.
         down_bytes: Carried back.
         is_open: Whether new connections are taken.
+        num_taken: How many were.
         spoil: "up" or "down": changes a byte of the next rows that go there, once.
         target_after_cut: Where connections go after the next `cut`, if elsewhere.
     """
@@ -44,6 +45,7 @@ class ShapingProxy:
         self.up_bytes = 0
         self.down_bytes = 0
         self.is_open = True
+        self.num_taken = 0
         self.num_cuts = 0
         self.spoil: str | None = None
         self.target_after_cut: int | None = None
@@ -118,6 +120,7 @@ class ShapingProxy:
             near.transport.abort()
             return
         pipe = _Pipe(near, far)
+        self.num_taken += 1
         self._pipes.add(pipe)
         try:
             async with asyncio.TaskGroup() as group:

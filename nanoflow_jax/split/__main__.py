@@ -1,10 +1,12 @@
 """Shares a model's layers between a client and a server.
 
 `python -m nanoflow_jax.split plan --model=llama-3-8b --client=FILE --server=FILE --link=FILE
-    --prompt_len=512 --output_len=128 --ttft_ms=500 --tpot_ms=50 [--plot=FILE.svg]`
+    --prompt_len=512 --output_len=128 --ttft_ms=500 --tpot_ms=50 [--plot=FILE.png]`
 `python -m nanoflow_jax.split study [--profiles=configs/split]`
 `python -m nanoflow_jax.split serve --model=DIR --grid=8,16,24`
 `python -m nanoflow_jax.split client --model=DIR --layers=0:8 --prompt="..."`
+`python -m nanoflow_jax.split profile --model=DIR --out=profiles`
+`python -m nanoflow_jax.split client --model=DIR --profiles=profiles --tpot_ms=50 --prompt="..."`
 
 Each command has flags of its own: `plan --help` lists those of plan.
 Exit codes: 0 done, 1 failed while it ran, 2 wrong flags or files, 130 interrupted.
@@ -50,6 +52,12 @@ def _plan() -> Command:
     return plan_command
 
 
+def _profile() -> Command:
+    from nanoflow_jax.split import profile_command
+
+    return profile_command
+
+
 def _serve() -> Command:
     from nanoflow_jax.split import serve_command
 
@@ -65,6 +73,7 @@ def _study() -> Command:
 _COMMANDS: Mapping[str, Callable[[], Command]] = {
     "client": _client,
     "plan": _plan,
+    "profile": _profile,
     "serve": _serve,
     "study": _study,
 }

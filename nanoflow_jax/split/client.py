@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from nanoflow_jax import request
 from nanoflow_jax.split import (
+    alone,
     attempts,
     driver,
     engine_thread,
@@ -116,6 +117,15 @@ class SplitClient:
                     raise
                 await tries.failed(error, note="nothing was loaded for it")
 
+    async def ask(self) -> messages.Offer:
+        """What the gateway offers; see `link.ask`."""
+        return await link.ask(
+            self._channel,
+            self._endpoint.token,
+            limits=self._knobs.frame_limits,
+            timeout_s=self._knobs.connect_timeout_s,
+        )
+
     async def generate(
         self,
         prompt_ids: Sequence[int],
@@ -173,6 +183,35 @@ class SplitClient:
                 f"{running.describe_link()}",
                 retryable=True,
             ) from error
+
+    async def generate_alone(
+        self, prompt_ids: Sequence[int], params: request.SamplingParams
+    ) -> driver.Generation:
+        """Generates one choice with this client's layers alone; see `alone.generate`.
+
+        Args:
+            prompt_ids: Token ids, at least one.
+            params: How to draw.
+
+        Raises:
+            ValueError: It cannot be asked so, or the client does not hold the model.
+            SplitError: The client's engine failed.
+        """
+        num_layers = self._identity.num_layers
+        if self._engine is None or (0, num_layers) not in self._held_layers:
+            raise ValueError(
+                f"this client does not hold all {num_layers} layers; it holds "
+                f"{list(self._held_layers)}"
+            )
+        piece = interface.Piece(
+            piece_id=f"alone-{next(self._numbers)}",
+            start=0,
+            stop=num_layers,
+            params=params,
+            prompt_len=len(prompt_ids),
+            max_len=_checked_len(prompt_ids, params, None),
+        )
+        return await alone.generate(self._engine, piece, prompt_ids)
 
     def _check_layers(self, cut: cut_lib.Cut) -> None:
         for low, high in cut.client_layers:

@@ -1,50 +1,38 @@
 """`client`: generates over the layers that this end runs and those of a gateway."""
 
 import asyncio
-import dataclasses
-import os
+import pathlib
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
-import numpy as np
 from absl import flags as absl_flags
 
-from nanoflow_jax import config as config_lib
-from nanoflow_jax import console, request, start_up
+from nanoflow_jax import console, request
 from nanoflow_jax import flags as knob_flags
 from nanoflow_jax.engine import model_source
 from nanoflow_jax.split import client as client_lib
-from nanoflow_jax.split import command_flags, driver, errors, identity, report, settings
+from nanoflow_jax.split import client_ends, command_flags, errors, planned_command, report
 from nanoflow_jax.split import cut as cut_lib
-from nanoflow_jax.split import engine as engine_lib
 from nanoflow_jax.split.weights import fetch_flags
 from nanoflow_jax.tokenizer import tokenizer
-
-_KEY = "NANOFLOW_API_KEY"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sections:
-    client: settings.ClientSection = dataclasses.field(default_factory=settings.ClientSection)
 
 
 def define(values: absl_flags.FlagValues) -> None:
     """Defines the command's flags."""
-    command_flags.define(values, _Sections)
+    client_ends.define(
+        values,
+        layers_help="Layers that run here, as 0:2 or 0:2,6:8; the others run at the gateway. Only "
+        "these are loaded. Empty: all run there. With --profiles: layers that may run here; "
+        "empty: all.",
+    )
+    planned_command.define(values)
     fetch_flags.define(values)
     common = knob_flags.of_program(values)
-    absl_flags.DEFINE_string("gateway", "127.0.0.1:8100", "HOST:PORT of the gateway.", **common)
-    absl_flags.DEFINE_boolean("tls", False, "Speak TLS; --tls_... say how.", **common)
-    absl_flags.DEFINE_list(
-        "layers",
-        [],
-        "Layers that run here, as 0:2 or 0:2,6:8; the others run at the gateway. Only these are "
-        "loaded. Empty: all run there.",
-        **common,
-    )
     absl_flags.DEFINE_string("prompt", None, "Continue this text and print it.", **common)
     absl_flags.DEFINE_list("prompt_ids", None, "The same for token ids: 1,2,3.", **common)
+    absl_flags.DEFINE_string(
+        "prompts_file", None, "The same for each line of a file; -: of standard input.", **common
+    )
     absl_flags.DEFINE_integer("max_tokens", 32, "Most tokens to generate.", **common)
     absl_flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", **common)
     absl_flags.DEFINE_integer("top_k", 0, "Choose among so many likeliest; 0: all.", **common)
@@ -97,18 +85,17 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
 
 def _run(values: absl_flags.FlagValues, say: Callable[[str], None], runner: asyncio.Runner) -> int:
     config = knob_flags.engine_config(values)
-    sections: _Sections = knob_flags.composed(_Sections, values)
-    host, port = config_lib.host_and_port("gateway", values.gateway, example="127.0.0.1:8100")
-    where = command_flags.endpoint(
-        values, host, port, token=os.environ.get(_KEY, ""), uses_tls=values.tls
-    )
+    sections: client_ends.Sections = knob_flags.composed(client_ends.Sections, values)
+    where = client_ends.endpoint(values)
+    planned_command.check(values)
     layers = command_flags.ranges(values.layers)
     fetched = fetch_flags.with_fetched(config, values, where, layers, sections.client)
     config = runner.run(fetched)
     source = model_source.open_model(config.model)
-    cut = cut_of(layers, source.config.num_layers)
+    if not values.profiles:
+        cut = cut_of(layers, source.config.num_layers)
     words = _words(source)
-    prompt_ids = _prompt(values, words)
+    prompts = _prompts(values, words)
     params = request.SamplingParams(
         max_tokens=values.max_tokens,
         temperature=values.temperature,
@@ -117,55 +104,60 @@ def _run(values: absl_flags.FlagValues, say: Callable[[str], None], runner: asyn
         seed=values.seed,
         ignore_eos=values.ignore_eos,
     )
-    ours = identity.of(
-        config.model,
-        source,
-        _dtype(config.model, source),
-        layers=layers,
-        progress=command_flags.hash_meter(),
-    )
+
+    def show(token_ids: Sequence[int]) -> None:
+        say(words.decode(token_ids) if words is not None else _ids(token_ids))
+
+    ours = config, source
+    if values.profiles:
+        return planned_command.run(
+            values,
+            where,
+            ours,
+            layers,
+            knobs=sections.client,
+            asked=(prompts, params),
+            show=show,
+            runner=runner,
+        )
     engine = None
     if layers:
-        trial = client_lib.SplitClient(where, ours, held_layers=layers, knobs=sections.client)
-        runner.run(_check(trial, prompt_ids, params, cut))
-        engine = engine_lib.build_split_engine(
-            _sized(config), source, layers=layers, reports=start_up.reports(command_flags.tell)
-        )
-    made = client_lib.SplitClient(
-        where,
-        ours,
-        engine=engine,
-        held_layers=layers,
-        knobs=sections.client,
-    )
+        trial = client_ends.make_client(where, ours, sections.client, layers=layers)
+        runner.run(_check(trial, prompts, params, cut))
+        engine = client_ends.build_engine(config, source, layers)
+    made = client_ends.make_client(where, ours, sections.client, engine=engine, layers=layers)
     try:
-        done = runner.run(_generate(made, prompt_ids, params, cut))
+        runner.run(_generate(made, prompts, params, cut, show=show))
     finally:
         if engine is not None:
             engine.close()
-    say(words.decode(done.token_ids) if words is not None else _ids(done.token_ids))
-    command_flags.tell(_summary(done.report, len(done.token_ids)))
     return 0
 
 
 async def _check(
     client: client_lib.SplitClient,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     params: request.SamplingParams,
     cut: cut_lib.Cut,
 ) -> None:
+    """Asks for the longest, before anything is loaded for it."""
     async with client:
-        await client.check(prompt_ids, params, cut)
+        await client.check(max(prompts, key=len), params, cut)
 
 
 async def _generate(
     client: client_lib.SplitClient,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     params: request.SamplingParams,
     cut: cut_lib.Cut,
-) -> driver.Generation:
+    *,
+    show: Callable[[Sequence[int]], None],
+) -> None:
     async with client:
-        return await client.generate(prompt_ids, params, cut)
+        for prompt_ids in prompts:
+            done = await client.generate(prompt_ids, params, cut)
+            show(done.token_ids)
+            command_flags.tell(_summary(done.report, len(done.token_ids)))
 
 
 def _words(source: model_source.ModelSource) -> tokenizer.Tokenizer | None:
@@ -174,28 +166,30 @@ def _words(source: model_source.ModelSource) -> tokenizer.Tokenizer | None:
     return tokenizer.Tokenizer.load(source.folder.path)
 
 
-def _prompt(values: absl_flags.FlagValues, words: tokenizer.Tokenizer | None) -> list[int]:
-    if (values.prompt is None) == (values.prompt_ids is None):
-        raise ValueError('give one of --prompt="..." and --prompt_ids=1,2,3')
-    if values.prompt is not None:
-        if words is None:
-            raise ValueError("the model has no tokenizer; give --prompt_ids in place of --prompt")
-        return words.encode(values.prompt)
-    if not all(text.strip().isdecimal() for text in values.prompt_ids):
-        raise ValueError(f"--prompt_ids={','.join(values.prompt_ids)} are no token ids: 1,2,3")
-    return [int(text) for text in values.prompt_ids]
+def _prompts(values: absl_flags.FlagValues, words: tokenizer.Tokenizer | None) -> list[list[int]]:
+    given = [values.prompt, values.prompt_ids, values.prompts_file]
+    if sum(one is not None for one in given) != 1:
+        raise ValueError('give one of --prompt="...", --prompt_ids=1,2,3 and --prompts_file=FILE')
+    if values.prompt_ids is not None:
+        if not all(text.strip().isdecimal() for text in values.prompt_ids):
+            raise ValueError(f"--prompt_ids={','.join(values.prompt_ids)} are no token ids: 1,2,3")
+        return [[int(text) for text in values.prompt_ids]]
+    if words is None:
+        raise ValueError("the model has no tokenizer; give --prompt_ids in place of a text")
+    texts = [values.prompt] if values.prompt is not None else _lines(values.prompts_file)
+    return [words.encode(text) for text in texts]
 
 
-def _sized(config: config_lib.EngineConfig) -> config_lib.EngineConfig:
-    """Programs for more pieces than one request has would only be compiled."""
-    if config.batch.max_requests or config.batch.buckets:
-        return config
-    return dataclasses.replace(config, batch=dataclasses.replace(config.batch, max_requests=2))
-
-
-def _dtype(section: config_lib.ModelSection, source: model_source.ModelSource) -> np.dtype[Any]:
-    platform = jax.devices()[0].platform
-    return model_source.run_dtype(section.dtype, source.stored_dtype, platform)
+def _lines(path: str) -> list[str]:
+    """The lines of a file, or of standard input, that are not empty."""
+    try:
+        text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts_file={path} cannot be read: {error}") from error
+    found = [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"--prompts_file={path} has no line; each is a prompt")
+    return found
 
 
 def _summary(made: report.Report, num_tokens: int) -> str:

@@ -126,7 +126,7 @@ class Driver:
         self._events: collections.deque[_Event] = collections.deque()
         self._woken = asyncio.Event()
         self._attempts = attempts.Attempts(knobs)
-        self._record = report.Record(begun_s=time.monotonic())
+        self._record = report.Record(begun_s=time.monotonic(), client_begun_s=self._client_busy_s)
         self._remote = make_remote(self._make_hello(order), self._on_event)
 
     @property
@@ -140,6 +140,10 @@ class Driver:
         promised = self._order.promise.rtt_s
         words = "no ping came back" if measured is None else f"round trip {measured * 1e3:.1f} ms"
         return words if promised is None else f"{words}, {promised * 1e3:.1f} ms promised"
+
+    @property
+    def _client_busy_s(self) -> float:
+        return 0.0 if self._engine is None else self._engine.busy_s
 
     async def run(self) -> Generation:
         """Generates to the end.
@@ -163,7 +167,13 @@ class Driver:
             token_ids=tuple(self._known[len(self._order.prompt_ids) :]),
             logprobs=tuple(self._logprobs),
             finish_reason=self._finish,
-            report=self._record.report(self._order.cut, codec, self._order.promise, traffic),
+            report=self._record.report(
+                self._order.cut,
+                codec,
+                self._order.promise,
+                traffic,
+                client_busy_s=self._client_busy_s,
+            ),
         )
 
     async def _open_pieces(self) -> None:
@@ -311,7 +321,9 @@ class Driver:
                     f"{self._known[place : place + 1] or 'nothing'} stands",
                 )
             self._known.append(token)
-            self._record.token_times_s.append(time.monotonic())
+            self._record.drew(
+                server_s=self._remote.traffic.server_s, client_busy_s=self._client_busy_s
+            )
             new.append(token)
         if new:
             self._logprobs.extend(drawn.logprobs[-len(new) :])

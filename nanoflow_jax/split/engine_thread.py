@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -36,6 +37,10 @@ class EngineThread:
     Invariant: the engine is touched by the thread alone; a piece has a listener from before it is
     open until it is closed. `_awaited` are open pieces that gave something and were fed nothing
     since.
+
+    Attributes:
+        busy_s: Time that steps took so far, those included that only wait for a device; of an
+            engine that a host runs it is not known, and stays 0.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class EngineThread:
         self._open: set[str] = set()  # the thread's
         self._taken: list[Callable[[], None]] = []  # the thread's: to be called before its step
         self._listeners: dict[str, Listener] = {}  # the event loop's
+        self.busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="pieces", daemon=True)
 
     async def __aenter__(self) -> "EngineThread":
@@ -203,6 +209,7 @@ class EngineThread:
             )
 
     def _step(self) -> None:
+        begun_s = time.monotonic()
         try:
             outputs = self._engine.step()
         except Exception as error:  # of any kind: pieces end, the process does not
@@ -210,6 +217,7 @@ class EngineThread:
             for piece_id in list(self._open):
                 self._end(piece_id, 0, f"a step of the engine failed: {error}")
             return
+        self.busy_s += time.monotonic() - begun_s
         self._give(outputs)
 
     def _give(self, outputs: Sequence[interface.PieceOutput]) -> None:

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import hmac
+import importlib.metadata
 import logging
 import secrets
 from collections.abc import AsyncIterator, Iterable
@@ -318,6 +319,14 @@ class Gateway:
             position=position,
         )
 
+    def _offer(self) -> messages.Offer:
+        return messages.Offer(
+            build=importlib.metadata.version("nanoflow_jax"),
+            borders=tuple(sorted(self._terms.borders)),
+            max_rows=self._limits.max_rows,
+            max_len=self._limits.max_len,
+        )
+
     def _later(self, code: Code, reason: str) -> errors.RefusedError:
         return errors.RefusedError(code, reason, retry_after_s=self._limits.retry_after_s)
 
@@ -361,7 +370,7 @@ class Gateway:
             self._release(held)
 
     async def _probe(self, stream: transport.ServerStream) -> None:
-        """Answers pings, so that a client can measure the link before it asks for a session."""
+        """Answers pings and says what it offers, before a client asks for a session."""
         try:
             for _ in range(_MAX_PROBES):
                 async with asyncio.timeout(2 * self._limits.heartbeat_s):
@@ -370,12 +379,14 @@ class Gateway:
                     return
                 self._check_key(stream)
                 message, _payload = messages.from_frame(data, self._limits.frame_limits)
-                if not isinstance(message, messages.Ping):
+                if isinstance(message, messages.Ping):
+                    size = min(message.answer_bytes, self._limits.max_payload_bytes)
+                    answer = messages.to_frame(messages.Pong(sent_s=message.sent_s), bytes(size))
+                elif isinstance(message, messages.Ask):
+                    answer = messages.to_frame(self._offer())
+                else:
                     return
-                size = min(message.answer_bytes, self._limits.max_payload_bytes)
-                await stream.write(
-                    messages.to_frame(messages.Pong(sent_s=message.sent_s), bytes(size))
-                )
+                await stream.write(answer)
         except errors.RefusedError as error:
             await stream.write(messages.to_frame(error.reject()))
         except (transport.StreamLostError, frames.FrameError, TimeoutError) as error:

@@ -1,5 +1,6 @@
 """What a link between client and gateway does: measured before a session, and by its heartbeats."""
 
+import asyncio
 import dataclasses
 import statistics
 import time
@@ -75,6 +76,42 @@ async def probe(
     )
 
 
+async def ask(
+    channel: grpc.aio.Channel, token: str, *, limits: frames.FrameLimits, timeout_s: float
+) -> messages.Offer:
+    """What a gateway offers.
+
+    Args:
+        channel: To it.
+        token: Opens it.
+        limits: Of frames.
+        timeout_s: How long it may take.
+
+    Raises:
+        SplitError: It refuses, does not know the question, or the link is lost.
+    """
+    stream = transport.open_stream(channel, transport.PROBE, token)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await stream.write(messages.to_frame(messages.Ask()))
+            answer = await _answer(stream, limits)
+    except TimeoutError as error:
+        raise errors.SplitError(
+            Code.LINK, f"the gateway did not answer in {timeout_s:g} s", retryable=True
+        ) from error
+    except transport.StreamLostError as error:
+        raise errors.SplitError(Code.LINK, str(error), retryable=True) from error
+    except frames.FrameError as error:
+        raise errors.SplitError(Code.BAD_FRAME, str(error)) from error
+    finally:
+        stream.cancel()
+    if not isinstance(answer, messages.Offer):
+        raise errors.SplitError(
+            Code.PROTOCOL, f"the gateway answers Ask with {type(answer).__name__}"
+        )
+    return answer
+
+
 async def _round_trip(
     stream: transport.ClientStream,
     limits: frames.FrameLimits,
@@ -86,10 +123,15 @@ async def _round_trip(
     begun_s = time.monotonic()
     ping = messages.Ping(sent_s=begun_s, answer_bytes=down_bytes)
     await stream.write(messages.to_frame(ping, bytes(up_bytes)))
+    await _answer(stream, limits)
+    return time.monotonic() - begun_s
+
+
+async def _answer(stream: transport.ClientStream, limits: frames.FrameLimits) -> messages.Message:
     data = await stream.read()
     if data is None:
         raise transport.StreamLostError("the gateway ended the probe")
     message, _ = messages.from_frame(data, limits)
     if isinstance(message, messages.Reject):
         raise errors.RefusedError(message.code, message.reason, retry_after_s=message.retry_after_s)
-    return time.monotonic() - begun_s
+    return message

@@ -259,6 +259,26 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sent_s: Seconds
 
 
+class Ask(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks a gateway, on a probe's stream, for its `Offer`."""
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a gateway grants sessions.
+
+    Attributes:
+        build: Of the gateway.
+        borders: Layers at which sessions may enter and leave, ascending, 0 and L included.
+        max_rows: Most rows of a step.
+        max_len: Most positions of a session.
+    """
+
+    build: Name
+    borders: Annotated[tuple[Count, ...], Meta(min_length=2, max_length=4097)]
+    max_rows: Rows
+    max_len: Count
+
+
 class Err(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The stream ends with this.
 
@@ -347,7 +367,20 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 OfWeights = AskBlobs | Blobs | Want | Chunk
 Message = (
-    Hello | Welcome | Reject | Act | Tok | Trunc | Credit | Ping | Pong | Err | Close | OfWeights
+    Hello
+    | Welcome
+    | Reject
+    | Act
+    | Tok
+    | Trunc
+    | Credit
+    | Ping
+    | Pong
+    | Ask
+    | Offer
+    | Err
+    | Close
+    | OfWeights
 )
 StepMessage = Act | Tok | Trunc
 

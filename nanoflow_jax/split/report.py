@@ -1,6 +1,7 @@
 """What one split request did, beside what was promised of it."""
 
 import dataclasses
+import time
 
 from nanoflow_jax.split import cut as cut_lib
 from nanoflow_jax.split import link, remote
@@ -26,8 +27,8 @@ class Report:
     """One request as it was served.
 
     Attributes:
-        cut: The plan that was run.
-        codec: How hidden states travelled.
+        cut: The plan that was run; None if the client ran all.
+        codec: How hidden states travelled; empty if none did.
         promise: What was predicted.
         ttft_s: Time to the first token; None if there was none.
         tpot_s: Mean time of each further token; None if there was none.
@@ -37,13 +38,16 @@ class Report:
         num_steps: Steps that were sent, those sent again included.
         num_results: Results that came.
         server_s: Time that results took at the server, waiting included.
+        server_first_s: Of it until the first token.
+        client_s: Time that the client's engine was busy meanwhile, with other requests too.
+        client_first_s: Of it until the first token.
         rtt_p50_s: Median round trip of pings; None if none came back.
         rtt_p95_s: One of twenty took longer.
         num_resumes: Times that a lost stream was taken up again.
         num_replays: Times that the server had forgotten the session and was told all anew.
     """
 
-    cut: cut_lib.Cut
+    cut: cut_lib.Cut | None
     codec: str
     promise: Promise
     ttft_s: float | None
@@ -54,6 +58,9 @@ class Report:
     num_steps: int
     num_results: int
     server_s: float
+    server_first_s: float
+    client_s: float
+    client_first_s: float
     rtt_p50_s: float | None
     rtt_p95_s: float | None
     num_resumes: int
@@ -81,18 +88,42 @@ class Record:
 
     Attributes:
         begun_s: When the call came, by `time.monotonic`.
+        client_begun_s: How long the client's engine had been busy before.
         token_times_s: When each token came.
+        server_first_s: See `Report`.
+        client_first_s: See `Report`.
         num_resumes: See `Report`.
         num_replays: See `Report`.
     """
 
     begun_s: float
+    client_begun_s: float = 0.0
     token_times_s: list[float] = dataclasses.field(default_factory=list)
+    server_first_s: float = 0.0
+    client_first_s: float = 0.0
     num_resumes: int = 0
     num_replays: int = 0
 
+    def drew(self, *, server_s: float, client_busy_s: float) -> None:
+        """A token came.
+
+        Args:
+            server_s: That results took at the server so far.
+            client_busy_s: That the client's engine was busy so far.
+        """
+        if not self.token_times_s:
+            self.server_first_s = server_s
+            self.client_first_s = client_busy_s - self.client_begun_s
+        self.token_times_s.append(time.monotonic())
+
     def report(
-        self, cut: cut_lib.Cut, codec: str, promise: Promise, traffic: remote.Traffic
+        self,
+        cut: cut_lib.Cut | None,
+        codec: str,
+        promise: Promise,
+        traffic: remote.Traffic,
+        *,
+        client_busy_s: float,
     ) -> Report:
         """The finished report."""
         times = self.token_times_s
@@ -109,6 +140,9 @@ class Record:
             num_steps=traffic.num_steps,
             num_results=traffic.num_results,
             server_s=traffic.server_s,
+            server_first_s=self.server_first_s,
+            client_s=client_busy_s - self.client_begun_s,
+            client_first_s=self.client_first_s,
             rtt_p50_s=link.percentile(traffic.rtts_s, 0.5),
             rtt_p95_s=link.percentile(traffic.rtts_s, 0.95),
             num_resumes=self.num_resumes,

@@ -256,7 +256,8 @@ def _options(max_frame_bytes: int) -> list[tuple[str, int]]:
         # Channels of one process to one gateway keep their connections apart.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # How long an attempt to connect may take, handshakes included: many round trips.
+        ("grpc.min_reconnect_backoff_ms", 10_000),
         # Sessions back off by themselves.
         ("grpc.max_reconnect_backoff_ms", 200),
         ("grpc.enable_http_proxy", 0),

@@ -124,6 +124,7 @@ class Policy:
         guard: Deadlines are kept with this share of their time.
         grid: 0: between any two nodes the machine may change. n: only before each n-th layer, the
             embedding going with the first and the head with the last, as engines of pieces cut.
+        borders: Only before these layers, ascending, in place of a grid.
         migrates: Decode may be placed otherwise than prefill; cached tokens are then sent.
         held_layers: Ranges [start, stop) that the client has; the embedding is with layer 0, the
             head with the last. None: it has the model.
@@ -142,6 +143,7 @@ class Policy:
     prices: Prices = Prices()
     guard: float = 0.9
     grid: int = 0
+    borders: tuple[int, ...] | None = None
     migrates: bool = False
     held_layers: tuple[tuple[int, int], ...] | None = None
     pinned_first: int = 0

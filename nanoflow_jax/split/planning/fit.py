@@ -47,17 +47,31 @@ def _fit(measured: Sequence[Measurement], count: int) -> list[float]:
         )
     at = np.array([tokens for tokens, _ in measured])
     wanted = np.array([seconds for _, seconds in measured])
-    longest = float(at.max())
-    powers = np.stack([(at / longest) ** power for power in range(count)], axis=1)
+    return least_squares(np.stack([at**power for power in range(count)], axis=1), wanted)
+
+
+def least_squares(rows: np.ndarray, wanted: np.ndarray) -> list[float]:
+    """The coefficients of least squares, none below zero.
+
+    The best with none below zero is the plain solution over those that are above zero, so that
+    trying each choice of a few finds it.
+
+    Args:
+        rows: [m, k], what each of a few coefficients is multiplied by; none below zero.
+        wanted: [m].
+    """
+    count = rows.shape[1]
+    scale = np.maximum(rows.max(axis=0), np.finfo(float).tiny)
+    rows = rows / scale
     found = [0.0] * count
     least = float(wanted @ wanted)
     for size in range(1, count + 1):
         for chosen in itertools.combinations(range(count), size):
-            columns = powers[:, chosen]
+            columns = rows[:, chosen]
             solution = np.linalg.lstsq(columns, wanted, rcond=None)[0]
             error = float(np.sum((columns @ solution - wanted) ** 2))
             if solution.min() >= 0 and error < least:
                 least, found = error, [0.0] * count
-                for power, value in zip(chosen, solution, strict=True):
-                    found[power] = float(value) / longest**power
+                for place, value in zip(chosen, solution, strict=True):
+                    found[place] = float(value / scale[place])
     return found

@@ -10,11 +10,23 @@ _BOTH = frozenset(Side)
 
 
 def spans(model: Model, policy: Policy) -> list[tuple[int, int]]:
-    """Nodes [start, stop) of each unit."""
-    num_nodes = len(model.nodes)
-    if not policy.grid:
+    """Nodes [start, stop) of each unit.
+
+    Raises:
+        ValueError: A border is none of the model's.
+    """
+    num_nodes, num_layers = len(model.nodes), model.config.num_layers
+    if policy.borders is not None:
+        layers: Sequence[int] = sorted({0, *policy.borders} - {num_layers})
+        if not 0 <= layers[0] <= layers[-1] < num_layers:
+            raise ValueError(
+                f"borders {list(policy.borders)} are not all within 0 to {num_layers}, the layers "
+                f"of {model.name}"
+            )
+    elif policy.grid:
+        layers = range(0, num_layers, policy.grid)
+    else:
         return [(node, node + 1) for node in range(num_nodes)]
-    layers = range(0, model.config.num_layers, policy.grid)
     starts = [0 if layer == 0 else 1 + 2 * layer for layer in layers]
     return list(zip(starts, [*starts[1:], num_nodes], strict=True))
 
@@ -88,7 +100,13 @@ def common(
     if not found:
         raise ValueError(
             f"{model.nodes[start].name} to {model.nodes[stop - 1].name} are placed together by "
-            f"grid={policy.grid}, but some must run on the client and some on the server; take a "
+            f"{_grid(policy)}, but some must run on the client and some on the server; take a "
             "finer grid"
         )
     return found
+
+
+def _grid(policy: Policy) -> str:
+    if policy.borders is None:
+        return f"grid={policy.grid}"
+    return f"borders before layers {', '.join(map(str, policy.borders))}"

@@ -1,5 +1,6 @@
 """`plan`: where one request's layers would run, what that comes to, and what deadlines cost."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from absl import flags as absl_flags
 
 from nanoflow_jax import flags
 from nanoflow_jax.models import named, presets
+from nanoflow_jax.results import picture_file
 from nanoflow_jax.split import cut
 from nanoflow_jax.split.planning import drawing, planner, profile_file, report
 from nanoflow_jax.split.planning.asked import Policy, Prices, Request, Side
@@ -31,7 +33,7 @@ def define(values: absl_flags.FlagValues) -> None:
     _define_request(values)
     define_policy(values)
     absl_flags.DEFINE_string(
-        "plot", None, "Also draw the plan and the frontier, in this SVG file.", **common
+        "plot", None, "Also draw the plan and the frontier: FILE.png, .svg or .html.", **common
     )
 
 
@@ -45,18 +47,39 @@ def _define_request(values: absl_flags.FlagValues) -> None:
         "Tokens that deadlines and memory are kept for; unset: the average.",
         **common,
     )
+    define_deadlines(values)
+
+
+def define_deadlines(values: absl_flags.FlagValues) -> None:
+    """Defines flags of a request's deadlines."""
     for name, what in (
         ("ttft_ms", "the first token"),
         ("tpot_ms", "each further token"),
         ("e2e_ms", "the whole answer"),
     ):
-        absl_flags.DEFINE_float(name, None, f"Deadline of {what}; unset: none.", **common)
+        absl_flags.DEFINE_float(
+            name, None, f"Deadline of {what}; unset: none.", **flags.of_program(values)
+        )
 
 
-def define_policy(values: absl_flags.FlagValues) -> None:
-    """Defines flags of what placements may look like, with the policy's own defaults."""
+def deadlines(values: absl_flags.FlagValues) -> dict[str, float | None]:
+    """What the flags of `define_deadlines` say, by the names that `Request` has for them."""
+    found = {}
+    for name in ("ttft", "tpot", "e2e"):
+        value = _value(values, f"{name}_ms")
+        found[f"{name}_s"] = None if value is None else value * _MILLI
+    return found
+
+
+def define_judgement(values: absl_flags.FlagValues, **other: Any) -> None:
+    """Defines flags of how placements are judged.
+
+    Args:
+        values: Where they go.
+        other: Defaults that are not the policy's own.
+    """
     common = flags.of_program(values)
-    default = Policy()
+    default = dataclasses.replace(Policy(), **other)
     absl_flags.DEFINE_enum(
         "accounting",
         str(default.accounting),
@@ -72,6 +95,25 @@ def define_policy(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_float(
         "guard", default.guard, "Keep deadlines with this share of their time.", **common
     )
+    absl_flags.DEFINE_float(
+        "least_saving",
+        default.least_saving,
+        "A split must save this share of the server's charge.",
+        **common,
+    )
+    absl_flags.DEFINE_boolean(
+        "best_effort",
+        False,
+        "Let the server do all of a request whose deadlines nothing meets.",
+        **common,
+    )
+
+
+def define_policy(values: absl_flags.FlagValues) -> None:
+    """Defines flags of what placements may look like, with the policy's own defaults."""
+    define_judgement(values)
+    common = flags.of_program(values)
+    default = Policy()
     absl_flags.DEFINE_integer(
         "grid",
         default.grid,
@@ -95,26 +137,18 @@ def define_policy(values: absl_flags.FlagValues) -> None:
     )
     for name in ("embedding", "head"):
         absl_flags.DEFINE_enum(name, "any", list(_SIDES), f"Where the {name} must run.", **common)
-    absl_flags.DEFINE_float(
-        "least_saving",
-        default.least_saving,
-        "A split must save this share of the server's charge.",
-        **common,
-    )
-    absl_flags.DEFINE_boolean(
-        "best_effort",
-        False,
-        "Let the server do all of a request whose deadlines nothing meets.",
-        **common,
-    )
 
 
 def _value(values: absl_flags.FlagValues, name: str) -> Any:
     return values[name].value
 
 
-def policy(values: absl_flags.FlagValues) -> Policy:
-    """What the flags of `define_policy` say.
+def judged(values: absl_flags.FlagValues, **of_places: Any) -> Policy:
+    """The policy that the flags of `define_judgement` and more say.
+
+    Args:
+        values: The flags.
+        of_places: What placements may look like.
 
     Raises:
         ValueError: One of them is out of its range.
@@ -126,6 +160,20 @@ def policy(values: absl_flags.FlagValues) -> Policy:
             gigabyte_second=_value(values, "gigabyte_second_price"),
         ),
         guard=_value(values, "guard"),
+        least_saving=_value(values, "least_saving"),
+        best_effort=_value(values, "best_effort"),
+        **of_places,
+    )
+
+
+def policy(values: absl_flags.FlagValues) -> Policy:
+    """What the flags of `define_policy` say.
+
+    Raises:
+        ValueError: One of them is out of its range.
+    """
+    return judged(
+        values,
         grid=_value(values, "grid"),
         migrates=_value(values, "migrate"),
         held_layers=_layers(_value(values, "client_layers")),
@@ -133,8 +181,6 @@ def policy(values: absl_flags.FlagValues) -> Policy:
         pinned_last=_value(values, "client_last"),
         embedding=_SIDES[_value(values, "embedding")],
         head=_SIDES[_value(values, "head")],
-        least_saving=_value(values, "least_saving"),
-        best_effort=_value(values, "best_effort"),
     )
 
 
@@ -151,17 +197,11 @@ def _layers(ranges: list[str] | None) -> tuple[tuple[int, int], ...] | None:
 
 
 def _request(values: absl_flags.FlagValues) -> Request:
-    def seconds(name: str) -> float | None:
-        value = _value(values, name)
-        return None if value is None else value * _MILLI
-
     return Request(
         prompt_len=_value(values, "prompt_len"),
         output_len=_value(values, "output_len"),
         output_len_high=_value(values, "output_len_high"),
-        ttft_s=seconds("ttft_ms"),
-        tpot_s=seconds("tpot_ms"),
-        e2e_s=seconds("e2e_ms"),
+        **deadlines(values),
     )
 
 
@@ -186,18 +226,7 @@ def run(values: absl_flags.FlagValues, say: Callable[[str], None]) -> int:
     verdict = planner.plan(*asked.ends, asked.request, asked.policy)
     points = planner.frontier(*asked.ends, asked.request, asked.policy)
     if _value(values, "plot"):
-        write_picture(_value(values, "plot"), drawing.draw(asked, verdict, points))
+        picture = drawing.draw(asked, verdict, points)
+        picture_file.save(picture, _value(values, "plot"), title=report.title(asked), flag="plot")
     say(report.text(asked, verdict, points))
     return 0
-
-
-def write_picture(path: str, picture: str) -> None:
-    """Writes what --plot asks for.
-
-    Raises:
-        ValueError: It cannot be written.
-    """
-    try:
-        pathlib.Path(path).write_text(picture, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--plot={path} cannot be written: {error.strerror}") from error

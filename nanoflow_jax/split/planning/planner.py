@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nanoflow_jax.split.planning import baselines, search
 from nanoflow_jax.split.planning import problem as problems
@@ -135,6 +135,9 @@ def plan(
     link: LinkProfile,
     request: Request,
     policy: Policy,
+    *,
+    among: Callable[[Problem], Sequence[Placement]] | None = None,
+    present: Placement | None = None,
 ) -> Verdict:
     """Places one request so that the server is charged least and its deadlines are met.
 
@@ -145,20 +148,30 @@ def plan(
         link: Between them.
         request: With its deadlines.
         policy: What placements may look like.
+        among: The placements to choose from, which units allow; None is all.
+        present: Where the request before ran: it stays so while deadlines hold, unless another
+            placement is charged less by `least_saving`.
 
     Raises:
-        ValueError: The policy contradicts itself or the model, or a profile lacks what is needed.
+        ValueError: The policy contradicts itself or the model, or a profile lacks what is needed;
+            or there is none to choose from.
     """
     problem = problems.build(model, client, server, link, request, policy)
     alone = baselines.all_on(problem, Side.SERVER)
     all_server = problems.outcome(problem, alone)
-    placed = search.cheapest(problem, max_labels=policy.max_labels)
+    choices = None if among is None else among(problem)
+    if choices is None:
+        placed = search.cheapest(problem, max_labels=policy.max_labels)
+    else:
+        placed = cheapest_of(problem, choices)
     if placed is None:
-        return _not_met(problem, all_server, policy)
+        return _not_met(problem, all_server, policy, choices)
     if kind_of(alone) is VerdictKind.ALL_SERVER and all_server.meets(problem.limits):
         charge = problems.outcome(problem, placed).charge
         if charge and charge > (1 - policy.least_saving) * all_server.charge:
             placed = alone
+    if present is not None and _stays(problem, present, placed, policy):
+        placed = present
     kind = kind_of(placed)
     return Verdict(
         kind=kind,
@@ -170,6 +183,25 @@ def plan(
     )
 
 
+def cheapest_of(problem: Problem, choices: Sequence[Placement]) -> Placement | None:
+    """The placement of some, within the limits, of least charge; None if none is."""
+    found = [(problems.outcome(problem, one), one) for one in choices]
+    kept = [(result.rank, one) for result, one in found if result.meets(problem.limits)]
+    return min(kept, key=lambda pair: pair[0])[1] if kept else None
+
+
+def _stays(problem: Problem, present: Placement, placed: Placement, policy: Policy) -> bool:
+    """Whether the present placement may still be kept, and another does not save enough."""
+    if len(present.decode) != len(problem.units):
+        return False
+    both = zip(problem.units, present.prefill, present.decode, strict=True)
+    now = problems.outcome(problem, present)
+    if not all({at, then} <= unit.allowed for unit, at, then in both):
+        return False
+    least = problems.outcome(problem, placed).charge
+    return now.meets(problem.limits) and least > (1 - policy.least_saving) * now.charge
+
+
 _REASONS = {
     VerdictKind.SPLIT: "sharing the layers charges the server least within the deadlines",
     VerdictKind.ALL_CLIENT: "the client meets the deadlines by itself",
@@ -178,8 +210,13 @@ _REASONS = {
 }
 
 
-def _not_met(problem: Problem, all_server: Outcome, policy: Policy) -> Verdict:
-    best = _best(problem)
+def _not_met(
+    problem: Problem,
+    all_server: Outcome,
+    policy: Policy,
+    choices: Sequence[Placement] | None,
+) -> Verdict:
+    best = _best(problem, choices)
     placed = baselines.all_on(problem, Side.SERVER)
     is_served = policy.best_effort and kind_of(placed) is VerdictKind.ALL_SERVER
     missed = _missed(problem, best)
@@ -211,8 +248,15 @@ def _missed(problem: Problem, best: Best) -> str:
     return "; ".join(late) or "each alone can be had, but not all together with the client's memory"
 
 
-def _best(problem: Problem) -> Best:
+def _best(problem: Problem, choices: Sequence[Placement] | None) -> Best:
     """Quickest placements under nothing but where units may run, which is never nowhere."""
+    if choices is not None:
+        found = [problems.outcome(problem, one) for one in choices]
+        return Best(
+            ttft_s=min(one.ttft for one in found) / PER_SECOND,
+            tpot_s=min(one.tpot for one in found) / PER_SECOND,
+            e2e_s=min(one.e2e for one in found) / PER_SECOND,
+        )
     weights = {"ttft": (1, 0), "tpot": (0, 1), "e2e": (1, problem.num_steps)}
     least = {}
     for name, (first, second) in weights.items():

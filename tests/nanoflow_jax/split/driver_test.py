@@ -183,6 +183,16 @@ def test_client_with_a_wrong_token_is_told_so() -> None:
     split_runs.run(body())
 
 
+def test_a_client_connects_over_a_link_of_long_round_trips() -> None:
+    async def body() -> None:
+        async with split_runs.ends() as ends:
+            ends.proxy.delay_s = 0.3
+            assert (await ends.client.ask()).borders[0] == 0
+            assert ends.proxy.num_taken == 1
+
+    split_runs.run(body())
+
+
 def test_probe_measures_the_delay_and_the_bandwidth_of_a_link() -> None:
     async def body() -> None:
         async with split_runs.ends() as ends:

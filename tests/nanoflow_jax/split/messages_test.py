@@ -67,6 +67,8 @@ _ALL = [
     messages.Credit(steps=2),
     messages.Ping(sent_s=12.5, answer_bytes=100),
     messages.Pong(sent_s=12.5),
+    messages.Ask(),
+    messages.Offer(build="1.0", borders=(0, 2, 4), max_rows=64, max_len=100),
     messages.Err(code=messages.Code.BAD_STEP, detail="a gap", retryable=True),
     messages.Close(reason="done"),
 ]

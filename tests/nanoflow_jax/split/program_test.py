@@ -1,13 +1,14 @@
 import json
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
 
 import pytest
 import split_profiles
-from absl import flags as absl_flags
+import split_program
 
-from nanoflow_jax.split import __main__ as program
+from nanoflow_jax.results import svg
 from nanoflow_jax.split.planning import study_command
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -17,16 +18,7 @@ _SVG = "{http://www.w3.org/2000/svg}"
 def ask(capsys):
     """Runs the program; gives its exit code, what it printed, and what it complained of."""
 
-    def run(*arguments):
-        values = absl_flags.FlagValues()
-        chosen = program.command(["split", *arguments])
-        if chosen is not None:
-            chosen.define(values)
-        code = program.main(list(values(["split", *arguments])), chosen, values)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
+    return lambda *arguments: split_program.run(capsys, *arguments)
 
 
 def _plan(client="mac", server="h100", link="fibre"):
@@ -127,6 +119,18 @@ def test_the_plot_shows_the_placement_the_parts_and_the_frontier(ask, tmp_path):
     assert len(list(picture.iter(f"{_SVG}circle"))) > 12
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on the path")
+def test_the_plot_in_pixels_has_the_size_of_the_drawing(ask, tmp_path):
+    drawn, seen = tmp_path / "plan.svg", tmp_path / "plan.png"
+    for path in (drawn, seen):
+        code, _, _ = ask(*_SPLIT, f"--plot={path}")
+        assert code == 0
+    head = seen.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    size = (int.from_bytes(head[16:20]), int.from_bytes(head[20:24]))
+    assert size == svg.size(drawn.read_text())
+
+
 def test_a_rejected_request_is_drawn_with_its_frontier_alone(ask, tmp_path):
     path = tmp_path / "plan.svg"
     ask(*_plan(), "--ttft_ms=20", f"--plot={path}")
@@ -156,11 +160,11 @@ def test_planning_loads_no_jax():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do first: one of client, plan, serve, study; got nothing"),
-        (["price"], "say what to do first: one of client, plan, serve, study; got price"),
+        ([], "say what to do first: one of client, plan, profile, serve, study; got nothing"),
+        (["price"], "say what to do first: one of client, plan, profile, serve, study; got price"),
         (
             [*_SPLIT, "more"],
-            "say what to do first: one of client, plan, serve, study; got plan more",
+            "say what to do first: one of client, plan, profile, serve, study; got plan more",
         ),
         (["plan"], "--model names the model to work it out for: a folder, or one of"),
         (["plan", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
@@ -173,6 +177,7 @@ def test_planning_loads_no_jax():
         ([*_SPLIT, "--client_layers=4"], "--client_layers has '4'; wanted START:STOP, as 0:8"),
         ([*_SPLIT, "--client_layers=0:99"], "the client cannot hold layers 0:99 of llama-3-8b"),
         ([*_SPLIT, "--plot=/nowhere/p.svg"], "--plot=/nowhere/p.svg cannot be written: No such"),
+        ([*_SPLIT, "--plot=p.gif"], "--plot ends in '.gif'; pictures are .svg, .html or .png"),
     ],
 )
 def test_what_cannot_be_answered_is_a_message(ask, arguments, message):

@@ -1,5 +1,6 @@
 """A client takes nothing from a gateway but what was agreed on, and waits for none for ever."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -198,6 +199,53 @@ def test_gateway_that_ends_a_probe_fails_it() -> None:
         ):
             with pytest.raises(errors.SplitError, match="the gateway ended the probe"):
                 await made.probe()
+
+    split_runs.run(body())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (messages.to_frame(messages.Pong(sent_s=0.0)), "the gateway answers Ask with Pong"),
+        (b"no frame", "bad_frame: "),
+        (None, "the gateway ended the probe"),
+    ],
+)
+def test_gateway_that_does_not_say_what_it_offers_is_an_error(
+    answer: bytes | None, message: str
+) -> None:
+    async def script(stream: transport.ServerStream) -> None:
+        await stream.read()
+        if answer is not None:
+            await stream.write(answer)
+
+    async def body() -> None:
+        async with (
+            _scripted(script) as port,
+            split_runs.client_of(transport.Endpoint(host="127.0.0.1", port=port)) as made,
+        ):
+            with pytest.raises(errors.SplitError, match=message):
+                await made.ask()
+
+    split_runs.run(body())
+
+
+def test_gateway_that_is_silent_is_not_waited_for() -> None:
+    gone = asyncio.Event()
+
+    async def script(stream: transport.ServerStream) -> None:
+        await gone.wait()
+
+    async def body() -> None:
+        async with (
+            _scripted(script) as port,
+            split_runs.client_of(
+                transport.Endpoint(host="127.0.0.1", port=port), connect_timeout_s=0.05
+            ) as made,
+        ):
+            with pytest.raises(errors.SplitError, match=r"the gateway did not answer in 0\.05 s"):
+                await made.ask()
+            gone.set()
 
     split_runs.run(body())
 
