@@ -94,6 +94,7 @@ def test_halves_of_an_8b_step_overlap_in_the_graph_as_the_plan_wants():
 
 
 @_on_new_jax
+@deviceless.slow_on_other_jax
 def test_attention_and_products_of_halves_are_one_kernel_where_fused():
     failed = _failed(_HALVES, executor=Executor.FUSED)
     assert [claim for claim in failed if not claim.startswith("the longest chain")] == []
@@ -113,6 +114,7 @@ def test_attention_and_products_of_halves_are_one_kernel_where_fused():
 
 
 @_on_new_jax
+@deviceless.slow_on_other_jax
 def test_attention_of_halves_has_a_stream_beside_the_products_of_the_other_half():
     assert _failed(_HALVES, executor=Executor.STREAMS) == {}
     found, _ = _checked(_HALVES, executor=Executor.STREAMS)
@@ -137,6 +139,7 @@ def test_the_same_step_fails_the_check_where_xla_runs_one_after_another():
 
 
 @_on_new_jax
+@deviceless.slow_on_other_jax
 def test_a_plan_with_two_kernels_of_all_sms_fails_the_check():
     order = tuple(
         dataclasses.replace(nano, num_ctas=nano.num_ctas and 132) for nano in _HALVES_OF_FEW.order
@@ -149,6 +152,7 @@ def test_a_plan_with_two_kernels_of_all_sms_fails_the_check():
 
 
 @_on_new_jax
+@deviceless.slow_on_other_jax
 def test_a_plan_that_leaves_products_beside_products_fails_the_check():
     """The halves have a lane each, of a third of the SMs."""
     half = _HALVES_OF_FEW.order[0].tokens
@@ -197,6 +201,7 @@ def test_sums_over_eight_devices_are_on_their_way_while_other_tokens_are_multipl
 
 
 @_on_new_jax
+@deviceless.slow_on_other_jax
 def test_gathers_around_o_are_on_their_way_while_other_tokens_are_multiplied():
     shape = dataclasses.replace(_8B.layer_shape, num_devices=8)
     plan = builders.tensor_parallel(shape, num_tokens=2048, gathers=("a", "b"))

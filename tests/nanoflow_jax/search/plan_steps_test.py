@@ -96,4 +96,6 @@ def test_a_plan_that_cuts_pays_what_cutting_costs():
     plan = builders.halves(LayerShape(), num_tokens=_TOKENS)
     costly = dataclasses.replace(DATASHEET, cut_s=1e-4)
     free, paid = (_step(_8B, plan, reached=r).device_s for r in (DATASHEET, costly))
-    assert paid - free == pytest.approx(1e-4 * _8B[0].num_layers)
+    # It is paid with the products after norms, on their share of the SMs.
+    share = plan.num_ctas([nano.operation for nano in plan.order].index("up_gate")) / plan.num_sms
+    assert paid - free == pytest.approx(1e-4 * _8B[0].num_layers / share)
