@@ -1,6 +1,10 @@
 """What datasheets, and one paper, promise of accelerators."""
 
 import dataclasses
+import math
+import pathlib
+
+from nanoflow_jax import json_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,15 +105,21 @@ def accelerator_names() -> list[str]:
 def accelerator(name: str) -> Accelerator:
     """By what people call it, such as h200; `paper:` stands before rows of NanoFlow's Table 1.
 
+    Args:
+        name: One of `accelerator_names`, or a file; see `described`.
+
     Raises:
         ValueError: It is not known.
     """
+    if name.endswith(".json"):
+        return described(pathlib.Path(name))
     for _, short, sheet in _DATASHEETS:
         if short == name:
             return sheet
     if name.removeprefix(_PAPER) not in _PRINTED or not name.startswith(_PAPER):
         raise ValueError(
-            f"accelerator {name!r} is not known; take one of {', '.join(accelerator_names())}"
+            f"accelerator {name!r} is not known; take one of {', '.join(accelerator_names())}, or "
+            "describe it in a file DEVICE.json"
         )
     tera, gigabytes, giga, links = _PRINTED[name.removeprefix(_PAPER)]
     return Accelerator(
@@ -119,4 +129,42 @@ def accelerator(name: str) -> Accelerator:
         memory_bytes_per_s=giga * 1e9,
         link_bytes_per_s=links / 2 * 1e9,
         source=_TABLE_1,
+    )
+
+
+def described(path: pathlib.Path) -> Datasheet:
+    """A GPU that somebody describes in a JSON file.
+
+    Args:
+        path: An object with name, num_sms, teraflops (dense, of 16-bit numbers), memory_gb,
+            memory_gb_per_s and, if it has links, link_gb_per_s one way.
+
+    Raises:
+        ValueError: The file cannot be read, or what it says is no device.
+    """
+    try:
+        fields = json_fields.Fields(json_fields.parse(path.read_text(encoding="utf-8")), "device")
+        numbers = {
+            name: fields.take(name, float)
+            for name in ("teraflops", "memory_gb", "memory_gb_per_s", "num_sms")
+        }
+        numbers["link_gb_per_s"] = fields.take("link_gb_per_s", float, 0.0)
+        name = fields.take("name", str)
+        fields.finish()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: {reason}") from None
+    for field, value in numbers.items():
+        if not math.isfinite(value) or value < 0 or (value == 0 and field != "link_gb_per_s"):
+            raise ValueError(f"{path}: device.{field} is {value:g}; wanted a number above 0")
+    if numbers["num_sms"] != int(numbers["num_sms"]):
+        raise ValueError(f"{path}: device.num_sms is {numbers['num_sms']:g}; wanted a whole number")
+    return Datasheet(
+        name=name,
+        num_sms=int(numbers["num_sms"]),
+        bf16_flops=numbers["teraflops"] * 1e12,
+        memory_bytes=numbers["memory_gb"] * 1e9,
+        memory_bytes_per_s=numbers["memory_gb_per_s"] * 1e9,
+        link_bytes_per_s=numbers["link_gb_per_s"] * 1e9,
+        source=str(path),
     )

@@ -69,7 +69,8 @@ def define(values: absl_flags.FlagValues) -> None:
         "device",
         "h200",
         f"One of {', '.join(datasheets.accelerator_names())}; those of `paper:` are as NanoFlow's "
-        "Table 1 prints them.",
+        "Table 1 prints them. Or a file DEVICE.json that describes another: name, num_sms, "
+        "teraflops, memory_gb, memory_gb_per_s, link_gb_per_s.",
         flag_values=values,
     )
     absl_flags.DEFINE_integer(
@@ -392,6 +393,7 @@ def _run(arguments: list[str]) -> int:
             f"say what to do: one of {', '.join(_COMMANDS)}; got {' '.join(arguments) or 'nothing'}"
         )
     _check_profile(arguments[0])
+    _check_plot(arguments[0])
     return _COMMANDS[arguments[0]]()
 
 
@@ -405,6 +407,14 @@ def _check_profile(command: str) -> None:
         raise ValueError(
             f"{command} does not go by --profile={_FLAGS.profile}: files are for plan, gate, "
             "simulate and check, paper is for plan"
+        )
+
+
+def _check_plot(command: str) -> None:
+    """Refuses a picture that nobody would draw."""
+    if _FLAGS.plot and command in ("gate", "paper", "trace", "profile", "check"):
+        raise ValueError(
+            f"{command} draws nothing: leave --plot out; cost, plan, simulate and draw draw"
         )
 
 

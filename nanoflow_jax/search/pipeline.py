@@ -234,7 +234,7 @@ def _ordered(draft: Plan, layer: Layer, shared: Shared, *, num_sms: int, name: s
     order = []
     for number, key in enumerate(keys):
         share = shared.shares.get(key)
-        before = [*keys[:number][::-1], *keys[number + 1 :][::-1]]
+        before = keys[:number][::-1], keys[number + 1 :][::-1]
         order.append(
             dataclasses.replace(
                 draft.order[place_of[key]],
@@ -248,26 +248,28 @@ def _ordered(draft: Plan, layer: Layer, shared: Shared, *, num_sms: int, name: s
 
 def _after(
     key: str,
-    before: Sequence[str],
+    before: tuple[Sequence[str], Sequence[str]],
     shifts: Mapping[str, int],
     layer: Layer,
     shared: Shared,
 ) -> tuple[str, ...]:
     """The last tasks of each other lane that a task must not run beside.
 
-    One of each shift: in the first and last turns of a model those of some shifts are missing, and
-    waiting for one that is missing would not wait for those before it in its lane.
+    One of each shift, of this turn and of the turn before: in the first and last turns of a model
+    those of some shifts are missing, and waiting for one that is missing would not wait for those
+    before it in its lane.
 
     Args:
         key: The task.
-        before: All others, last first, those of the turn before at the end.
+        before: Others of this turn, last first, and those of the turn before.
         shifts: Of every task.
         layer: Its lanes.
         shared: What may run beside what.
     """
-    found: dict[tuple[Hashable, int], str] = {}
-    for other in before:
-        lane = layer.lanes[other]
-        if frozenset((key, other)) in shared.apart and lane != layer.lanes[key]:
-            found.setdefault((lane, shifts[other]), other)
+    found: dict[tuple[int, Hashable, int], str] = {}
+    for turn, others in enumerate(before):
+        for other in others:
+            lane = layer.lanes[other]
+            if frozenset((key, other)) in shared.apart and lane != layer.lanes[key]:
+                found.setdefault((turn, lane, shifts[other]), other)
     return tuple(sorted(found.values()))

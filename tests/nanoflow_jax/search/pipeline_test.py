@@ -65,26 +65,26 @@ def test_a_task_waits_for_the_last_of_every_shift_that_it_must_not_run_beside():
     `late` is missing where layer 0 has only begun; waiting for it alone would let the task run
     beside `early`.
     """
+    assert _after((["late", "early"], []), late=0) == ("early", "late")
+    assert _after((["late", "early"], []), late=1) == ("late",)
+
+
+def test_a_task_waits_for_the_turn_before_too_as_the_last_turn_has_no_later_task_of_a_shift():
+    """`late` of this turn is missing behind the last layer, where `early` of the turn before is."""
+    assert _after((["late"], ["early"]), late=1) == ("early", "late")
+
+
+def _after(before: tuple[list[str], list[str]], *, late: int) -> tuple[str, ...]:
+    """What a task of shift 1 waits for; `early` has shift 1 too, `late` any."""
     lanes = {"task": Resource.COMPUTE, "early": Resource.MEMORY, "late": Resource.MEMORY}
     apart = frozenset({frozenset(("task", "early")), frozenset(("task", "late"))})
-    shifts = {"task": 1, "early": 1, "late": 0}
-    after = pipeline._after(
+    return pipeline._after(
         "task",
-        ["late", "early"],
-        shifts,
+        before,
+        {"task": 1, "early": 1, "late": late},
         types.SimpleNamespace(lanes=lanes),
         types.SimpleNamespace(apart=apart),
     )
-    assert after == ("early", "late")
-    alike = {**shifts, "late": 1}
-    after = pipeline._after(
-        "task",
-        ["late", "early"],
-        alike,
-        types.SimpleNamespace(lanes=lanes),
-        types.SimpleNamespace(apart=apart),
-    )
-    assert after == ("late",)
 
 
 def test_a_round_that_time_cuts_off_leaves_the_plan_of_the_round_before(monkeypatch):

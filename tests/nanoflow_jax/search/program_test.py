@@ -1,9 +1,11 @@
 import dataclasses
+import json
 
 import pictures
 import pytest
 
 from nanoflow_jax.engine import model_source
+from nanoflow_jax.models import presets
 from nanoflow_jax.nanobatch import builders, operations, plan_file
 from nanoflow_jax.search import plan_question, plan_search
 
@@ -89,7 +91,8 @@ def test_the_plot_has_the_asked_workload_beside_the_public_ones(ask, tmp_path):
             "--profile=paper has times of llama-2-70b on 8 of a100-80g with 2048 tokens alone",
         ),
         (["cost"], "--model names the model to work it out for"),
-        (["cost", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
+        (["gate", "--model=llama-3-8b", "--plot=x.svg"], "gate draws nothing: leave --plot out"),
+        (["cost", "--model=gpt"], "--model=gpt is neither a folder, nor a config.json, nor one of"),
         (["cost", "--model=llama-3-8b", "--device=tpu"], "accelerator 'tpu' is not known; take"),
         (["cost", "--model=llama-3.1-405b"], "weights of 812 GB do not fit in 141 GB; take more"),
         (
@@ -211,3 +214,42 @@ def test_splitting_wins_from_the_size_below_which_it_once_does_not():
     one, split = outcome("one"), outcome("halves")
     assert plan_question.gate({256: split, 512: one, 1024: split, 2048: split}) == 1024
     assert plan_question.gate({256: split, 512: one}) is None
+
+
+def test_a_model_and_a_device_that_nobody_has_seen_need_one_command(ask, tmp_path):
+    config = {
+        **presets.load("llama-3-8b"),
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 30,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    device = tmp_path / "x.json"
+    device.write_text(
+        json.dumps(
+            {
+                "name": "Accelerator X",
+                "num_sms": 96,
+                "teraflops": 450,
+                "memory_gb": 64,
+                "memory_gb_per_s": 2600,
+            }
+        )
+    )
+    code, text, complaint = ask(
+        "plan", f"--model={tmp_path}", f"--device={device}", "--time_limit_s=1"
+    )
+    assert (code, complaint) == (0, "")
+    for shown in ("on 1 x Accelerator X", "best plan: ", "nothing split", "why, in us a layer"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "is list in JSON")])
+def test_a_config_that_is_none_is_a_message(ask, tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    code, _, complaint = ask("cost", f"--model={path}")
+    assert code == 2
+    assert str(path) in complaint
+    assert message in complaint

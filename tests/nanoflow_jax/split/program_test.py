@@ -167,7 +167,7 @@ def test_planning_loads_no_jax():
             "say what to do first: one of client, plan, profile, serve, study; got plan more",
         ),
         (["plan"], "--model names the model to work it out for: a folder, or one of"),
-        (["plan", "--model=gpt"], "--model=gpt is neither a folder nor one of"),
+        (["plan", "--model=gpt"], "--model=gpt is neither a folder, nor a config.json, nor one of"),
         (["plan", "--model=llama-3-8b"], "--client names the JSON profile of the client, as in"),
         ([*_SPLIT, "--link="], "--link names the JSON profile of the link, as in configs/split"),
         ([*_SPLIT, "--server=/no.json"], "[Errno 2] No such file or directory: '/no.json'"),
