@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import batch_runs
 import split_choices
 import split_model
 from absl import flags as absl_flags
@@ -56,6 +57,7 @@ def toy_gateway():
     """A gateway in a process of its own: event loops of one process are not to share gRPC."""
     process = subprocess.Popen(
         [sys.executable, pathlib.Path(__file__).with_name("split_gateway.py")],
+        env=batch_runs.environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
