@@ -2,7 +2,7 @@
 
 Operations take what the simulator has them take one after another; the plan says which parts of
 them run beside each other and on which share of a device. So what a plan gains over the sequential
-layer is what its order and its shares gain, and nothing else.
+layer is what its order and its shares gain, less what smaller products and cutting cost.
 """
 
 from collections.abc import Mapping
